@@ -1,0 +1,155 @@
+"""Every setting of a fit, with its default, as plain data (nothing here imports JAX).
+
+A problem file's `fit:` section and the command line's `--mixture.components 32` set the same fields.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dichroic.errors import ConfigError
+
+SamplerName = Literal["auto", "ancestral", "ddpm", "ddim", "heun", "predictor-corrector"]
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The closed-form start: expectation-maximisation of mixtures of Gaussians."""
+
+    components: int = 64  # per source, reached by doubling from one
+    laps: int = 12  # EM laps at each size
+    final_laps: int = 30  # EM laps at the last size
+    max_tuples: int = 4096  # tuples of components summed per observation before a beam is used
+    shrinkage: float = 0.0  # pseudo-observations pulling each covariance towards isotropy
+    floor: float = 1e-6  # smallest eigenvalue of a covariance, relative to the source's variance
+    patience: int = 2  # sizes without a better held-out likelihood before growth stops
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Diffusion laps: posterior draws of the training data, then score matching on them."""
+
+    laps: int = 4
+    steps: int = 2000  # training steps per source and lap
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+    ema: float = 0.999
+    width: int = 128
+    depth: int = 3
+    covariance: Literal["jacobian", "base"] = "base"
+    patience: int = 2  # laps without a better held-out bound before stopping
+    evidence_steps: int = 64  # DDPM steps of the held-out evidence bound
+    evidence_observations: int = 1024  # held-out observations it is computed on, at most per view
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How draws are made with learned priors (mixture priors are drawn from exactly)."""
+
+    name: SamplerName = "auto"
+    steps: int = 32
+    schedule: Literal["geometric", "karras"] = "geometric"
+    sigma_min: float = 1e-3  # in units of each source's standard deviation
+    sigma_max: float = 30.0
+    solver: Literal["auto", "exact", "cg"] = "auto"
+    max_tuples: int = 256
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """All settings of a fit."""
+
+    seed: int = 0
+    holdout: float = 0.1  # fraction of each view kept for stopping and scoring
+    order: tuple[tuple[str, ...], ...] | None = None  # groups of sources, learned in turn
+    polish: int = 10  # EM laps over all sources and views together after the last group
+    batch_size: int = 1024  # observations sampled at once
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested dictionaries of plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "fit") -> "FitConfig":
+        """From nested dictionaries; raises `ConfigError` at unknown keys or values of a wrong type."""
+        return _build(cls, values, where)
+
+    def replace(self, flat: Mapping[str, Any]) -> "FitConfig":
+        """With the settings of `flat`, by dotted name (`mixture.components`), replaced."""
+        values = self.to_dict()
+        for name, value in flat.items():
+            section, target = values, name.split(".")
+            for part in target[:-1]:
+                section = section.get(part, {})
+            section[target[-1]] = value
+        return type(self).from_dict(values, where="settings")
+
+
+def check_keys(got: Mapping[str, Any], known: typing.Iterable[str], where: str) -> None:
+    """Raise `ConfigError` at the first key of `got` that is not `known`, naming the nearest."""
+    known = list(known)
+    for key in got:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def settings(cls: type = FitConfig, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Every setting by dotted name: its type and its default."""
+    out: dict[str, tuple[Any, Any]] = {}
+    hints, defaults = typing.get_type_hints(cls), cls()
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            out.update(settings(hints[f.name], f"{prefix}{f.name}."))
+        else:
+            out[prefix + f.name] = (hints[f.name], getattr(defaults, f.name))
+    return out
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a table of settings, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    check_keys(values, hints, where)
+    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)  # type: ignore[arg-type]
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value in options:
+            return value
+        raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(repr, options))}")
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _convert(options[0], value, where)
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(options[0], v, where) for v in value)
+        raise ConfigError(f"{where}: expected a list, got {value!r}")
+    return _number(kind, value, where)
+
+
+def _number(kind: type, value: Any, where: str) -> Any:
+    if kind is str and isinstance(value, str):
+        return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and isinstance(value, str):  # YAML reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            number = False
+    if not number or (kind is int and float(value) != int(value)):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    if value < 0:
+        raise ConfigError(f"{where}: must not be negative, got {value!r}")
+    return kind(value)

@@ -1,0 +1,181 @@
+"""Exact denoisers: a Gaussian, and a mixture of Gaussians with dense or low-rank covariances.
+
+With the prior `Σ_k π_k N(μ_k, C_k)` and `x_t = x + σ z`, the posterior of `x` given `x_t` is again a
+mixture, with
+
+    weight ∝ π_k N(x_t; μ_k, C_k + σ² I),   m_k = μ_k + C_k (C_k + σ² I)⁻¹ (x_t − μ_k),
+    V_k = σ² C_k (C_k + σ² I)⁻¹.
+
+Covariances are kept as `C_k = U_k diag(λ_k) U_kᵀ + τ_k I` (`U_k` with orthonormal columns), so that no
+system is solved at any noise level.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dichroic.batching import as_float
+from dichroic.denoise.base import Denoiser, LinearMap
+from dichroic.errors import DataError, ShapeError
+from dichroic.evidence import Components
+from dichroic.operators import Shape
+
+
+class Mixture(Denoiser):
+    """The exact denoiser of a mixture of Gaussians over arrays of shape `shape`.
+
+    Build it from moments with `Mixture.from_moments`, or with `gaussian` for a single component.
+    """
+
+    log_weights: Float[Array, " K"] = eqx.field(converter=as_float)
+    means: Float[Array, "K dim"] = eqx.field(converter=as_float)
+    basis: Float[Array, "K dim rank"] = eqx.field(converter=as_float)
+    variances: Float[Array, "K rank"] = eqx.field(converter=as_float)
+    floor: Float[Array, " K"] = eqx.field(converter=as_float)
+    shape: Shape = eqx.field(static=True)
+
+    @classmethod
+    def from_moments(
+        cls,
+        weights: Any,
+        means: Any,
+        covariances: Any,
+        *,
+        shape: Shape | None = None,
+        rank: int | None = None,
+    ) -> "Mixture":
+        """From weights `(K,)`, means `(K, *shape)` and covariances `(K, D, D)`.
+
+        With `rank`, each covariance keeps its `rank` leading directions and the mean of the other
+        eigenvalues as a floor (probabilistic PCA). Raises if a covariance is not PSD.
+        """
+        weights, means = np.asarray(weights, float), np.asarray(means, float)
+        shape = means.shape[1:] if shape is None else shape
+        covariances = np.asarray(covariances, float)
+        k, dim = weights.size, int(np.prod(shape))
+        if means.size != k * dim or covariances.shape != (k, dim, dim):
+            raise ShapeError(
+                f"Mixture: {k} components of {dim} numbers need covariances {(k, dim, dim)}, "
+                f"got means {means.shape} and covariances {covariances.shape}"
+            )
+        values, vectors = np.linalg.eigh(0.5 * (covariances + covariances.swapaxes(1, 2)))
+        lowest = values[:, 0].min()
+        if lowest < -1e-5 * max(values.max(), 1e-30):
+            raise DataError(f"Mixture: a covariance is not PSD (eigenvalue {lowest:.3g})")
+        values = np.maximum(values, 0)
+        rank = dim if rank is None else min(rank, dim)
+        rest = values[:, : dim - rank]
+        floor = rest.mean(axis=1) if rank < dim else np.zeros(k)
+        return cls(
+            log_weights=np.log(weights / weights.sum()),
+            means=means.reshape(k, dim),
+            basis=vectors[:, :, dim - rank :],
+            variances=np.maximum(values[:, dim - rank :] - floor[:, None], 0),
+            floor=floor,
+            shape=tuple(shape),
+        )
+
+    @property
+    def dim(self) -> int:
+        return self.means.shape[1]
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether the basis spans the whole space, so that the floor is not needed."""
+        return self.variances.shape[1] == self.dim
+
+    def covariances(self) -> Float[Array, "K dim dim"]:
+        """The dense `C_k`."""
+        return self._spectral(self.variances, self.floor)
+
+    def _spectral(self, values: Array, floor: Array) -> Array:
+        outer = jnp.einsum("kir,kr,kjr->kij", self.basis, values, self.basis)
+        return outer + floor[:, None, None] * jnp.eye(self.dim)
+
+    @property
+    def location(self) -> Float[Array, "*shape"]:
+        return (jnp.exp(self.log_weights) @ self.means).reshape(self.shape)
+
+    @property
+    def scale(self) -> Float[Array, ""]:
+        between = jnp.sum((self.means - self.location.ravel()) ** 2, -1) / self.dim
+        within = jnp.sum(self.variances, -1) / self.dim + self.floor
+        return jnp.sqrt(jnp.exp(self.log_weights) @ (between + within))
+
+    def prior(self) -> Components:
+        """The prior itself as components."""
+        return Components(self.log_weights, self.means, self.covariances())
+
+    def _shrink(self, x_t: Array, sigma: Array) -> tuple[Array, Array]:
+        """Per component: log weight given `x_t` (not normalised), and the posterior mean `m_k`."""
+        noised = self.variances + self.floor[:, None] + sigma**2
+        gain = 1 - sigma**2 / noised
+        d = x_t.ravel() - self.means
+        z = jnp.einsum("kir,ki->kr", self.basis, d)
+        log_density = -0.5 * jnp.sum(z * z / noised + jnp.log(noised), -1)
+        if self.full_rank:
+            return self.log_weights + log_density, self.means + jnp.einsum(
+                "kir,kr->ki", self.basis, gain * z
+            )
+        rest = self.floor + sigma**2
+        outside = jnp.maximum(jnp.sum(d * d, -1) - jnp.sum(z * z, -1), 0)
+        missing = self.dim - self.variances.shape[1]
+        log_density += -0.5 * (outside / rest + missing * jnp.log(rest))
+        g = 1 - sigma**2 / rest
+        inside = jnp.einsum("kir,kr->ki", self.basis, (gain - g[:, None]) * z)
+        return self.log_weights + log_density, self.means + g[:, None] * d + inside
+
+    def __call__(self, x_t: Array, sigma: Array) -> Array:
+        scores, means = self._shrink(x_t, sigma)
+        return (jax.nn.softmax(scores) @ means).reshape(self.shape)
+
+    def components(self, x_t: Array, sigma: Array) -> Components:
+        scores, means = self._shrink(x_t, sigma)
+        noised = self.variances + self.floor[:, None] + sigma**2
+        g = self.floor / (self.floor + sigma**2)
+        gain = 1 - sigma**2 / noised - g[:, None]
+        return Components(
+            jax.nn.log_softmax(scores), means, sigma**2 * self._spectral(gain, g)
+        )
+
+    def covariance_map(self, x_t: Array, sigma: Array) -> tuple[Array, LinearMap]:
+        scores, means = self._shrink(x_t, sigma)
+        w = jax.nn.softmax(scores)
+        mean = w @ means
+        noised = self.variances + self.floor[:, None] + sigma**2
+        g = self.floor / (self.floor + sigma**2)
+        gain = w[:, None] * (1 - sigma**2 / noised - g[:, None])
+        centred = means - mean
+
+        def covariance(u: Array) -> Array:
+            z = gain * jnp.einsum("kir,i->kr", self.basis, u)
+            within = jnp.einsum("kir,kr->i", self.basis, z) + (w @ g) * u
+            return sigma**2 * within + (w * (centred @ u)) @ centred
+
+        return mean, covariance
+
+    def sample(self, key: PRNGKeyArray) -> Float[Array, "*shape"]:
+        """One exact draw from the prior."""
+        a, b = jax.random.split(key)
+        return self.sample_component(jax.random.categorical(a, self.log_weights), b)
+
+    def sample_component(self, k: Int[Array, ""], key: PRNGKeyArray) -> Float[Array, "*shape"]:
+        """One exact draw from component `k`."""
+        a, b = jax.random.split(key)
+        z = jax.random.normal(a, self.variances.shape[1:])
+        inside = self.basis[k] @ (jnp.sqrt(self.variances[k]) * z)
+        rest = jnp.sqrt(self.floor[k]) * jax.random.normal(b, (self.dim,))
+        return (self.means[k] + inside + rest).reshape(self.shape)
+
+
+def gaussian(mean: Any, covariance: Any, *, rank: int | None = None) -> Mixture:
+    """The exact denoiser of `N(mean, covariance)`: a mixture of one component.
+
+    `mean` has the source's shape and `covariance` is `(D, D)` over the flattened source.
+    """
+    mean, covariance = np.asarray(mean, float), np.asarray(covariance, float)
+    return Mixture.from_moments([1.0], mean[None], covariance[None], rank=rank)

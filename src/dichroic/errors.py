@@ -1,0 +1,25 @@
+"""Errors that say what is wrong, where, and what to do. All are `ValueError`s."""
+
+
+class DichroicError(ValueError):
+    """Base of every error that dichroic raises on purpose."""
+
+
+class ShapeError(DichroicError):
+    """Arrays or operators whose shapes do not fit together."""
+
+
+class DataError(DichroicError):
+    """Values that cannot be used: NaN without a mask, a noise covariance that is not PSD, …"""
+
+
+class ConfigError(DichroicError):
+    """A problem file or configuration that cannot be understood."""
+
+
+class RunError(DichroicError):
+    """A run folder that is missing, belongs to another problem, or cannot be resumed."""
+
+
+class FormatError(DichroicError):
+    """A saved file of another format version, or one whose contents do not match its hash."""

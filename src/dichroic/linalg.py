@@ -1,0 +1,120 @@
+"""Small dense symmetric matrices by multiplications only.
+
+Everything here is built from matrix products and elementwise operations on the last two axes, so it
+is differentiable, batches over any leading axes, and never calls LAPACK: batched LAPACK calls inside
+a jitted sampling loop can deadlock XLA's CPU runtime on few cores.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_UNROLLED = 4
+
+
+def symmetrise(a: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """`½(a + aᵀ)`."""
+    return 0.5 * (a + jnp.swapaxes(a, -1, -2))
+
+
+def inverse_cholesky(
+    a: Float[Array, "*batch n n"],
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch"]]:
+    """`(L⁻¹, log det a)` of a symmetric positive definite `a = L Lᵀ`, so that `a⁻¹ = L⁻ᵀ L⁻¹`."""
+    _, inverse, logdet = _cholesky(a)
+    return inverse, logdet
+
+
+def psd_factor(
+    a: Float[Array, "*batch n n"], *, jitter: float = 1e-6
+) -> Float[Array, "*batch n n"]:
+    """Lower triangular `L` with `L Lᵀ = a + jitter · (mean of the diagonal) · I`, `a` PSD."""
+    n = a.shape[-1]
+    size = jnp.trace(a, axis1=-2, axis2=-1) / n + jnp.finfo(a.dtype).tiny
+    low, _, _ = _cholesky(a + jitter * size[..., None, None] * jnp.eye(n, dtype=a.dtype))
+    return low
+
+
+def _cholesky(a: Array, least: Array | None = None) -> tuple[Array, Array, Array]:
+    """`(L, L⁻¹, log det a)`, recursive on 2 × 2 blocks; pivots are kept above rounding, `least`.
+
+    The number of operations that XLA compiles grows linearly with the size: for up to a few hundred.
+    """
+    n = a.shape[-1]
+    if least is None:
+        largest = jnp.max(jnp.diagonal(a, axis1=-2, axis2=-1), axis=-1)
+        finfo = jnp.finfo(a.dtype)
+        least = jax.lax.stop_gradient(finfo.eps * largest + finfo.tiny)
+    if n <= _UNROLLED:
+        return _cholesky_scalar(a, least)
+    h = _UNROLLED * (-(-n // (2 * _UNROLLED)))
+    low1, inv1, logdet1 = _cholesky(a[..., :h, :h], least)
+    side = a[..., h:, :h] @ jnp.swapaxes(inv1, -1, -2)
+    rest = a[..., h:, h:] - side @ jnp.swapaxes(side, -1, -2)
+    low2, inv2, logdet2 = _cholesky(rest, least)
+    low = _lower_blocks(low1, side, low2)
+    inverse = _lower_blocks(inv1, -(inv2 @ side) @ inv1, inv2)
+    return low, inverse, logdet1 + logdet2
+
+
+def _lower_blocks(a: Array, b: Array, c: Array) -> Array:
+    top = jnp.concatenate([a, jnp.zeros_like(jnp.swapaxes(b, -1, -2))], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([b, c], axis=-1)], axis=-2)
+
+
+def _cholesky_scalar(a: Array, least: Array) -> tuple[Array, Array, Array]:
+    n = a.shape[-1]
+    low: dict[tuple[int, int], Array] = {}
+    inv: dict[tuple[int, int], Array] = {}
+    zero = jnp.zeros(a.shape[:-2], a.dtype)
+    logdet = zero
+    for i in range(n):
+        for j in range(i):
+            dot = sum((low[i, k] * low[j, k] for k in range(j)), zero)
+            low[i, j] = (a[..., i, j] - dot) * inv[j, j]
+        pivot = a[..., i, i] - sum((low[i, k] ** 2 for k in range(i)), zero)
+        pivot = jnp.maximum(pivot, least)
+        inv[i, i] = jax.lax.rsqrt(pivot)
+        low[i, i] = pivot * inv[i, i]
+        logdet = logdet + jnp.log(pivot)
+        for j in range(i):
+            dot = sum((low[i, k] * inv[k, j] for k in range(j, i)), zero)
+            inv[i, j] = -inv[i, i] * dot
+    return _assemble(low, n, zero), _assemble(inv, n, zero), logdet
+
+
+def _assemble(entries: dict[tuple[int, int], Array], n: int, zero: Array) -> Array:
+    rows = [jnp.stack([entries.get((i, j), zero) for j in range(n)], -1) for i in range(n)]
+    return jnp.stack(rows, axis=-2)
+
+
+def psd_projection(
+    a: Float[Array, "*batch n n"], *, resolution: float = 1e-4
+) -> Float[Array, "*batch n n"]:
+    """The symmetric positive semi-definite matrix nearest to `a`: `½(S + |S|)`, `S = ½(a + aᵀ)`.
+
+    `|S| = S sign(S)`, and the sign comes from the scaled Newton–Schulz iteration
+    `X ← ½ α X (3I − α² X²)` with the optimal `α = √(3 / (1 + l + l²))` for a spectrum in `[l, 1]`
+    (Chen and Chow, Argonne preprint 5059, 2014). Eigenvalues smaller than `resolution · ‖S‖` in
+    magnitude are only partly resolved; a multiple of the identity of that order keeps the result
+    positive semi-definite.
+    """
+    s = symmetrise(a)
+    norm = jnp.minimum(
+        jnp.max(jnp.sum(jnp.abs(s), axis=-1), axis=-1), jnp.sqrt(jnp.sum(s * s, axis=(-2, -1)))
+    )[..., None, None]
+    tiny = jnp.finfo(s.dtype).tiny
+    x = s / jnp.maximum(norm, tiny)
+    eye = jnp.eye(s.shape[-1], dtype=s.dtype)
+    for alpha in _sign_scalings(resolution):
+        x = 0.5 * alpha * (x @ (3.0 * eye - alpha**2 * (x @ x)))
+    return symmetrise(0.5 * (s + s @ x)) + 0.25 * resolution * norm * eye
+
+
+def _sign_scalings(lower: float) -> list[float]:
+    scalings = []
+    while lower < 1 - 1e-4:
+        alpha = (3 / (1 + lower + lower**2)) ** 0.5
+        lower = 0.5 * alpha * lower * (3 - (alpha * lower) ** 2)
+        scalings.append(alpha)
+    return scalings

@@ -1,0 +1,3 @@
+"""Networks `F(x, c_noise)` for `dichroic.denoise.Preconditioned`."""
+
+from dichroic.nn.mlp import Mlp as Mlp

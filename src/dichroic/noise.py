@@ -1,0 +1,130 @@
+"""Observation noise `η ~ N(0, Σ)` of one observation, flattened to `M` numbers.
+
+As with operators, a parameter with one more axis is per observation. Missing entries are noise of
+infinite variance: `Masked` deletes their rows exactly, also where the noise is correlated.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dichroic.batching import param
+
+
+class Noise(eqx.Module):
+    """A Gaussian noise model; `Σ` is the covariance of the flattened observation."""
+
+    @abstractmethod
+    def mv(self, v: Float[Array, " obs"]) -> Float[Array, " obs"]:
+        """`Σ v`."""
+
+    @abstractmethod
+    def sample(self, key: PRNGKeyArray, size: int) -> Float[Array, " obs"]:
+        """One draw of `η`."""
+
+    def as_matrix(self, size: int) -> Float[Array, "obs obs"]:
+        """`Σ` as a dense matrix."""
+        return jax.vmap(self.mv)(jnp.eye(size))
+
+    def observed(self, size: int) -> Float[Array, " obs"]:
+        """1 where an entry was observed and 0 where it is missing."""
+        return jnp.ones(size)
+
+
+class Isotropic(Noise):
+    """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation."""
+
+    std: Float[Array, "*n"] = param(0)
+
+    def mv(self, v: Array) -> Array:
+        return self.std**2 * v
+
+    def sample(self, key: PRNGKeyArray, size: int) -> Array:
+        return self.std * jax.random.normal(key, (size,))
+
+
+class DiagonalNoise(Noise):
+    """`Σ = diag(variance)`; `variance` is `(M,)`, or `(n, M)` for one per observation."""
+
+    variance: Float[Array, "*n obs"] = param(1)
+
+    def mv(self, v: Array) -> Array:
+        return self.variance * v
+
+    def sample(self, key: PRNGKeyArray, size: int) -> Array:
+        return jnp.sqrt(self.variance) * jax.random.normal(key, (size,))
+
+
+class LowRankNoise(Noise):
+    """`Σ = U Uᵀ + diag(variance)`; `factor` `U` is `(M, R)` or `(n, M, R)`, `variance` as above."""
+
+    factor: Float[Array, "*n obs rank"] = param(2)
+    variance: Float[Array, "*n obs"] = param(1)
+
+    def mv(self, v: Array) -> Array:
+        return self.factor @ (self.factor.T @ v) + self.variance * v
+
+    def sample(self, key: PRNGKeyArray, size: int) -> Array:
+        a, b = jax.random.split(key)
+        z = jax.random.normal(a, self.factor.shape[-1:])
+        return self.factor @ z + jnp.sqrt(self.variance) * jax.random.normal(b, (size,))
+
+
+class DenseNoise(Noise):
+    """`Σ = covariance`, `(M, M)`, or `(n, M, M)` for one per observation."""
+
+    covariance: Float[Array, "*n obs obs"] = param(2)
+
+    def mv(self, v: Array) -> Array:
+        return self.covariance @ v
+
+    def sample(self, key: PRNGKeyArray, size: int) -> Array:
+        return jnp.linalg.cholesky(self.covariance) @ jax.random.normal(key, (size,))
+
+
+class Masked(Noise):
+    """`noise` with missing entries; `mask` is 1 where observed, `(M,)` or `(n, M)`.
+
+    The rows and columns of missing entries become those of the identity. Together with operators and
+    observations that are zero there (`dichroic.posterior` sees to that) this marginalises them.
+    """
+
+    noise: Noise
+    mask: Float[Array, "*n obs"] = param(1)
+
+    def mv(self, v: Array) -> Array:
+        return self.mask * self.noise.mv(self.mask * v) + (1 - self.mask) * v
+
+    def sample(self, key: PRNGKeyArray, size: int) -> Array:
+        return self.mask * self.noise.sample(key, size)
+
+    def observed(self, size: int) -> Array:
+        return self.mask
+
+
+class JointNoise(Noise):
+    """Independent noises of co-observed views, concatenated; `sizes` are their lengths."""
+
+    noises: tuple[Noise, ...]
+    sizes: tuple[int, ...] = eqx.field(static=True)
+
+    def _parts(self, v: Array) -> list[Array]:
+        ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes) - 1)]
+        return jnp.split(v, ends)
+
+    def mv(self, v: Array) -> Array:
+        pairs = zip(self.noises, self._parts(v), strict=True)
+        return jnp.concatenate([noise.mv(part) for noise, part in pairs])
+
+    def sample(self, key: PRNGKeyArray, size: int) -> Array:
+        keys = jax.random.split(key, len(self.noises))
+        triples = zip(self.noises, keys, self.sizes, strict=True)
+        return jnp.concatenate([noise.sample(k, m) for noise, k, m in triples])
+
+    def observed(self, size: int) -> Array:
+        return jnp.concatenate(
+            [noise.observed(m) for noise, m in zip(self.noises, self.sizes, strict=True)]
+        )

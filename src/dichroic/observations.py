@@ -1,0 +1,81 @@
+"""Observations of one view, with their operators and noise, as one pytree.
+
+Everything that computes takes this, not a `View`: it is an argument of the jitted functions, so new
+data of the same shapes never recompile. Views of the same draws are already stacked here.
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dichroic.batching import param
+from dichroic.noise import Noise
+from dichroic.operators import Operator
+
+
+class Observations(eqx.Module):
+    """`y = Σ_β A_β x_β + η`: `y` is `(n, M)` flattened (or `(M,)`, one of them), 0 where missing."""
+
+    y: Float[Array, "*n obs"] = param(1)
+    operators: dict[str, Operator]
+    noise: Noise
+
+    @property
+    def count(self) -> int:
+        """The number of observations."""
+        return self.y.shape[0]
+
+    @property
+    def size(self) -> int:
+        """The number of entries `M` of one observation."""
+        return self.y.shape[-1]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources seen."""
+        return tuple(self.operators)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The number of entries of each source."""
+        return {name: math.prod(op.in_shape) for name, op in self.operators.items()}
+
+    # One observation (no leading axis) from here on.
+
+    def system(self) -> tuple[Array, dict[str, Array], Array]:
+        """`(y, {β: A_β}, Σ)` as dense arrays, with the rows of missing entries taken out."""
+        seen = self.noise.observed(self.size)
+        matrices = {name: seen[:, None] * op.as_matrix() for name, op in self.operators.items()}
+        return seen * self.y, matrices, self.noise.as_matrix(self.size)
+
+    def apply(self, x: dict[str, Array]) -> Float[Array, " obs"]:
+        """`Σ_β A_β x_β`, 0 where missing."""
+        total = sum((op.mv(x[k]).ravel() for k, op in self.operators.items()), jnp.zeros(self.size))
+        return self.noise.observed(self.size) * total
+
+    def adjoint(self, v: Float[Array, " obs"]) -> dict[str, Array]:
+        """`{β: A_βᵀ v}`, shaped as the sources."""
+        v = self.noise.observed(self.size) * v
+        return {k: op.rmv(v.reshape(op.out_shape)) for k, op in self.operators.items()}
+
+    def simulate(self, x: dict[str, Array], key: PRNGKeyArray) -> "Observations":
+        """The same observation with `y` drawn anew from the sources `x`."""
+        noise = self.noise.observed(self.size) * self.noise.sample(key, self.size)
+        return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
+
+
+def whitened_chi2(
+    obs: Observations, x: dict[str, Array]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`(rᵀ Σ⁻¹ r, number of observed entries)` of one observation, `r = y − Σ_β A_β x_β`.
+
+    `Σ⁻¹ r` comes from conjugate gradients, which are exact in one step for isotropic noise.
+    """
+    seen = obs.noise.observed(obs.size)
+    r = seen * obs.y - obs.apply(x)
+    diag = jnp.sum(seen)
+    v, _ = jax.scipy.sparse.linalg.cg(obs.noise.mv, r, maxiter=64)
+    return r @ v, diag

@@ -1,0 +1,15 @@
+"""Known linear operators that take a source to a view."""
+
+from dichroic.operators.base import Operator as Operator
+from dichroic.operators.base import Shape as Shape
+from dichroic.operators.elementary import Dense as Dense
+from dichroic.operators.elementary import Diagonal as Diagonal
+from dichroic.operators.elementary import Function as Function
+from dichroic.operators.elementary import Identity as Identity
+from dichroic.operators.elementary import Scale as Scale
+from dichroic.operators.elementary import Zero as Zero
+from dichroic.operators.image import BlockAverage as BlockAverage
+from dichroic.operators.image import Convolve as Convolve
+from dichroic.operators.structure import Compose as Compose
+from dichroic.operators.structure import Stack as Stack
+from dichroic.operators.structure import Sum as Sum

@@ -1,0 +1,72 @@
+"""The contract of a linear operator `A: source → view`.
+
+An operator is an immutable pytree that describes the map for *one* observation: `mv(x)` takes an array
+of shape `in_shape` to one of `out_shape`, and `rmv(y)` is the adjoint, `⟨A x, y⟩ = ⟨x, Aᵀ y⟩`. A
+parameter with one more axis than the constructor asks for is per observation (see
+`dichroic.batching`). Operators compose with `@`, add with `+`, and scale with `*`:
+
+    blur @ (0.5 * Identity((8, 8)))
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dichroic.errors import ShapeError
+
+Shape = tuple[int, ...]
+
+
+def as_shape(shape: int | tuple[int, ...] | list[int]) -> Shape:
+    """`shape` as a tuple of positive integers."""
+    dims = (shape,) if isinstance(shape, int) else tuple(int(d) for d in shape)
+    if any(d < 1 for d in dims):
+        raise ShapeError(f"a shape needs positive integers, got {dims}")
+    return dims
+
+
+class Operator(eqx.Module):
+    """A linear map; subclasses define `in_shape`, `out_shape` and `mv`."""
+
+    in_shape: eqx.AbstractVar[Shape]
+    out_shape: eqx.AbstractVar[Shape]
+
+    @abstractmethod
+    def mv(self, x: Array) -> Array:
+        """`A x` for `x` of shape `in_shape`; the result has shape `out_shape`."""
+
+    def rmv(self, y: Array) -> Array:
+        """`Aᵀ y` for `y` of shape `out_shape`, by transposing `mv` unless a subclass knows better."""
+        x = jax.ShapeDtypeStruct(self.in_shape, y.dtype)
+        (transposed,) = jax.linear_transpose(self.mv, x)(y)
+        return transposed
+
+    def as_matrix(self) -> Float[Array, "out in"]:
+        """The dense matrix, rows and columns in C order of `out_shape` and `in_shape`."""
+        size = math.prod(self.in_shape)
+        basis = jnp.eye(size).reshape(size, *self.in_shape)
+        return jax.vmap(lambda x: self.mv(x).ravel())(basis).T
+
+    def __matmul__(self, other: "Operator") -> "Operator":
+        from dichroic.operators.structure import Compose
+
+        return Compose((self, other))
+
+    def __add__(self, other: "Operator") -> "Operator":
+        from dichroic.operators.structure import Sum
+
+        return Sum((self, other))
+
+    def __mul__(self, factor: Any) -> "Operator":
+        from dichroic.operators.elementary import Scale
+        from dichroic.operators.structure import Compose
+
+        return Compose((Scale(self.out_shape, factor), self))
+
+    __rmul__ = __mul__

@@ -1,0 +1,174 @@
+"""Identity, zero, scale, diagonal (mask), dense matrix, and any linear JAX function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from dichroic.batching import as_float, flagged, param
+from dichroic.errors import ShapeError
+from dichroic.operators.base import Operator, Shape, as_shape
+
+
+def shape_field() -> Any:
+    """A static field that holds a shape."""
+    return eqx.field(static=True, converter=as_shape)
+
+
+class Square(Operator):
+    """An operator whose output has the shape of its input."""
+
+    shape: eqx.AbstractVar[Shape]
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.shape
+
+
+class Identity(Square):
+    """`A x = x` on arrays of shape `shape`.
+
+    >>> Identity((2, 3)).as_matrix().shape
+    (6, 6)
+    """
+
+    shape: Shape = shape_field()
+
+    def mv(self, x: Array) -> Array:
+        return x
+
+    def rmv(self, y: Array) -> Array:
+        return y
+
+    def as_matrix(self) -> Array:
+        return jnp.eye(int(np.prod(self.shape)))
+
+
+class Zero(Operator):
+    """`A x = 0`: a view of shape `out_shape` that does not see a source of shape `in_shape`."""
+
+    in_shape: Shape = shape_field()
+    out_shape: Shape = shape_field()
+
+    def mv(self, x: Array) -> Array:
+        return jnp.zeros(self.out_shape, x.dtype)
+
+    def rmv(self, y: Array) -> Array:
+        return jnp.zeros(self.in_shape, y.dtype)
+
+
+class Scale(Square):
+    """`A x = factor · x`; `factor` is a scalar, or `(n,)` for one per observation (an amplitude)."""
+
+    shape: Shape = shape_field()
+    factor: Float[Array, "*n"] = param(0)
+
+    def mv(self, x: Array) -> Array:
+        return self.factor * x
+
+    def rmv(self, y: Array) -> Array:
+        return self.factor * y
+
+
+class Diagonal(Square):
+    """`A x = diagonal ∘ x`; a mask is a diagonal of zeros and ones.
+
+    `diagonal` has the source's shape; for one per observation, `(n, *shape)` with `shape` given.
+    """
+
+    shape: Shape = eqx.field(static=True)
+    diagonal: Float[Array, "..."] = param(lambda op: len(op.shape))
+
+    def __init__(self, diagonal: Any, *, shape: int | tuple[int, ...] | None = None):
+        self.diagonal = as_float(diagonal)
+        self.shape = self.diagonal.shape if shape is None else as_shape(shape)
+        if self.diagonal.shape[-len(self.shape) :] != self.shape:
+            raise ShapeError(
+                f"Diagonal: an array of shape {self.diagonal.shape} does not end in {self.shape}"
+            )
+
+    def mv(self, x: Array) -> Array:
+        return self.diagonal * x
+
+    def rmv(self, y: Array) -> Array:
+        return self.diagonal * y
+
+
+class Dense(Operator):
+    """`A x = matrix @ x` on flattened arrays; `matrix` is `(M, D)`, or `(n, M, D)` per observation.
+
+    `in_shape` and `out_shape` default to `(D,)` and `(M,)`.
+    """
+
+    matrix: Float[Array, "*n out in"] = param(2)
+    in_shape: Shape = eqx.field(static=True)
+    out_shape: Shape = eqx.field(static=True)
+
+    def __init__(
+        self,
+        matrix: Any,
+        *,
+        in_shape: int | tuple[int, ...] | None = None,
+        out_shape: int | tuple[int, ...] | None = None,
+    ):
+        self.matrix = as_float(matrix)
+        if self.matrix.ndim not in (2, 3):
+            raise ShapeError(f"Dense: expected (M, D) or (n, M, D), got {self.matrix.shape}")
+        rows, columns = self.matrix.shape[-2:]
+        self.in_shape = as_shape(columns if in_shape is None else in_shape)
+        self.out_shape = as_shape(rows if out_shape is None else out_shape)
+        if (np.prod(self.out_shape), np.prod(self.in_shape)) != (rows, columns):
+            raise ShapeError(
+                f"Dense: a {rows} × {columns} matrix cannot map {self.in_shape} to {self.out_shape}"
+            )
+
+    def mv(self, x: Array) -> Array:
+        return (self.matrix @ x.ravel()).reshape(self.out_shape)
+
+    def rmv(self, y: Array) -> Array:
+        return (self.matrix.T @ y.ravel()).reshape(self.in_shape)
+
+    def as_matrix(self) -> Array:
+        return self.matrix
+
+
+class Function(Operator):
+    """`A x = fn(x, params)` for any JAX function that is linear in `x`; the adjoint is derived.
+
+    `params` is a pytree of arrays, shared by all observations, or, with `per_observation=True`, with
+    a leading axis of one entry per observation on every array. `fn(x)` suffices without `params`.
+    """
+
+    fn: Callable[..., Array] = eqx.field(static=True)
+    in_shape: Shape = eqx.field(static=True)
+    out_shape: Shape = eqx.field(static=True)
+    params: PyTree = flagged("per_observation")
+    per_observation: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        fn: Callable[..., Array],
+        *,
+        in_shape: int | tuple[int, ...],
+        params: PyTree = None,
+        per_observation: bool = False,
+    ):
+        self.fn, self.in_shape, self.per_observation = fn, as_shape(in_shape), per_observation
+        self.params = jax.tree.map(jnp.asarray, params)
+        one = jax.tree.map(lambda a: a[0], self.params) if per_observation else self.params
+        x = jax.ShapeDtypeStruct(self.in_shape, jnp.zeros(()).dtype)
+        self.out_shape = jax.eval_shape(lambda x: self._call(x, one), x).shape
+
+    def _call(self, x: Array, params: PyTree) -> Array:
+        return self.fn(x) if params is None else self.fn(x, params)
+
+    def mv(self, x: Array) -> Array:
+        return self._call(x, self.params)

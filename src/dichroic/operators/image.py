@@ -1,0 +1,102 @@
+"""Operators of imaging and time series: block averaging (fewer outputs) and convolution by FFT."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dichroic.batching import as_float, param
+from dichroic.errors import ShapeError
+from dichroic.operators.base import Operator, Shape, as_shape
+
+
+class BlockAverage(Operator):
+    """Down-sampling: the mean of each block of `factor` samples along every axis of `axes`.
+
+    The output is truly smaller: `(8, 8)` with `factor=2` becomes `(4, 4)`. `axes` are the axes of the
+    source to reduce (all by default; leave out a channel axis).
+    """
+
+    in_shape: Shape = eqx.field(static=True)
+    factor: int = eqx.field(static=True)
+    axes: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(
+        self, in_shape: int | tuple[int, ...], factor: int, *, axes: tuple[int, ...] | None = None
+    ):
+        self.in_shape, self.factor = as_shape(in_shape), int(factor)
+        ndim = len(self.in_shape)
+        self.axes = tuple(range(ndim)) if axes is None else tuple(sorted(a % ndim for a in axes))
+        bad = [a for a in self.axes if self.in_shape[a] % self.factor]
+        if bad:
+            raise ShapeError(
+                f"BlockAverage: axis {bad[0]} of {self.in_shape} is not a multiple of {self.factor}"
+            )
+
+    @property
+    def out_shape(self) -> Shape:
+        dims = enumerate(self.in_shape)
+        return tuple(d // self.factor if a in self.axes else d for a, d in dims)
+
+    def mv(self, x: Array) -> Array:
+        for a in self.axes:
+            blocks = (*x.shape[:a], x.shape[a] // self.factor, self.factor, *x.shape[a + 1 :])
+            x = x.reshape(blocks).mean(axis=a + 1)
+        return x
+
+    def rmv(self, y: Array) -> Array:
+        for a in self.axes:
+            y = jnp.repeat(y, self.factor, axis=a) / self.factor
+        return y
+
+
+class Convolve(Operator):
+    """Convolution with `kernel` over the last axes of the source, zero outside it, same size out.
+
+    `kernel` has `k` axes of odd length (a point-spread function, centred), or `(n, …)` with one
+    kernel per observation; the source's last `k` axes are convolved, by FFT, and the others, such as
+    channels, are carried along. `k` is the number of axes of the source unless `ndim` says otherwise.
+    """
+
+    shape: Shape = eqx.field(static=True)
+    ndim: int = eqx.field(static=True)
+    kernel: Float[Array, "..."] = param(lambda op: op.ndim)
+
+    def __init__(self, kernel: Any, *, shape: int | tuple[int, ...], ndim: int | None = None):
+        self.shape, self.kernel = as_shape(shape), as_float(kernel)
+        self.ndim = len(self.shape) if ndim is None else ndim
+        if self.ndim > len(self.shape) or self.kernel.ndim not in (self.ndim, self.ndim + 1):
+            raise ShapeError(
+                f"Convolve: a kernel of shape {self.kernel.shape} does not fit {self.ndim} axes "
+                f"of a source of shape {self.shape}; give ndim="
+            )
+        if any(size % 2 == 0 for size in self._kernel_shape):
+            raise ShapeError(f"Convolve: kernel sizes must be odd, got {self._kernel_shape}")
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def _kernel_shape(self) -> Shape:
+        return self.kernel.shape[-self.ndim :]
+
+    def mv(self, x: Array) -> Array:
+        return self._filter(x, self.kernel)
+
+    def rmv(self, y: Array) -> Array:
+        return self._filter(y, jnp.flip(self.kernel, range(self.ndim)))
+
+    def _filter(self, x: Array, kernel: Array) -> Array:
+        axes = tuple(range(x.ndim - self.ndim, x.ndim))
+        dims = self.shape[-self.ndim :]
+        size = [d + k - 1 for d, k in zip(dims, self._kernel_shape, strict=True)]
+        spectrum = jnp.fft.rfftn(x, size, axes=axes) * jnp.fft.rfftn(kernel, size)
+        full = jnp.fft.irfftn(spectrum, size, axes=axes)
+        crop = [slice(k // 2, k // 2 + d) for d, k in zip(dims, self._kernel_shape, strict=True)]
+        return full[(..., *crop)]

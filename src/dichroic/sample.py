@@ -1,0 +1,326 @@
+"""Samplers: from noise to a draw, for the prior and the posterior alike.
+
+A sampler walks down the noise levels `σ_0 > σ_1 > … > σ_N` with a denoiser `D`:
+
+    ancestral  x ← x₀ + (σ_s² / σ_t²) (x − x₀) + σ_s √(1 − σ_s² / σ_t²) z,  x₀ ~ p(x | x_t, y)
+    DDPM   x ← D + (σ_s² / σ_t²) (x − D) + σ_s √(1 − σ_s² / σ_t²) z       (arXiv 2006.11239)
+    DDIM   x ← D + (σ_s / σ_t) (x − D)                                  (arXiv 2010.02502)
+    Heun   second-order steps of dx/dσ = (x − D) / σ                    (EDM, arXiv 2206.00364)
+    PC     a DDPM step, then Langevin corrections at the new level      (arXiv 2011.13456)
+
+and ends with `D(x, σ_N)`. Levels are relative to each source's scale. An observation's random numbers
+come from its global index, and observations are computed in lanes of a fixed number, so a draw does
+not depend on how many others are computed with it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from dichroic.batching import split
+from dichroic.config import SamplerConfig
+from dichroic.denoise import Denoiser, Mixture
+from dichroic.errors import ConfigError
+from dichroic.observations import Observations
+from dichroic.posterior import Estimate, MatrixFreePosterior, Posterior, Prior, Sources, build_posterior
+from dichroic.schedule import Geometric, Karras, Schedule
+
+LANES = 64
+Denoise = Prior | Posterior | MatrixFreePosterior
+
+
+def noise_like(key: PRNGKeyArray, x: PyTree[Array]) -> PyTree[Array]:
+    """Standard normal arrays shaped as the leaves of `x`."""
+    leaves, treedef = jax.tree.flatten(x)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        treedef, [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
+    )
+
+
+class Sampler(eqx.Module):
+    """Walks `steps` steps down `schedule`; subclasses define one step."""
+
+    steps: int = eqx.field(static=True, default=64)
+    schedule: Schedule = Geometric()
+
+    @abstractmethod
+    def step(
+        self,
+        denoise: Denoise,
+        x: Sources,
+        key: PRNGKeyArray,
+        here: Sources,
+        there: Sources,
+    ) -> tuple[Sources, Estimate]:
+        """From the noise levels `here` to the lower `there`; also the estimate made at `here`."""
+
+    def last(self, denoise: Denoise, x: Sources, key: PRNGKeyArray, here: Sources) -> Estimate:
+        """The end of the walk at the lowest level `here`."""
+        return denoise(x, here)
+
+
+def _bridge(x, d, z, t, s):
+    r = (s / t) ** 2
+    return d + r * (x - d) + s * jnp.sqrt(1 - r) * z
+
+
+class Ancestral(Sampler):
+    """The reverse chain itself: a draw of `x` given `x_t`, then the bridge to the next level.
+
+    The draw uses the covariance of the estimate and not only its mean, so the chain is exact for
+    Gaussian and mixture priors at any number of steps. Needs a posterior with an exact solve.
+    """
+
+    def step(self, denoise, x, key, here, there):
+        a, b = jax.random.split(key)
+        e = denoise.draw(x, here, a)
+        return jax.tree.map(_bridge, x, e.mean, noise_like(b, x), here, there), e
+
+    def last(self, denoise, x, key, here):
+        return denoise.draw(x, here, key)
+
+
+class Ddpm(Sampler):
+    """Ancestral sampling with the mean of `x` given `x_t` in place of a draw."""
+
+    def step(self, denoise, x, key, here, there):
+        e = denoise(x, here)
+        return jax.tree.map(_bridge, x, e.mean, noise_like(key, x), here, there), e
+
+
+class Ddim(Sampler):
+    """Deterministic steps of the probability-flow equation."""
+
+    def step(self, denoise, x, key, here, there):
+        e = denoise(x, here)
+        move = lambda x, d, t, s: d + s / t * (x - d)
+        return jax.tree.map(move, x, e.mean, here, there), e
+
+
+class Heun(Sampler):
+    """Deterministic second-order steps: two evaluations of the denoiser each."""
+
+    def step(self, denoise, x, key, here, there):
+        e = denoise(x, here)
+        slope = jax.tree.map(lambda x, d, t: (x - d) / t, x, e.mean, here)
+        euler = jax.tree.map(lambda x, g, t, s: x + (s - t) * g, x, slope, here, there)
+        e2 = denoise(euler, there)
+        slope2 = jax.tree.map(lambda x, d, s: (x - d) / s, euler, e2.mean, there)
+        move = lambda x, g, h, t, s: x + 0.5 * (s - t) * (g + h)
+        return jax.tree.map(move, x, slope, slope2, here, there), e
+
+
+class PredictorCorrector(Sampler):
+    """A DDPM step, then `corrections` Langevin steps of size `(snr · σ)²` at the new level."""
+
+    corrections: int = eqx.field(static=True, default=1)
+    snr: float = eqx.field(static=True, default=0.2)
+
+    def step(self, denoise, x, key, here, there):
+        x, e = Ddpm.step(self, denoise, x, jax.random.fold_in(key, 0), here, there)  # type: ignore[arg-type]
+        for i in range(self.corrections):
+            d = denoise(x, there).mean
+            z = noise_like(jax.random.fold_in(key, i + 1), x)
+            move = lambda x, d, z, s: x + self.snr**2 * (d - x) + jnp.sqrt(2.0) * self.snr * s * z
+            x = jax.tree.map(move, x, d, z, there)
+        return x, e
+
+
+class Draw(eqx.Module):
+    """One draw of all sources, with what the sampler saw on its way.
+
+    `evidence` is a lower bound of `log p(y)` along the path (see `walk`); `residual` is the largest
+    relative residual of the solves, `converged` the fraction of them that converged.
+    """
+
+    x: Sources
+    evidence: Float[Array, ""]
+    residual: Float[Array, ""]
+    converged: Float[Array, ""]
+
+
+def walk(
+    sampler: Sampler, denoise: Denoise, denoisers: dict[str, Denoiser], key: PRNGKeyArray
+) -> Draw:
+    """One draw by `sampler` with `denoise`, from noise about each prior's mean.
+
+    With DDPM steps the path of the posterior differs from that of the prior by its drift only, so
+
+        log p(y) ≥ E[ log p(y | x_N) − Σ_t ½ ‖D(x_t; y) − D(x_t)‖² (1/σ_s² − 1/σ_t²) ],
+
+    the evidence lower bound of the discrete diffusion; its value on this path is `evidence`.
+    """
+    scales = {k: d.scale for k, d in denoisers.items()}
+    levels = sampler.schedule.grid(sampler.steps)
+    at = lambda level: {k: s * level for k, s in scales.items()}
+    key_start, key_path = jax.random.split(key)
+    z = noise_like(key_start, {k: jnp.zeros(d.shape) for k, d in denoisers.items()})
+    start = {
+        k: d.location + scales[k] * jnp.sqrt(1 + levels[0] ** 2) * z[k]
+        for k, d in denoisers.items()
+    }
+
+    def body(carry, i):
+        x, cost, residual, converged = carry
+        here, there = at(levels[i]), at(levels[i + 1])
+        x, e = sampler.step(denoise, x, jax.random.fold_in(key_path, i), here, there)
+        gap = lambda a, b, t, s: 0.5 * jnp.sum((a - b) ** 2) * (1 / s**2 - 1 / t**2)
+        cost += sum(jax.tree.leaves(jax.tree.map(gap, e.mean, e.prior, here, there)))
+        return (x, cost, jnp.maximum(residual, e.residual), converged + e.converged), None
+
+    zero = jnp.zeros(())
+    carry, _ = jax.lax.scan(body, (start, zero, zero, zero), jnp.arange(sampler.steps))
+    x, cost, residual, converged = carry
+    last = sampler.last(denoise, x, jax.random.fold_in(key_path, sampler.steps), at(levels[-1]))
+    return Draw(
+        last.mean,
+        last.log_evidence - cost,
+        jnp.maximum(residual, last.residual),
+        (converged + last.converged) / (sampler.steps + 1),
+    )
+
+
+class Draws(eqx.Module):
+    """Draws of every source: `x[name]` is `(n_draws, n, *shape)`; the others `(n_draws, n)`."""
+
+    x: dict[str, np.ndarray]
+    evidence: np.ndarray
+    residual: np.ndarray
+    converged: np.ndarray
+
+
+Progress = Callable[[int, int], None]
+
+
+def observation_keys(key: PRNGKeyArray, draw: Array, index: Int[Array, "*n"]) -> PRNGKeyArray:
+    """The key of draw number `draw` of the observations with the global numbers `index`."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(index.ravel())
+    return jax.vmap(lambda k: jax.random.fold_in(k, draw))(keys).reshape(index.shape)
+
+
+def draw_posterior(
+    denoisers: dict[str, Denoiser],
+    observations: Observations,
+    key: PRNGKeyArray,
+    *,
+    sampler: Sampler | None = None,
+    n_draws: int = 1,
+    batch_size: int = 1024,
+    first_index: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Draws:
+    """Joint posterior draws of all sources of every observation.
+
+    Without a `sampler` the draws are exact, which needs every prior to be a mixture. `batch_size`
+    (rounded up to lanes of 64) bounds memory and changes no draw; `first_index` is the global number of
+    the first observation. `options` go to `dichroic.posterior.build_posterior`.
+    """
+    denoisers = {k: denoisers[k] for k in observations.sources}
+    n = observations.count
+    parts, done = [], 0
+    for d in range(n_draws):
+        for start, chunk, index in chunks(observations, batch_size, first_index):
+            keys = observation_keys(key, jnp.asarray(d), index)
+            out = _draw_lanes(denoisers, *chunk, keys, sampler, tuple(sorted(options.items())))
+            parts.append(jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out))
+            done += min(batch_size, n - start)
+            if progress:
+                progress(min(done, n * n_draws), n * n_draws)
+    return _gather(parts, n_draws, n)
+
+
+def chunks(
+    tree: Any, batch_size: int, first_index: int = 0
+) -> Iterator[tuple[int, tuple[Any, Any], Int[Array, "groups lanes"]]]:
+    """Cut per-observation arrays into padded chunks of whole lanes: `(start, (rows, shared), index)`."""
+    rows, shared = split(tree)
+    n = jax.tree.leaves(rows)[0].shape[0]
+    width = LANES * max(1, -(-min(batch_size, n) // LANES))
+    for start in range(0, n, width):
+        take = np.minimum(np.arange(start, start + width), n - 1)
+        cut = lambda a: a[take].reshape(-1, LANES, *a.shape[1:])
+        index = jnp.asarray(first_index + np.arange(start, start + width)).reshape(-1, LANES)
+        yield start, (jax.tree.map(cut, rows), shared), index
+
+
+@eqx.filter_jit
+def _draw_lanes(denoisers, rows, shared, keys, sampler, options) -> Draw:
+    def one(row: Observations, key: PRNGKeyArray) -> Draw:
+        obs = eqx.combine(row, shared)
+        if sampler is None:
+            x = build_posterior(denoisers, obs, **dict(options)).draw_without_path(key)
+            return Draw(x, jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
+        return walk(sampler, build_posterior(denoisers, obs, **dict(options)), denoisers, key)
+
+    return jax.lax.map(lambda group: jax.vmap(one)(*group), (rows, keys))
+
+
+def _gather(parts: list[Draw], n_draws: int, n: int) -> Draws:
+    per_draw = len(parts) // n_draws
+    whole = [
+        jax.tree.map(lambda *a: np.concatenate(a)[:n], *parts[i * per_draw : (i + 1) * per_draw])
+        for i in range(n_draws)
+    ]
+    stacked = jax.tree.map(lambda *a: np.stack(a), *whole)
+    return Draws(stacked.x, stacked.evidence, stacked.residual, stacked.converged)
+
+
+def draw_prior(
+    denoiser: Denoiser,
+    n: int,
+    key: PRNGKeyArray,
+    *,
+    sampler: Sampler | None = None,
+    batch_size: int = 1024,
+) -> Float[np.ndarray, "n *shape"]:
+    """`n` draws from one source's prior; without a `sampler`, exact ones (mixtures only)."""
+    width = LANES * max(1, -(-min(batch_size, n) // LANES))
+    out = []
+    for start in range(0, n, width):
+        index = jnp.arange(start, start + width).reshape(-1, LANES)
+        x = _prior_lanes(denoiser, observation_keys(key, jnp.zeros((), int), index), sampler)
+        out.append(np.asarray(x).reshape(-1, *x.shape[2:]))
+    return np.concatenate(out)[:n]
+
+
+@eqx.filter_jit
+def _prior_lanes(denoiser, keys, sampler) -> Array:
+    def one(key: PRNGKeyArray) -> Array:
+        if sampler is None:
+            return denoiser.sample(key)
+        return walk(sampler, Prior({"x": denoiser}), {"x": denoiser}, key).x["x"]
+
+    return jax.lax.map(jax.vmap(one), keys)
+
+
+SAMPLERS = {
+    "ancestral": Ancestral,
+    "ddpm": Ddpm,
+    "ddim": Ddim,
+    "heun": Heun,
+    "predictor-corrector": PredictorCorrector,
+}
+SCHEDULES = {"geometric": Geometric, "karras": Karras}
+
+
+def make_sampler(config: SamplerConfig, *, solver: str = "exact") -> Sampler:
+    """The sampler that `config` describes; `"auto"` is ancestral with an exact solve, Heun with CG."""
+    schedule = SCHEDULES[config.schedule](config.sigma_min, config.sigma_max)
+    name = config.name
+    if name == "auto":
+        name = "ancestral" if solver == "exact" else "heun"
+    if name == "ancestral" and solver != "exact":
+        raise ConfigError(
+            "the ancestral sampler needs the exact solve, and this view is too large for it (or "
+            "sampler.solver is 'cg'); choose sampler.name: heun, ddpm or auto"
+        )
+    return SAMPLERS[name](config.steps, schedule)

@@ -1,0 +1,102 @@
+"""What a run says while it works: a metrics file (JSON lines) and progress bars."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+
+class Tracker(Protocol):
+    """Follows a fit. `lap` gets the metrics of a finished lap, `progress` the steps within one."""
+
+    def lap(self, metrics: dict[str, Any]) -> None:
+        """One lap is finished."""
+        ...
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `what` are finished."""
+        ...
+
+
+class Silent:
+    """Says nothing."""
+
+    def lap(self, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Nothing."""
+
+
+class Console:
+    """One progress bar on standard error, and one line per finished lap that measured something."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._what = ""
+
+    def lap(self, metrics: dict[str, Any]) -> None:
+        """Print the lap's scores."""
+        self._close()
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, float) and k != "seconds"}
+        if any(k.startswith(("heldout", "psnr", "evidence")) for k in numbers):
+            text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+            head = " ".join(str(metrics[k]) for k in ("phase", "sources") if k in metrics)
+            size = f" × {metrics['components']}" if "components" in metrics else ""
+            tqdm.write(f"[{metrics['seconds']:6.1f} s] {head}{size}: {text}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Move the bar."""
+        if what != self._what or self._bar is None:
+            self._close()
+            self._bar, self._what = tqdm(total=total, desc=what, leave=False, mininterval=0.3), what
+        self._bar.n = done
+        self._bar.refresh() if done >= total else self._bar.update(0)
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+class MetricsFile:
+    """Metrics as JSON lines; `length` is what a checkpoint remembers, so that a resumed run goes on there."""
+
+    def __init__(self, path: str | Path, *, length: int = 0) -> None:
+        self._path = Path(path)
+        with open(self._path, "ab") as f:
+            f.truncate(length)
+        self.length = length
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """Append one line and flush it to the disk."""
+        line = (json.dumps({k: _plain(v) for k, v in metrics.items()}) + "\n").encode()
+        with open(self._path, "ab") as f:
+            f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
+        self.length += len(line)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The laps recorded in a metrics file, oldest first (a torn last line is left out)."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)) or hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,83 @@
+"""The M-step of a learned prior: denoising score matching on posterior draws of its source.
+
+    min_F  E_{x, σ, z} ‖D(x + σ z, σ) − x‖² / c_out(σ)²,   c_out² = σ² s² / (σ² + s²),
+
+the weight `1/σ² + 1` of the paper for a source of scale `s = 1`, with `log σ` uniform. An exponential
+moving average of the weights is what is returned.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dichroic.config import DiffusionConfig
+from dichroic.denoise import Preconditioned
+
+_BLOCK = 100
+_TOP = 5.0  # above a few standard deviations of the source there is nothing to correct
+
+
+def score_matching_loss(
+    denoiser: Preconditioned, x: Float[Array, "batch *shape"], key: PRNGKeyArray, *, sigma_min: float
+) -> Float[Array, ""]:
+    """The weighted loss above on a batch, per entry, with fresh noise; 1 for a useless denoiser."""
+    key_sigma, key_noise = jax.random.split(key)
+    s = denoiser.scale
+    low, high = np.log(sigma_min), np.log(_TOP)
+    sigma = s * jnp.exp(jax.random.uniform(key_sigma, x.shape[:1], minval=low, maxval=high))
+    z = jax.random.normal(key_noise, x.shape)
+    noised = x + sigma.reshape(-1, *[1] * (x.ndim - 1)) * z
+    error = (jax.vmap(denoiser)(noised, sigma) - x).reshape(x.shape[0], -1)
+    return jnp.mean(jnp.mean(error**2, axis=1) * (1 / sigma**2 + 1 / s**2))
+
+
+def train_denoiser(
+    denoiser: Preconditioned,
+    samples: Float[np.ndarray, "n *shape"],
+    key: PRNGKeyArray,
+    *,
+    config: DiffusionConfig,
+    sigma_min: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Preconditioned, float]:
+    """The denoiser with its network trained on `samples`, and the mean loss of the last block."""
+    schedule = optax.cosine_decay_schedule(config.learning_rate, max(config.steps, 1), alpha=0.05)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    weights, frozen = eqx.partition(denoiser.network, eqx.is_inexact_array)
+    carry = (weights, weights, optimiser.init(weights))
+    data, loss = jnp.asarray(samples), float("nan")
+    for start in range(0, config.steps, _BLOCK):
+        steps = jnp.arange(start, min(start + _BLOCK, config.steps))
+        carry, losses = _train_block(
+            carry, frozen, denoiser, data, key, steps, optimiser, config, sigma_min
+        )
+        loss = float(jnp.mean(losses))
+        if progress:
+            progress(int(steps[-1]) + 1, config.steps)
+    network = eqx.combine(carry[1], frozen)
+    return eqx.tree_at(lambda d: d.network, denoiser, network), loss
+
+
+@eqx.filter_jit
+def _train_block(carry, frozen, denoiser, data, key, steps, optimiser, config, sigma_min):
+    def loss_of(weights, batch, k):
+        d = eqx.tree_at(lambda d: d.network, denoiser, eqx.combine(weights, frozen))
+        return score_matching_loss(d, batch, k, sigma_min=sigma_min)
+
+    def body(carry, step):
+        weights, average, state = carry
+        key_batch, key_loss = jax.random.split(jax.random.fold_in(key, step))
+        index = jax.random.randint(key_batch, (config.batch_size,), 0, data.shape[0])
+        loss, grads = jax.value_and_grad(loss_of)(weights, data[index], key_loss)
+        updates, state = optimiser.update(grads, state)
+        weights = optax.apply_updates(weights, updates)
+        decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, weights)
+        return (weights, average, state), loss
+
+    return jax.lax.scan(body, carry, steps)
