@@ -142,7 +142,8 @@ def _mixture_lap(
 ) -> tuple[State, Metrics]:
     names, c = data.order[state.group], config.mixture
     usable = set(names).union(*data.order[: state.group])
-    train = [obs for obs in data.train if set(obs.sources) <= usable]
+    relevant = lambda obs: set(names) & set(obs.sources) and set(obs.sources) <= usable
+    train = [obs for obs in data.train if relevant(obs)]
     current = state.current
     if names[0] not in current:
         current = {**current, **{n: initial_gaussian(n, train, names) for n in names}}
@@ -154,7 +155,7 @@ def _mixture_lap(
     if state.lap + 1 < laps:
         return dataclasses.replace(state, current=current, lap=state.lap + 1), metrics
 
-    test = [i for i, obs in enumerate(data.test) if set(obs.sources) <= usable]
+    test = [i for i, obs in enumerate(data.test) if relevant(obs)]
     score = mean_log_evidence(current, [data.test[i] for i in test], max_tuples=c.max_tuples)
     metrics["heldout_log_evidence"] = score
     metrics |= _psnr_scores(current, data, test, config)
@@ -177,7 +178,7 @@ def _mixture_lap(
 
 def _em_lap(current, train, names, config) -> tuple[Denoisers, float]:
     c = config.mixture
-    stats = statistics(current, train, learned=names, max_tuples=c.max_tuples)
+    stats = statistics(current, train, max_tuples=c.max_tuples)
     updated = {
         n: maximise(
             current[n],

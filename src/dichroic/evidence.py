@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from dichroic.grid import SMALL, grid_log_evidence, grid_scores
 from dichroic.linalg import inverse_cholesky, psd_factor
 
 DEFAULT_MAX_TUPLES = 4096
@@ -61,18 +62,6 @@ class Components(eqx.Module):
         return Components(jnp.zeros(1), self.mean[None], self.covariance[None])
 
 
-class Tuples(eqx.Module):
-    """Partial sums over some sources, in observation space, for every tuple of their components."""
-
-    log_weights: Float[Array, " T"]
-    means: Float[Array, "T obs"]
-    covariances: Float[Array, "T obs obs"]
-    index: Int[Array, "T sources"]
-
-    def keep(self, which: Int[Array, " B"]) -> "Tuples":
-        return jax.tree.map(lambda a: a[which], self)
-
-
 def project(components: Components, matrix: Float[Array, "obs dim"]) -> Components:
     """The mixture of `A x` when `x` follows `components`."""
     return Components(
@@ -93,48 +82,56 @@ def gaussian_log_density(
 
 def tuples(
     y: Float[Array, " obs"],
-    matrices: Sequence[Float[Array, "obs dim"]],
+    views: Sequence[Components],
     cov_noise: Float[Array, "obs obs"],
-    sources: Sequence[Components],
     *,
     max_tuples: int = DEFAULT_MAX_TUPLES,
-) -> tuple[Tuples, Float[Array, " T"]]:
-    """The tuples of components that matter for `y`, and the log of weight × likelihood of each.
+) -> tuple[Int[Array, "T sources"], Float[Array, " T"]]:
+    """The tuples of components of the projected mixtures `views` that matter for `y`.
 
-    All of them if their number is at most `max_tuples`, else a beam of that size: sources are added
-    one by one, those to come stand in as one Gaussian each, and the best partial tuples are kept.
+    Returns their indices, and the log of weight × likelihood of each: of all of them if their number is
+    at most `max_tuples`, else of a beam of that size. For the beam, sources are added one by one, those
+    to come stand in as one Gaussian each, and the best partial tuples are kept.
     """
-    views = [project(c, a) for c, a in zip(sources, matrices, strict=True)]
-    exact = np.prod([v.log_weights.size for v in views]) <= max_tuples
-    zero = jnp.zeros_like(y)
-    kept = Tuples(jnp.zeros(1), zero[None], cov_noise[None], jnp.zeros((1, 0), int))
-    rest = [] if exact else [v.collapse() for v in views]
-    for s, view in enumerate(views):
-        kept = _extend(kept, view)
-        if not exact and kept.log_weights.size > max_tuples:
-            score = jax.lax.stop_gradient(_score(y, kept, rest[s + 1 :]))
-            kept = kept.keep(jax.lax.top_k(score, max_tuples)[1])
-    return kept, _score(y, kept, [])
+    sizes = [v.log_weights.size for v in views]
+    if np.prod(sizes) <= max_tuples:
+        index = jnp.stack([i.ravel() for i in jnp.indices(sizes)], axis=-1)
+        if y.size <= SMALL:
+            return index, grid_scores(y, cov_noise, [_triple(v) for v in views]).ravel()
+        return index, _scores(y, cov_noise, views, index)
+    index = jnp.arange(sizes[0])[:, None]
+    rest = [v.collapse() for v in views]
+    for s in range(1, len(views)):
+        index = _keep_best(y, cov_noise, views[:s], rest[s:], index, max_tuples)
+        new = jnp.tile(jnp.arange(sizes[s]), index.shape[0])[:, None]
+        index = jnp.concatenate([jnp.repeat(index, sizes[s], axis=0), new], axis=1)
+    index = _keep_best(y, cov_noise, views, [], index, max_tuples)
+    return index, _scores(y, cov_noise, views, index)
 
 
-def _extend(kept: Tuples, view: Components) -> Tuples:
-    t, k = kept.log_weights.size, view.log_weights.size
-    outer = lambda a, b: (a[:, None] + b[None]).reshape(t * k, *a.shape[1:])
-    new = jnp.tile(jnp.arange(k), t)[:, None]
-    return Tuples(
-        outer(kept.log_weights, view.log_weights),
-        outer(kept.means, view.means),
-        outer(kept.covariances, view.covariances),
-        jnp.concatenate([jnp.repeat(kept.index, k, axis=0), new], axis=1),
-    )
+def _keep_best(y, cov_noise, views, rest, index, count: int) -> Int[Array, "T sources"]:
+    if index.shape[0] <= count:
+        return index
+    padded = jnp.concatenate([index, jnp.zeros((index.shape[0], len(rest)), int)], axis=1)
+    score = _scores(y, cov_noise, [*views, *rest], padded)
+    return index[jax.lax.top_k(jax.lax.stop_gradient(score), count)[1]]
 
 
-def _score(y: Array, kept: Tuples, rest: Sequence[Components]) -> Float[Array, " T"]:
-    mean = sum((v.means[0] for v in rest), jnp.zeros_like(y))
-    cov = sum((v.covariances[0] for v in rest), jnp.zeros((y.size, y.size)))
-    return kept.log_weights + gaussian_log_density(
-        y - mean - kept.means, kept.covariances + cov
-    )
+def _scores(
+    y: Float[Array, " obs"],
+    cov_noise: Float[Array, "obs obs"],
+    views: Sequence[Components],
+    index: Int[Array, "T sources"],
+) -> Float[Array, " T"]:
+    """The log of weight × likelihood of the tuples `index`."""
+    picked = [jax.tree.map(lambda a, k=k: a[k], v) for v, k in zip(views, index.T, strict=True)]
+    mean = sum((v.means for v in picked[1:]), picked[0].means)
+    cov = sum((v.covariances for v in picked), cov_noise)
+    return sum((v.log_weights for v in picked), gaussian_log_density(y - mean, cov))
+
+
+def _triple(view: Components) -> tuple[Array, Array, Array]:
+    return view.log_weights, view.means, view.covariances
 
 
 def log_evidence(
@@ -146,8 +143,10 @@ def log_evidence(
     max_tuples: int = DEFAULT_MAX_TUPLES,
 ) -> Float[Array, ""]:
     """`log p(y)`: exact up to `max_tuples` tuples of components, a lower bound by a beam beyond."""
-    _, scores = tuples(y, matrices, cov_noise, sources, max_tuples=max_tuples)
-    return jax.nn.logsumexp(scores)
+    views = [project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    if y.size <= SMALL and np.prod([v.log_weights.size for v in views]) <= max_tuples:
+        return grid_log_evidence(y, cov_noise, [_triple(v) for v in views])
+    return jax.nn.logsumexp(tuples(y, views, cov_noise, max_tuples=max_tuples)[1])
 
 
 def posterior_means(
@@ -190,17 +189,19 @@ def posterior_draw(
     drawn from that tuple's prior (pathwise conditioning, Wilson et al., JMLR 22, 2021).
     """
     key_tuple, key_noise, *keys = jax.random.split(key, 2 + len(sources))
-    kept, scores = tuples(y, matrices, cov_noise, sources, max_tuples=max_tuples)
-    which = jax.random.categorical(key_tuple, scores)
-    covs = [c.covariances[k] for c, k in zip(sources, kept.index[which], strict=True)]
-    means = [c.means[k] for c, k in zip(sources, kept.index[which], strict=True)]
+    views = [project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    index, scores = tuples(y, views, cov_noise, max_tuples=max_tuples)
+    chosen = index[jax.random.categorical(key_tuple, scores)]
+    covs = [c.covariances[k] for c, k in zip(sources, chosen, strict=True)]
+    means = [c.means[k] for c, k in zip(sources, chosen, strict=True)]
+    cov_y = sum((v.covariances[k] for v, k in zip(views, chosen, strict=True)), cov_noise)
     x = [
         m + psd_factor(v) @ jax.random.normal(k, m.shape)
         for m, v, k in zip(means, covs, keys, strict=True)
     ]
     eta = noise_root @ jax.random.normal(key_noise, y.shape)
     residual = y - eta - sum((a @ u for a, u in zip(matrices, x, strict=True)), jnp.zeros_like(y))
-    root, _ = inverse_cholesky(kept.covariances[which])
+    root, _ = inverse_cholesky(cov_y)
     v = root.T @ (root @ residual)
     draws = [u + c @ (a.T @ v) for u, c, a in zip(x, covs, matrices, strict=True)]
     return draws, jax.nn.logsumexp(scores)

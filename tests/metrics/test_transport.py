@@ -16,9 +16,7 @@ def pot_divergence(x, y, epsilon):
 def pot_cost(x, y, epsilon):
     a, b = np.full(len(x), 1 / len(x)), np.full(len(y), 1 / len(y))
     cost = ot.dist(x, y)
-    plan = ot.sinkhorn(
-        a, b, cost, epsilon, method="sinkhorn_log", stopThr=1e-9, numItermax=20_000, warn=False
-    )
+    plan = ot.sinkhorn(a, b, cost, epsilon, stopThr=1e-9, numItermax=50_000, warn=False)
     ratio = np.where(plan > 0, plan / np.outer(a, b), 1.0)
     return np.sum(plan * cost) + epsilon * np.sum(plan * np.log(ratio))
 
