@@ -1,0 +1,62 @@
+"""dichroic: multi-view source separation with learned priors.
+
+    problem = Problem([Source("background", (5,)), Source("signal", (5,))], [view1, view2])
+    separator = Separator(problem).fit("runs/first")
+    result = separator.separate(new_view, n_draws=32)    # result.mean["signal"], result.std["signal"]
+
+Names are imported on first use, so that `import dichroic` (and `dichroic --help`) stays fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "batching": ["take"],
+    "config": ["DiffusionConfig", "FitConfig", "MixtureConfig", "SamplerConfig"],
+    "denoise": ["Denoiser", "Mixture", "Preconditioned", "Wrapped", "gaussian"],
+    "errors": ["ConfigError", "DataError", "DichroicError", "FormatError", "RunError", "ShapeError"],
+    "identify": ["identifiability"],
+    "noise": ["DenseNoise", "DiagonalNoise", "Isotropic", "LowRankNoise", "Masked", "Noise"],
+    "observations": ["Observations"],
+    "operators": [
+        "BlockAverage",
+        "Compose",
+        "Convolve",
+        "Dense",
+        "Diagonal",
+        "Function",
+        "Identity",
+        "Operator",
+        "Scale",
+        "Stack",
+        "Sum",
+        "Zero",
+    ],
+    "posterior": ["MatrixFreePosterior", "Posterior", "Prior", "build_posterior"],
+    "problem": ["Problem", "Source", "View", "joint_observations"],
+    "sample": ["Ancestral", "Ddim", "Ddpm", "Heun", "PredictorCorrector", "draw_posterior", "draw_prior"],
+    "schedule": ["Geometric", "Karras"],
+    "separator": ["Separation", "Separator"],
+    "statement": ["load_problem"],
+}
+_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = sorted(_MODULE)  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from dichroic.batching import take as take
+    from dichroic.problem import Problem as Problem
+    from dichroic.problem import Source as Source
+    from dichroic.problem import View as View
+    from dichroic.separator import Separator as Separator
+
+
+def __getattr__(name: str):
+    if name not in _MODULE:
+        raise AttributeError(f"module 'dichroic' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dichroic.{_MODULE[name]}"), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,23 +41,21 @@ class Console:
 
     def lap(self, metrics: dict[str, Any]) -> None:
         """Print the lap's scores."""
-        self._close()
         numbers = {k: v for k, v in metrics.items() if isinstance(v, float) and k != "seconds"}
-        if any(k.startswith(("heldout", "psnr", "evidence")) for k in numbers):
+        if any(k.startswith(("heldout", "evidence")) for k in numbers):
+            self._close()
             text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
-            head = " ".join(str(metrics[k]) for k in ("phase", "sources") if k in metrics)
             size = f" × {metrics['components']}" if "components" in metrics else ""
-            tqdm.write(f"[{metrics['seconds']:6.1f} s] {head}{size}: {text}")
+            head = f"{metrics['phase']} {metrics['sources']}{size}"
+            tqdm.write(f"[{metrics['seconds']:6.1f} s] {head}: {text}", file=sys.stderr)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Move the bar."""
+        """Move the bar (drawn on a terminal only)."""
         if what != self._what or self._bar is None:
             self._close()
-            self._bar, self._what = tqdm(total=total, desc=what, leave=False, mininterval=0.3), what
-        self._bar.n = done
-        self._bar.refresh() if done >= total else self._bar.update(0)
-        if done >= total:
-            self._close()
+            self._bar = tqdm(total=total, desc=what, leave=False, mininterval=0.2, disable=None)
+            self._what = what
+        self._bar.update(done - self._bar.n)
 
     def _close(self) -> None:
         if self._bar is not None:

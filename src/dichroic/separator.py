@@ -1,0 +1,161 @@
+"""The front door: learn the sources of a problem, separate observations, sample the priors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dichroic.config import FitConfig
+from dichroic.denoise import Denoiser, Mixture
+from dichroic.em import draw, predictive_chi2
+from dichroic.errors import DataError, RunError
+from dichroic.io import load_model, save_model
+from dichroic.problem import Problem, View, check_view, joint_observations
+from dichroic.run import fit
+from dichroic.sample import draw_prior, make_sampler
+from dichroic.tracking import Console, Silent, Tracker
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Posterior draws of every source of some observations.
+
+    `draws[name]` is `(n_draws, n, *shape)`; `chi2` `(n_draws, n)` is `rᵀ Σ⁻¹ r / M` of each draw's
+    residual, 1 on average for a calibrated posterior; `residual` and `converged` are the worst
+    relative residual of the linear solves and the fraction of them that converged.
+    """
+
+    draws: dict[str, np.ndarray]
+    chi2: np.ndarray
+    residual: np.ndarray
+    converged: np.ndarray
+
+    @property
+    def mean(self) -> dict[str, np.ndarray]:
+        """The posterior mean of each source, `(n, *shape)`."""
+        return {k: x.mean(axis=0) for k, x in self.draws.items()}
+
+    @property
+    def std(self) -> dict[str, np.ndarray]:
+        """The posterior standard deviation of each source, `(n, *shape)`; NaN with one draw."""
+        if len(self.chi2) < 2:
+            return {k: np.full(x.shape[1:], np.nan) for k, x in self.draws.items()}
+        return {k: x.std(axis=0, ddof=1) for k, x in self.draws.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write draws, means and standard deviations to a `.npz` file."""
+        arrays = {f"draws/{k}": x for k, x in self.draws.items()}
+        arrays |= {f"mean/{k}": x for k, x in self.mean.items()}
+        arrays |= {f"std/{k}": x for k, x in self.std.items()}
+        np.savez(path, chi2=self.chi2, **arrays)  # type: ignore[arg-type]
+
+
+class Separator:
+    """Learns one prior per source from a `Problem`, and separates with them.
+
+    >>> separator = Separator(problem, FitConfig(seed=1)).fit()        # doctest: +SKIP
+    >>> separator.separate("view2", n_draws=32).mean["signal"].shape   # doctest: +SKIP
+    (8192, 5)
+    """
+
+    def __init__(
+        self, problem: Problem | None = None, config: FitConfig | Mapping[str, Any] | None = None
+    ):
+        """`problem` is what to learn from; `config` a `FitConfig` or (nested) settings of one."""
+        if not isinstance(config, FitConfig):
+            config = FitConfig.from_dict(config or {}, where="config")
+        self.problem, self.config = problem, config
+        self.denoisers: dict[str, Denoiser] = {}
+        self.metrics: list[dict[str, Any]] = []
+
+    def fit(
+        self,
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: bool | Tracker = True,
+    ) -> "Separator":
+        """Learn the priors; with `out`, keep the run in that folder, with `resume`, go on with it."""
+        if self.problem is None:
+            raise RunError("this separator was loaded without a problem; Separator(problem) can fit")
+        tracker = (Console() if progress else Silent()) if isinstance(progress, bool) else progress
+        state, self.metrics = fit(
+            self.problem, self.config, out=out, resume=resume, tracker=tracker
+        )
+        self.denoisers = state.best
+        return self
+
+    def separate(
+        self,
+        view: View | str | Sequence[View],
+        *,
+        n_draws: int = 1,
+        seed: int = 0,
+        first_index: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Separation:
+        """Joint posterior draws of all sources of every observation of `view`.
+
+        `view` is a `View`, the name of a view of the problem, or a list of co-observed views. An
+        observation's draws depend on `seed` and its number (from `first_index` on) only.
+        """
+        views = self._views(view)
+        for v in views:
+            check_view(v, {k: d.shape for k, d in self._fitted().items()})
+        observations = joint_observations(views)
+        options = {"n_draws": n_draws, "first_index": first_index, "progress": progress}
+        draws = draw(
+            {k: self.denoisers[k] for k in observations.sources},
+            observations,
+            jax.random.key(seed),
+            self.config,
+            **options,
+        )
+        chi2 = predictive_chi2(observations, draws)
+        return Separation(draws.x, chi2, draws.residual, draws.converged)
+
+    def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
+        """`n` draws from the learned prior of `source`, `(n, *shape)`."""
+        if source not in self._fitted():
+            raise DataError(f"no source {source!r}; there are {', '.join(self.denoisers)}")
+        denoiser = self.denoisers[source]
+        sampler = None if isinstance(denoiser, Mixture) else make_sampler(self.config.sampler, solver="cg")
+        return draw_prior(
+            denoiser, n, jax.random.key(seed), sampler=sampler, batch_size=self.config.batch_size
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Save the learned priors to a folder, as safetensors and JSON."""
+        shapes = {k: list(d.shape) for k, d in self._fitted().items()}
+        save_model(path, self.denoisers, {"shapes": shapes, "config": self.config.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | Path, *, problem: Problem | None = None) -> "Separator":
+        """Load what `save` wrote, or the best model of a run folder."""
+        path = Path(path)
+        folder = path / "best" if (path / "run.json").exists() else path
+        if folder != path and not (folder / "model.json").exists():
+            raise RunError(f"{path} has no model yet: its fit has not learned every source; resume it")
+        denoisers, info = load_model(folder)
+        separator = cls(problem, FitConfig.from_dict(info["config"], where=str(folder)))
+        separator.denoisers = denoisers
+        return separator
+
+    def _fitted(self) -> dict[str, Denoiser]:
+        if not self.denoisers:
+            raise RunError("nothing is learned yet: call fit() first, or load a model")
+        return self.denoisers
+
+    def _views(self, view: View | str | Sequence[View]) -> list[View]:
+        if isinstance(view, View):
+            return [view]
+        if not isinstance(view, str):
+            return list(view)
+        if self.problem is None:
+            raise DataError(f"this separator has no problem to find view {view!r} in; give a View")
+        found = self.problem.view(view)
+        return next(group for group in self.problem.joint_views() if found in group)
+
