@@ -21,10 +21,11 @@ class MixtureConfig:
     """The closed-form start: expectation-maximisation of mixtures of Gaussians."""
 
     components: int = 64  # per source, reached by doubling from one
+    gaussian_laps: int = 100  # EM laps of the single Gaussian that everything starts from
     laps: int = 12  # EM laps at each size
     final_laps: int = 30  # EM laps at the last size
     max_tuples: int = 4096  # tuples of components summed per observation before a beam is used
-    shrinkage: float = 0.0  # pseudo-observations pulling each covariance towards isotropy
+    shrinkage: float = 0.0  # pseudo-observations pulling each covariance to the mean
     floor: float = 1e-6  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops
 

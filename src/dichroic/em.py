@@ -150,6 +150,7 @@ def _mixture_lap(
     current, evidence = _em_lap(current, train, names, config)
     size = current[names[0]].log_weights.size
     laps = c.final_laps if size >= c.components else c.laps
+    laps = c.gaussian_laps if size == 1 else laps
     metrics: Metrics = {"sources": "+".join(names), "components": size, "log_evidence": evidence}
     tracker.progress(f"{'+'.join(names)}: {size} components", state.lap + 1, laps)
     if state.lap + 1 < laps:
@@ -158,7 +159,6 @@ def _mixture_lap(
     test = [i for i, obs in enumerate(data.test) if relevant(obs)]
     score = mean_log_evidence(current, [data.test[i] for i in test], max_tuples=c.max_tuples)
     metrics["heldout_log_evidence"] = score
-    metrics |= _psnr_scores(current, data, test, config)
     better = score > state.score
     best = current if better else state.best
     stale = 0 if better else state.stale + 1
@@ -173,6 +173,7 @@ def _mixture_lap(
             stale=stale,
         )
         return grown, metrics
+    metrics |= _scores(best, data, test, config)
     return _next_group(state, best, data, config), metrics
 
 
@@ -247,7 +248,7 @@ def _polish_lap(
     new = evaluate(current)
     best = current if new > score else state.best
     metrics["heldout_log_evidence"] = max(new, score)
-    metrics |= _psnr_scores(best, data, range(len(data.test)), config)
+    metrics |= _scores(best, data, range(len(data.test)), config)
     return _after_mixture(dataclasses.replace(state, current=best, best=best), config), metrics
 
 
@@ -265,7 +266,7 @@ def _diffusion_lap(
         current, metrics = _maximisation(current, samples, key, config, tracker)
     score = evidence_bound(current, data, config)
     metrics |= {"sources": "+".join(current), "evidence_bound": score}
-    metrics |= _psnr_scores(current, data, range(len(data.test)), config)
+    metrics |= _scores(current, data, range(len(data.test)), config)
     better = score > state.score
     stale = 0 if better else state.stale + 1
     ended = state.lap >= config.diffusion.laps or stale >= config.diffusion.patience
@@ -337,7 +338,7 @@ def draw(
         obs,
         key,
         sampler=None if exact else make_sampler(s, solver=solver),
-        solver=solver,
+        **({} if exact else {"solver": solver}),
         max_tuples=config.mixture.max_tuples if exact else s.max_tuples,
         **kwargs,
     )
@@ -384,7 +385,7 @@ def _chi2(obs: Observations, x: dict[str, Any]) -> Any:
     return jax.vmap(one)(rows, x)
 
 
-def _psnr_scores(
+def _scores(
     denoisers: Denoisers, data: Data, which: Sequence[int] | range, config: FitConfig
 ) -> Metrics:
     """χ² of held-out draws, and the PSNR of one draw where the truth is known."""

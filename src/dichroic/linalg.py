@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _UNROLLED = 4
+_MOST_SCALING = 1.69770248526  # ½ α (3 − α²) = 0.1: without it, rounding errors grow as eps / l
 
 
 def symmetrise(a: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
@@ -94,8 +95,8 @@ def psd_projection(
     """The symmetric positive semi-definite matrix nearest to `a`: `½(S + |S|)`, `S = ½(a + aᵀ)`.
 
     `|S| = S sign(S)`, and the sign comes from the scaled Newton–Schulz iteration
-    `X ← ½ α X (3I − α² X²)` with the optimal `α = √(3 / (1 + l + l²))` for a spectrum in `[l, 1]`
-    (Chen and Chow, Argonne preprint 5059, 2014). Eigenvalues smaller than `resolution · ‖S‖` in
+    `X ← ½ α X (3I − α² X²)` with the optimal `α = √(3 / (1 + l + l²))` for a spectrum in `[l, 1]`,
+    capped so that an eigenvalue 1 does not cancel (Chen and Chow, Argonne preprint 5059, 2014). Eigenvalues smaller than `resolution · ‖S‖` in
     magnitude are only partly resolved; a multiple of the identity of that order keeps the result
     positive semi-definite.
     """
@@ -114,7 +115,7 @@ def psd_projection(
 def _sign_scalings(lower: float) -> list[float]:
     scalings = []
     while lower < 1 - 1e-4:
-        alpha = (3 / (1 + lower + lower**2)) ** 0.5
+        alpha = min((3 / (1 + lower + lower**2)) ** 0.5, _MOST_SCALING)
         lower = 0.5 * alpha * lower * (3 - (alpha * lower) ** 2)
         scalings.append(alpha)
     return scalings

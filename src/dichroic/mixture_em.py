@@ -22,6 +22,7 @@ from dichroic.batching import split
 from dichroic.denoise import Mixture
 from dichroic.evidence import DEFAULT_MAX_TUPLES, Components, log_evidence
 from dichroic.observations import Observations
+from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
 
 Mixtures = dict[str, Mixture]
 _CHUNK_BYTES = 64 * 2**20
@@ -36,7 +37,7 @@ class Statistics(eqx.Module):
     def __add__(self, other: "Statistics") -> "Statistics":
         merged = dict(self.gradients)
         for name, g in other.gradients.items():
-            merged[name] = jax.tree.map(jnp.add, merged[name], g) if name in merged else g
+            merged[name] = jax.tree.map(np.add, merged[name], g) if name in merged else g
         return Statistics(self.log_evidence + other.log_evidence, merged)
 
 
@@ -49,9 +50,13 @@ def statistics(
     sums over tuples better when none is left out.
     """
     priors = {k: m.prior() for k, m in mixtures.items()}
-    parts = [
-        _view_statistics({k: priors[k] for k in obs.sources}, obs, max_tuples) for obs in views
-    ]
+    parts = []
+    for obs in views:
+        seen = {k: priors[k] for k in obs.sources}
+        if _one_mixture(seen, obs, max_tuples):
+            parts.append(Statistics(*shared_statistics(seen, obs)))
+        else:
+            parts.append(_view_statistics(seen, obs, max_tuples))
     return sum(parts[1:], parts[0])
 
 
@@ -60,11 +65,23 @@ def mean_log_evidence(
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
     priors = {k: m.prior() for k, m in mixtures.items()}
-    total = sum(
-        float(_view_log_evidence({k: priors[k] for k in obs.sources}, obs, max_tuples))
-        for obs in views
-    )
+    total = 0.0
+    for obs in views:
+        seen = {k: priors[k] for k in obs.sources}
+        if _one_mixture(seen, obs, max_tuples):
+            total += shared_log_evidence(seen, obs)
+        else:
+            total += float(_view_log_evidence(seen, obs, max_tuples))
     return total / sum(obs.count for obs in views)
+
+
+def _one_mixture(priors: dict[str, Components], obs: Observations, max_tuples: int) -> bool:
+    """Whether all observations share one mixture of at most `max_tuples` components."""
+    return is_shared(obs) and _count(priors) <= max_tuples
+
+
+def _count(priors: dict[str, Components]) -> int:
+    return int(np.prod([c.log_weights.size for c in priors.values()]))
 
 
 @eqx.filter_jit
@@ -94,8 +111,7 @@ def _chunk_log_evidence(priors: dict[str, Components], chunk: tuple, max_tuples:
 
 def _accumulate(function, priors, obs: Observations, zero, max_tuples: int):
     """The sum of `function(priors, chunk)` over chunks of observations that fit in memory."""
-    n_tuples = min(int(np.prod([c.log_weights.size for c in priors.values()])), max_tuples)
-    per_observation = 4 * n_tuples * obs.size * (obs.size if _system_varies(obs) else 4) * 4
+    per_observation = 16 * min(_count(priors), max_tuples) * obs.size**2
     size = int(np.clip(_CHUNK_BYTES // per_observation, 1, obs.count))
     count = -(-obs.count // size)
     rows, shared = split(obs)
@@ -110,19 +126,13 @@ def _accumulate(function, priors, obs: Observations, zero, max_tuples: int):
     return jax.lax.scan(body, zero, (take, weight))[0]
 
 
-def _system_varies(obs: Observations) -> bool:
-    """Whether the operators or the noise differ between observations."""
-    rows, _ = split((obs.operators, obs.noise))
-    return bool(jax.tree.leaves(rows))
-
-
 def maximise(
-    mixture: Mixture, gradient: Components, *, floor: float, shrinkage: float = 0.0
+    mixture: Mixture, gradient: Components, *, floor: float, shrinkage: float
 ) -> Mixture:
     """The M-step of one source, in float64: see the formulas above.
 
     Eigenvalues are kept above `floor`; `shrinkage` is the number of pseudo-observations that pull each
-    covariance towards the isotropic one of its own trace. Components with next to no observations
+    covariance towards the mean of all. Components with next to no observations
     left stay as they are, with their small weight.
     """
     to64 = lambda a: np.asarray(a, np.float64)
@@ -134,9 +144,9 @@ def maximise(
     delta = np.einsum("kij,kj->ki", cov, g) / safe[:, None]
     new = cov + cov @ (0.5 * (h + h.swapaxes(1, 2))) @ cov / safe[:, None, None]
     new -= delta[:, :, None] * delta[:, None, :]
-    target = np.trace(new, axis1=1, axis2=2)[:, None, None] / mixture.dim * np.eye(mixture.dim)
-    pull = (shrinkage / (shrinkage + safe))[:, None, None] if shrinkage else 0.0
-    new = _lift((1 - pull) * new + pull * target, floor)
+    pooled = np.einsum("k,kij->ij", n / n.sum(), new)
+    pull = (shrinkage / (shrinkage + safe))[:, None, None]
+    new = _lift((1 - pull) * new + pull * pooled, floor)
     keep = alive[:, None]
     return Mixture.from_moments(
         np.maximum(n, 1e-6 * n.sum()),

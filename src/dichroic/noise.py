@@ -61,8 +61,8 @@ class DiagonalNoise(Noise):
 class LowRankNoise(Noise):
     """`Σ = U Uᵀ + diag(variance)`; `factor` `U` is `(M, R)` or `(n, M, R)`, `variance` as above."""
 
-    factor: Float[Array, "*n obs rank"] = param(2)
-    variance: Float[Array, "*n obs"] = param(1)
+    factor: Float[Array, "... obs rank"] = param(2)
+    variance: Float[Array, "... obs"] = param(1)
 
     def mv(self, v: Array) -> Array:
         return self.factor @ (self.factor.T @ v) + self.variance * v

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dichroic.batching import param
+from dichroic.batching import param, take
 from dichroic.noise import Noise
 from dichroic.operators import Operator
 
@@ -42,6 +42,10 @@ class Observations(eqx.Module):
     def dims(self) -> dict[str, int]:
         """The number of entries of each source."""
         return {name: math.prod(op.in_shape) for name, op in self.operators.items()}
+
+    def one(self, i: int) -> "Observations":
+        """Observation number `i` alone, without a leading axis."""
+        return take(self, i)
 
     # One observation (no leading axis) from here on.
 

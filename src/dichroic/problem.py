@@ -62,6 +62,9 @@ class View:
         group: views with the same group are *co-observed*: observation `i` of each is of the same
             draw of the sources.
         truth: true sources by name, `(n, *source shape)`; only ever used to score.
+        held_out: `(n,)` booleans, true for the observations to be kept from training and used for
+            stopping and scoring; a random fraction by default. Choose them where observations are
+            not independent (the same object seen twice, neighbouring regions).
     """
 
     observations: Any
@@ -71,6 +74,7 @@ class View:
     mask: Any = None
     group: str | None = None
     truth: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Any = None
 
     @property
     def label(self) -> str:
@@ -101,6 +105,7 @@ class View:
             mask,
             self.group,
             {k: np.asarray(x)[index] for k, x in self.truth.items()},
+            None if self.held_out is None else np.asarray(self.held_out)[index],
         )
 
     def prepare(self) -> Observations:
@@ -110,10 +115,14 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Several views of mixtures of several sources. Checked on construction."""
+    """Several views of mixtures of several sources. Checked on construction.
+
+    `origin` is the file that states it, if there is one.
+    """
 
     sources: Sequence[Source]
     views: Sequence[View]
+    origin: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "sources", tuple(self.sources))
@@ -218,6 +227,10 @@ def check_view(view: View, shapes: Mapping[str, Shape]) -> None:
         if name in shapes:
             want = (view.count, *shapes[name])
             _same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
+    if view.held_out is not None:
+        _same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
+        if np.all(view.held_out):
+            raise DataError(f"{view.label}: held_out leaves no observation to learn from")
     view.prepare()
 
 
@@ -371,11 +384,18 @@ def _update(digest: Any, leaf: Any) -> None:
 
 
 def holdout(views: Sequence[View], fraction: float, seed: int) -> tuple[list[View], list[View]]:
-    """Split the observations of (co-observed) `views`: `(training, held out)`, the same for each."""
+    """Split the observations of (co-observed) `views`: `(training, held out)`, the same for each.
+
+    By the `held_out` of a view that has one, else at random: `fraction` of them, at least one.
+    """
     n = views[0].count
-    held = max(1, round(fraction * n)) if n > 1 else 0
-    order = np.random.default_rng(seed).permutation(n)
-    test, train = np.sort(order[:held]), np.sort(order[held:])
+    chosen = [np.asarray(v.held_out, bool) for v in views if v.held_out is not None]
+    if chosen:
+        mask = chosen[0]
+    else:
+        order = np.random.default_rng(seed).permutation(n)
+        mask = order < (max(1, round(fraction * n)) if n > 1 else 0)
+    train, test = np.flatnonzero(~mask), np.flatnonzero(mask)
     return [v.select(train) for v in views], [v.select(test) for v in views]
 
 

@@ -28,7 +28,7 @@ from dichroic.io import (
     write_tensors,
 )
 from dichroic.problem import Problem
-from dichroic.tracking import MetricsFile, Silent, Tracker
+from dichroic.tracking import MetricsFile, Silent, Tracker, read_metrics
 
 FREE_SETTINGS = ("batch_size",)  # may differ when a run is resumed: they change no result
 CHECKPOINT_SECONDS = 1.0  # laps of closed-form EM can be far shorter than a flush to the disk
@@ -52,7 +52,7 @@ def fit(
     folder = None if out is None else RunFolder.open(Path(out), problem, config, resume=resume)
     data = prepare(problem, config)
     state = State() if folder is None else folder.state
-    rows: list[dict[str, Any]] = []
+    rows = [] if folder is None else read_metrics(folder.path / "metrics.jsonl")
     try:
         while not state.done:
             state, metrics = advance(state, data, config, tracker)
@@ -117,6 +117,7 @@ def describe(problem: Problem, config: FitConfig) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": problem.fingerprint(),
+        "problem_file": problem.origin,
         "config": config.to_dict(),
         "views": [
             {

@@ -66,6 +66,12 @@ class Sampler(eqx.Module):
         """The end of the walk at the lowest level `here`."""
         return denoise(x, here)
 
+    def draw(
+        self, denoisers: dict[str, Denoiser], obs: Observations, key: PRNGKeyArray, **options: Any
+    ) -> "Draw":
+        """One joint draw of the sources of one observation; `options` of `build_posterior`."""
+        return walk(self, build_posterior(denoisers, obs, **options), denoisers, key)
+
 
 def _bridge(x, d, z, t, s):
     r = (s / t) ** 2
@@ -206,12 +212,53 @@ def observation_keys(key: PRNGKeyArray, draw: Array, index: Int[Array, "*n"]) ->
     return jax.vmap(lambda k: jax.random.fold_in(k, draw))(keys).reshape(index.shape)
 
 
+class Exact(eqx.Module):
+    """Draws without diffusion, exact where every prior is a mixture of Gaussians."""
+
+    def draw(
+        self, denoisers: dict[str, Denoiser], obs: Observations, key: PRNGKeyArray, **options: Any
+    ) -> Draw:
+        """One joint draw of the sources of one observation."""
+        x = build_posterior(denoisers, obs, solver="exact", **options).draw_without_path(key)
+        return Draw(x, jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
+
+
+class Gibbs(eqx.Module):
+    """One source at a time given the others' current draws, the residual as its observation.
+
+    Kept for comparison: sources mix slowly where the observation ties them (arXiv 2510.05205, section
+    3). `sampler` draws each source, `Exact()` for mixture priors; the first sweep starts from the
+    prior means.
+    """
+
+    sampler: "Sampler | Exact"
+    sweeps: int = eqx.field(static=True, default=16)
+
+    def draw(
+        self, denoisers: dict[str, Denoiser], obs: Observations, key: PRNGKeyArray, **options: Any
+    ) -> Draw:
+        """One draw of all sources of one observation after `sweeps` sweeps."""
+        names = obs.sources
+        x = {k: denoisers[k].location for k in names}
+
+        def sweep(x: Sources, i: Int[Array, ""]):
+            for j, name in enumerate(names):
+                others = obs.apply({**x, name: jnp.zeros_like(x[name])})
+                alone = Observations(obs.y - others, {name: obs.operators[name]}, obs.noise)
+                k = jax.random.fold_in(jax.random.fold_in(key, i), j)
+                x = {**x, **self.sampler.draw({name: denoisers[name]}, alone, k, **options).x}
+            return x, None
+
+        x, _ = jax.lax.scan(sweep, x, jnp.arange(self.sweeps))
+        return Draw(x, jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
+
+
 def draw_posterior(
     denoisers: dict[str, Denoiser],
     observations: Observations,
     key: PRNGKeyArray,
     *,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Exact | Gibbs | None = None,
     n_draws: int = 1,
     batch_size: int = 1024,
     first_index: int = 0,
@@ -220,7 +267,7 @@ def draw_posterior(
 ) -> Draws:
     """Joint posterior draws of all sources of every observation.
 
-    Without a `sampler` the draws are exact, which needs every prior to be a mixture. `batch_size`
+    Without a `sampler` the draws are `Exact`, which needs every prior to be a mixture. `batch_size`
     (rounded up to lanes of 64) bounds memory and changes no draw; `first_index` is the global number of
     the first observation. `options` go to `dichroic.posterior.build_posterior`.
     """
@@ -230,12 +277,20 @@ def draw_posterior(
     for d in range(n_draws):
         for start, chunk, index in chunks(observations, batch_size, first_index):
             keys = observation_keys(key, jnp.asarray(d), index)
-            out = _draw_lanes(denoisers, *chunk, keys, sampler, tuple(sorted(options.items())))
+            out = _draw_lanes(denoisers, *chunk, keys, sampler or Exact(), options)
             parts.append(jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out))
             done += min(batch_size, n - start)
             if progress:
                 progress(min(done, n * n_draws), n * n_draws)
     return _gather(parts, n_draws, n)
+
+
+def lanes_width(n: int, batch_size: int) -> int:
+    """`batch_size` rounded up to whole lanes, at least two: XLA unrolls a loop over one group.
+
+    The loop's body is then the same program for any batch size.
+    """
+    return LANES * max(2, -(-min(batch_size, n) // LANES))
 
 
 def chunks(
@@ -244,7 +299,7 @@ def chunks(
     """Cut per-observation arrays into padded chunks of whole lanes: `(start, (rows, shared), index)`."""
     rows, shared = split(tree)
     n = jax.tree.leaves(rows)[0].shape[0]
-    width = LANES * max(1, -(-min(batch_size, n) // LANES))
+    width = lanes_width(n, batch_size)
     for start in range(0, n, width):
         take = np.minimum(np.arange(start, start + width), n - 1)
         cut = lambda a: a[take].reshape(-1, LANES, *a.shape[1:])
@@ -255,11 +310,7 @@ def chunks(
 @eqx.filter_jit
 def _draw_lanes(denoisers, rows, shared, keys, sampler, options) -> Draw:
     def one(row: Observations, key: PRNGKeyArray) -> Draw:
-        obs = eqx.combine(row, shared)
-        if sampler is None:
-            x = build_posterior(denoisers, obs, **dict(options)).draw_without_path(key)
-            return Draw(x, jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
-        return walk(sampler, build_posterior(denoisers, obs, **dict(options)), denoisers, key)
+        return sampler.draw(denoisers, eqx.combine(row, shared), key, **options)
 
     return jax.lax.map(lambda group: jax.vmap(one)(*group), (rows, keys))
 
@@ -283,7 +334,7 @@ def draw_prior(
     batch_size: int = 1024,
 ) -> Float[np.ndarray, "n *shape"]:
     """`n` draws from one source's prior; without a `sampler`, exact ones (mixtures only)."""
-    width = LANES * max(1, -(-min(batch_size, n) // LANES))
+    width = lanes_width(n, batch_size)
     out = []
     for start in range(0, n, width):
         index = jnp.arange(start, start + width).reshape(-1, LANES)

@@ -1,5 +1,6 @@
 """The front door: learn the sources of a problem, separate observations, sample the priors."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from dichroic.config import FitConfig
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import draw, predictive_chi2
 from dichroic.errors import DataError, RunError
-from dichroic.io import load_model, save_model
+from dichroic.io import load_model, save_model, write_atomic
 from dichroic.problem import Problem, View, check_view, joint_observations
 from dichroic.run import fit
 from dichroic.sample import draw_prior, make_sampler
@@ -50,7 +51,21 @@ class Separation:
         arrays = {f"draws/{k}": x for k, x in self.draws.items()}
         arrays |= {f"mean/{k}": x for k, x in self.mean.items()}
         arrays |= {f"std/{k}": x for k, x in self.std.items()}
-        np.savez(path, chi2=self.chi2, **arrays)  # type: ignore[arg-type]
+        save_npz(path, {"chi2": self.chi2, **arrays})
+
+
+def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a `.npz` file, atomically."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomic(path, buffer.getvalue())
+
+
+def save_npy(path: str | Path, array: np.ndarray) -> None:
+    """Write an array to a `.npy` file, atomically."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomic(path, buffer.getvalue())
 
 
 class Separator:

@@ -21,7 +21,7 @@ class Solution(eqx.Module):
     status: Int[Array, ""]
 
     @property
-    def converged(self) -> Bool[Array, ""]:
+    def converged(self) -> Bool[Array, "*batch"]:
         return self.status == CONVERGED
 
 

@@ -37,6 +37,8 @@ class Operator(eqx.Module):
     in_shape: eqx.AbstractVar[Shape]
     out_shape: eqx.AbstractVar[Shape]
 
+    __array_ufunc__ = None  # so that `numpy_array * operator` is left to `__rmul__`
+
     @abstractmethod
     def mv(self, x: Array) -> Array:
         """`A x` for `x` of shape `in_shape`; the result has shape `out_shape`."""

@@ -71,6 +71,13 @@ class Scale(Square):
     shape: Shape = shape_field()
     factor: Float[Array, "*n"] = param(0)
 
+    def __check_init__(self):
+        if np.ndim(self.factor) > 1:
+            raise ShapeError(
+                f"Scale: a factor is a scalar or (n,), got {self.factor.shape}; "
+                f"use Diagonal for one factor per entry"
+            )
+
     def mv(self, x: Array) -> Array:
         return self.factor * x
 
@@ -90,9 +97,11 @@ class Diagonal(Square):
     def __init__(self, diagonal: Any, *, shape: int | tuple[int, ...] | None = None):
         self.diagonal = as_float(diagonal)
         self.shape = self.diagonal.shape if shape is None else as_shape(shape)
-        if self.diagonal.shape[-len(self.shape) :] != self.shape:
+        rows = self.diagonal.ndim - len(self.shape)
+        if rows not in (0, 1) or self.diagonal.shape[rows:] != self.shape:
             raise ShapeError(
-                f"Diagonal: an array of shape {self.diagonal.shape} does not end in {self.shape}"
+                f"Diagonal: an array of shape {self.diagonal.shape} is neither {self.shape} "
+                f"nor (n, *{self.shape})"
             )
 
     def mv(self, x: Array) -> Array:

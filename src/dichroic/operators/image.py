@@ -27,7 +27,14 @@ class BlockAverage(Operator):
     ):
         self.in_shape, self.factor = as_shape(in_shape), int(factor)
         ndim = len(self.in_shape)
-        self.axes = tuple(range(ndim)) if axes is None else tuple(sorted(a % ndim for a in axes))
+        beyond = [a for a in axes or () if not -ndim <= a < ndim]
+        if self.factor < 1 or beyond:
+            raise ShapeError(
+                f"BlockAverage: no axis {beyond[0]} in {self.in_shape}"
+                if beyond
+                else f"BlockAverage: factor must be positive, got {self.factor}"
+            )
+        self.axes = tuple(sorted({a % ndim for a in (range(ndim) if axes is None else axes)}))
         bad = [a for a in self.axes if self.in_shape[a] % self.factor]
         if bad:
             raise ShapeError(

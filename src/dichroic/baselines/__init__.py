@@ -1,0 +1,6 @@
+"""What to compare with."""
+
+from dichroic.baselines.linear import back_projection as back_projection
+from dichroic.baselines.linear import least_squares as least_squares
+from dichroic.baselines.linear import second_moments as second_moments
+from dichroic.baselines.linear import wiener as wiener

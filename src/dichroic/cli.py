@@ -1,0 +1,220 @@
+"""The command line. JAX is imported by the commands, not here, so that `--help` is instant."""
+
+import argparse
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dichroic import __version__
+from dichroic.config import FitConfig, settings
+from dichroic.errors import DichroicError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 for an error, or 130 after Ctrl-C."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except DichroicError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = f"; go on with: dichroic {args.command} … --resume" if args.command == "fit" else ""
+        print(f"\ninterrupted; finished laps are kept{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="dichroic", description="Multi-view source separation with learned priors."
+    )
+    top.add_argument("--version", action="version", version=f"dichroic {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    check = add("check", _check, "validate a problem file and say what can be learned from what")
+    check.add_argument("problem", type=Path, help="a problem file (YAML)")
+
+    fit = add("fit", _fit, "learn every source's prior from the mixtures of a problem file")
+    fit.add_argument("problem", type=Path, help="a problem file (YAML)")
+    fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
+    fit.add_argument("--resume", action="store_true", help="go on with the run in RUN, if any")
+    fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
+    _add_settings(fit)
+
+    separate = add("separate", _separate, "draw the sources of observations from their posterior")
+    separate.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder or saved model")
+    separate.add_argument("view", help="observations: an .npz or YAML file, or a view of the problem")
+    separate.add_argument("--draws", type=_positive, default=32, help="draws per observation (32)")
+    separate.add_argument("--like", help="the view whose operators and noise a file without them has")
+    separate.add_argument("--seed", type=int, default=0)
+    separate.add_argument("--out", type=Path, help="an .npz file (separated.npz)")
+
+    sample = add("sample", _sample, "draw from the learned prior of a source")
+    sample.add_argument("run_folder", type=Path, metavar="RUN")
+    sample.add_argument("--source", required=True, metavar="NAME")
+    sample.add_argument("-n", "--number", type=_positive, default=64, help="number of draws (64)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", type=Path, help="an .npy file (NAME.npy)")
+
+    report = add("report", _report, "write RUN/report.html: what was learned, and how well")
+    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report.add_argument("--draws", type=_positive, default=32)
+
+    demo = add("demo", _demo, "fit and separate two embedded problems, with a table and reports")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"))
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quick", action="store_true", help="a small version, in about a minute")
+    return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("settings (override the file's fit: section)")
+    for name, (kind, default) in settings().items():
+        if name == "order":
+            group.add_argument("--order", metavar="A,B/C", help="groups of sources, learned in turn")
+            continue
+        options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        group.add_argument(
+            f"--{name}",
+            dest=f"set:{name}",
+            type=str if options else kind,
+            choices=options,
+            metavar=None if options else kind.__name__.upper(),
+            help=f"(default {default})",
+        )
+
+
+def _config(args: argparse.Namespace, section: dict[str, Any]) -> FitConfig:
+    given = {
+        name.removeprefix("set:"): value
+        for name, value in vars(args).items()
+        if name.startswith("set:") and value is not None
+    }
+    if args.order:
+        given["order"] = [group.split(",") for group in args.order.split("/")]
+    return FitConfig.from_dict(section, where=f"{args.problem}: fit").replace(given)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from dichroic.identify import identifiability
+    from dichroic.statement import load_problem, summary_rows
+    from dichroic.tables import text_table
+
+    problem, section = load_problem(args.problem)
+    FitConfig.from_dict(section, where=f"{args.problem}: fit")
+    for rows in summary_rows(problem):
+        header, *body = rows
+        print(text_table(header, body), end="\n\n")
+    result = identifiability(problem)
+    print(result.table(), end="\n\n")
+    for warning in result.warnings:
+        print(f"warning: {warning}")
+    print(f"{args.problem} is a valid problem")
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from dichroic.identify import identifiability
+    from dichroic.report import write_report
+    from dichroic.separator import Separator
+    from dichroic.statement import load_problem
+
+    problem, section = load_problem(args.problem)
+    config = _config(args, section)
+    warnings = identifiability(problem).warnings
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    separator = Separator(problem, config).fit(args.out, resume=args.resume)
+    print(f"model: {args.out / 'best'}")
+    if not args.no_report:
+        page = write_report(
+            args.out, separator=separator, metrics=separator.metrics, warnings=warnings
+        )
+        print(f"report: {page}")
+
+
+def _separate(args: argparse.Namespace) -> None:
+    from dichroic.separator import Separator
+    from dichroic.statement import load_view
+    from dichroic.tracking import Console
+
+    problem = _problem_of(args.run_folder)
+    separator = Separator.load(args.run_folder, problem=problem)
+    names = {v.name: v for v in problem.views} if problem else {}
+    view = args.view
+    if view not in names or Path(view).exists():
+        view = load_view(Path(view), names, like=args.like)
+    bar = Console()
+    result = separator.separate(
+        view,
+        n_draws=args.draws,
+        seed=args.seed,
+        progress=lambda done, total: bar.progress("draws", done, total),
+    )
+    out = args.out or Path("separated.npz")
+    result.save(out)
+    shapes = ", ".join(f"{k} {x.shape}" for k, x in result.draws.items())
+    print(f"{out}: draws, mean and std of {shapes}; χ²/M {result.chi2.mean():.3f} (1 is ideal)")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from dichroic.separator import Separator, save_npy
+
+    x = Separator.load(args.run_folder).sample_prior(args.source, args.number, seed=args.seed)
+    out = args.out or Path(f"{args.source}.npy")
+    save_npy(out, x)
+    print(f"{out}: {x.shape[0]} draws of {args.source}, each of shape {x.shape[1:]}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from dichroic.errors import RunError
+    from dichroic.identify import identifiability
+    from dichroic.report import write_report
+    from dichroic.separator import Separator
+    from dichroic.tracking import read_metrics
+
+    problem = _problem_of(args.run_folder)
+    if problem is None:
+        raise RunError(f"{args.run_folder} does not know its problem file; write_report() can be called")
+    page = write_report(
+        args.run_folder,
+        separator=Separator.load(args.run_folder, problem=problem),
+        metrics=read_metrics(args.run_folder / "metrics.jsonl"),
+        n_draws=args.draws,
+        warnings=identifiability(problem).warnings,
+    )
+    print(f"report: {page}")
+
+
+def _problem_of(run: Path) -> Any:
+    """The problem that a run was fitted to, from the file it was stated in; `None` without one."""
+    from dichroic.io import read_json
+    from dichroic.statement import load_problem
+
+    file = read_json(run / "run.json").get("problem_file") if (run / "run.json").exists() else ""
+    return load_problem(Path(file))[0] if file and Path(file).exists() else None
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from dichroic.demo import run_demo
+
+    run_demo(args.out, seed=args.seed, quick=args.quick)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

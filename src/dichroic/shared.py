@@ -1,0 +1,115 @@
+"""The E-step where all observations of a view have the same operators and noise.
+
+Then the view is one mixture in observation space, with a component per tuple `t` of the sources'
+components: means `m_t = Σ_β A_β μ_kβ` and covariances `C_t = Σ + Σ_β A_β C_kβ A_βᵀ = L_t L_tᵀ`, factorised
+once for all observations, in float64. With `z = L_t⁻¹ (y − m_t)` and the responsibilities `r_t`,
+
+    N_t = Σ_i r_t,   G_t = L_t⁻ᵀ Σ_i r_t z,   H_t = L_t⁻ᵀ (Σ_i r_t z zᵀ − N_t I) L_t⁻¹,
+
+and a component of one source has the sums over the tuples it is in, taken back by `A_βᵀ`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dichroic.batching import split
+from dichroic.evidence import Components
+from dichroic.observations import Observations
+
+_CHUNK_BYTES = 96 * 2**20
+
+
+def is_shared(obs: Observations) -> bool:
+    """Whether every observation has the same operators, noise and missing entries."""
+    rows, _ = split((obs.operators, obs.noise))
+    return not jax.tree.leaves(rows)
+
+
+def shared_log_evidence(priors: dict[str, Components], obs: Observations) -> float:
+    """`Σ_i log p(y_i)`."""
+    view = _View(priors, obs)
+    return sum(float(_scores(*chunk)) for chunk in view.chunks(obs))
+
+
+def shared_statistics(
+    priors: dict[str, Components], obs: Observations
+) -> tuple[float, dict[str, Components]]:
+    """`Σ_i log p(y_i)`, and its gradients `N`, `G`, `½ H` for every source."""
+    view = _View(priors, obs)
+    value, n, g, h = 0.0, 0.0, 0.0, 0.0
+    for chunk in view.chunks(obs):
+        v, *sums = _sums(*chunk)
+        dn, dg, dh = (np.asarray(a, np.float64) for a in sums)
+        value, n, g, h = value + float(v), n + dn, g + dg, h + dh
+    root = view.inverse_root
+    h = h - n[:, None, None] * np.eye(h.shape[-1])
+    g = np.einsum("tji,tj->ti", root, g)
+    h = root.swapaxes(1, 2) @ h @ root
+    return value, view.gradients(n, g, h)
+
+
+class _View:
+    """The mixture in observation space."""
+
+    def __init__(self, priors: dict[str, Components], obs: Observations):
+        y, matrices, cov_noise = obs.one(0).system()
+        to64 = lambda a: np.asarray(a, np.float64)
+        self.matrices = {k: to64(matrices[k]) for k in priors}
+        self.sizes = [c.log_weights.size for c in priors.values()]
+        log_weights, mean, cov = np.zeros(1), np.zeros((1, y.size)), to64(cov_noise)[None]
+        for name, c in priors.items():
+            a = self.matrices[name]
+            outer = lambda u, v: (u[:, None] + v[None]).reshape(-1, *u.shape[1:])
+            log_weights = outer(log_weights, to64(c.log_weights))
+            mean = outer(mean, to64(c.means) @ a.T)
+            cov = outer(cov, a @ to64(c.covariances) @ a.T)
+        low = np.linalg.cholesky(cov)
+        self.inverse_root = np.linalg.inv(low)
+        self.mean = mean
+        logdet = 2 * np.log(np.diagonal(low, axis1=1, axis2=2)).sum(axis=1)
+        self.constant = log_weights - 0.5 * (logdet + y.size * np.log(2 * np.pi))
+
+    def chunks(self, obs: Observations):
+        """Arguments of `_scores` and `_sums`, for as many observations at once as memory allows."""
+        t, m = self.mean.shape
+        size = int(np.clip(_CHUNK_BYTES // (4 * t * m), 1, obs.count))
+        root = jnp.asarray(self.inverse_root, obs.y.dtype)
+        shift = jnp.asarray(np.einsum("tij,tj->ti", self.inverse_root, self.mean), obs.y.dtype)
+        constant = jnp.asarray(self.constant, obs.y.dtype)
+        seen = obs.noise.observed(m)
+        for start in range(0, obs.count, size):
+            index = np.arange(start, start + size)
+            weight = jnp.asarray(index < obs.count, obs.y.dtype)
+            y = seen * obs.y[np.minimum(index, obs.count - 1)]
+            yield y, weight, root, shift, constant
+
+    def gradients(self, n, g, h) -> dict[str, Components]:
+        """Sums over the tuples of each component, taken back to the sources."""
+        out = {}
+        for s, (name, a) in enumerate(self.matrices.items()):
+            others = tuple(i for i in range(len(self.sizes)) if i != s)
+            own = lambda v, o=others: v.reshape(*self.sizes, *v.shape[1:]).sum(axis=o)
+            out[name] = Components(own(n), own(g) @ a, 0.5 * (a.T @ own(h) @ a))
+        return out
+
+
+def _whiten(y, root, shift, constant):
+    z = jnp.einsum("tij,nj->tni", root, y) - shift[:, None]
+    return z, constant[:, None] - 0.5 * jnp.sum(z * z, axis=-1)
+
+
+@jax.jit
+def _scores(y, weight, root, shift, constant):
+    _, s = _whiten(y, root, shift, constant)
+    return jax.nn.logsumexp(s, axis=0) @ weight
+
+
+@jax.jit
+def _sums(y, weight, root, shift, constant):
+    z, s = _whiten(y, root, shift, constant)
+    value = jax.nn.logsumexp(s, axis=0)
+    r = jnp.exp(s - value) * weight
+    weighted = r[..., None] * z
+    moment = jnp.einsum("tni,tnj->tij", weighted, z)
+    return value @ weight, jnp.sum(r, axis=1), jnp.sum(weighted, axis=1), moment

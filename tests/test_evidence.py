@@ -1,0 +1,261 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.stats import multivariate_normal
+from scipy import special, stats
+
+from dichroic import evidence
+from dichroic.evidence import Components, log_evidence, posterior_draw, posterior_means, tuples
+from dichroic.grid import grid_log_evidence, grid_scores
+from dichroic.linalg import psd_factor
+
+DRAWS = 20_000
+COUNTS = {1: (5,), 2: (3, 4), 3: (2, 3, 2)}
+DIMS = (3, 2, 4)
+
+
+def spd(rng, *shape):
+    root = rng.normal(size=(*shape, shape[-1]))
+    return root @ np.swapaxes(root, -1, -2) / shape[-1] + 0.1 * np.eye(shape[-1])
+
+
+def mixture(rng, count, dim):
+    weights = rng.dirichlet(np.ones(count))
+    return Components(
+        jnp.log(weights), jnp.asarray(rng.normal(size=(count, dim))), jnp.asarray(spd(rng, count, dim))
+    )
+
+
+def case(rng, counts, size, noise=0.5):
+    """`(y, matrices, noise covariance, sources)`."""
+    dims = DIMS[: len(counts)]
+    sources = [mixture(rng, k, d) for k, d in zip(counts, dims, strict=True)]
+    matrices = [jnp.asarray(rng.normal(size=(size, d))) for d in dims]
+    return jnp.asarray(rng.normal(size=size)), matrices, jnp.asarray(noise * spd(rng, size)), sources
+
+
+def projected(matrices, sources):
+    """Plain triples `(log weights, means, covariances)` of the projected mixtures."""
+    return [
+        (c.log_weights, c.means @ a.T, jnp.einsum("ij,kjl,ml->kim", a, c.covariances, a))
+        for a, c in zip(matrices, sources, strict=True)
+    ]
+
+
+def enumerated(y, cov_noise, views):
+    """`log p(y)` tuple by tuple."""
+    scores = []
+    for index in itertools.product(*(range(view[0].size) for view in views)):
+        w, m, v = (
+            sum(view[part][k] for view, k in zip(views, index, strict=True)) for part in range(3)
+        )
+        scores.append(w + multivariate_normal.logpdf(y, m, cov_noise + v))
+    return jax.nn.logsumexp(jnp.stack(scores))
+
+
+def by_scipy(y, cov_noise, views):
+    views = [[np.asarray(part, float) for part in view] for view in views]
+    scores = []
+    for index in itertools.product(*(range(view[0].size) for view in views)):
+        w, m, v = (
+            sum(view[part][k] for view, k in zip(views, index, strict=True)) for part in range(3)
+        )
+        scores.append(w + stats.multivariate_normal(m, np.asarray(cov_noise) + v).logpdf(y))
+    return special.logsumexp(scores), np.array(scores)
+
+
+def conditioned(y, matrices, cov_noise, sources):
+    """Every tuple's probability, and mean and covariance of all sources, concatenated, given y."""
+    a = np.concatenate(matrices, axis=1)
+    value, scores = by_scipy(y, cov_noise, projected(matrices, sources))
+    means, covs = [], []
+    for index in itertools.product(*(range(c.log_weights.size) for c in sources)):
+        picked = list(zip(sources, index, strict=True))
+        m = np.concatenate([c.means[k] for c, k in picked])
+        v = jax.scipy.linalg.block_diag(*(c.covariances[k] for c, k in picked))
+        gain = np.linalg.solve(a @ v @ a.T + cov_noise, a @ v).T
+        means.append(m + gain @ (y - a @ m))
+        covs.append(v - gain @ a @ v)
+    return np.exp(scores - value), np.array(means), np.array(covs)
+
+
+def moments(weights, means, covs):
+    mean = weights @ means
+    centred = means - mean
+    spread = np.einsum("k,ki,kj->ij", weights, centred, centred)
+    return mean, np.einsum("k,kij->ij", weights, covs) + spread
+
+
+def single(args):
+    """The same case in single precision."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32), args)
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3])
+@pytest.mark.parametrize("size", range(1, 7))
+def test_grid_value_and_gradient_are_those_of_enumeration(sources, size, rng, x64):
+    y, matrices, cov_noise, mixtures = case(rng, COUNTS[sources], size)
+    views = projected(matrices, mixtures)
+    value, gradient = jax.value_and_grad(grid_log_evidence, argnums=2)(y, cov_noise, views)
+    expect, scores = by_scipy(y, cov_noise, views)
+    np.testing.assert_allclose(value, expect, rtol=1e-10)
+    np.testing.assert_allclose(grid_scores(y, cov_noise, views).ravel(), scores, rtol=1e-9)
+    for ours, theirs in zip(gradient, ENUMERATED_GRADIENT(y, cov_noise, views), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+ENUMERATED_GRADIENT = jax.jit(jax.grad(enumerated, argnums=2))
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_grid_and_general_path_agree(size, rng, x64, monkeypatch):
+    y, matrices, cov_noise, sources = case(rng, (3, 4), size)
+    objective = jax.value_and_grad(lambda s: log_evidence(y, matrices, cov_noise, s))
+    by_grid = objective(sources)
+    monkeypatch.setattr(evidence, "SMALL", 0)
+    general = objective(sources)
+    for a, b in zip(jax.tree.leaves(by_grid), jax.tree.leaves(general), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 7, 11])
+@pytest.mark.parametrize("sources", [1, 2, 3])
+def test_evidence_in_single_precision_is_that_of_scipy(sources, size, rng):
+    y, matrices, cov_noise, mixtures = case(rng, COUNTS[sources], size)
+    expect, _ = by_scipy(y, cov_noise, projected(matrices, mixtures))
+    value = jax.jit(log_evidence)(y, matrices, cov_noise, mixtures)
+    np.testing.assert_allclose(value, expect, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_components_without_weight_count_for_nothing(size, rng):
+    y, matrices, cov_noise, (source,) = case(rng, (3,), size)
+    weights = jnp.array([0.4, 0.0, 0.6])
+    padded = Components(jnp.log(weights), source.means, source.covariances)
+    kept = jax.tree.map(lambda a: a[jnp.array([0, 2])], padded)
+    evaluate = jax.value_and_grad(lambda c: log_evidence(y, matrices, cov_noise, [c]))
+    value, gradient = evaluate(padded)
+    np.testing.assert_allclose(value, evaluate(kept)[0], rtol=1e-5)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert np.all(gradient.means[1] == 0)
+
+
+@pytest.mark.parametrize("size", [2, 6, 9])
+@pytest.mark.parametrize("counts", [(1,), (4,), (1, 1), (3, 2), (2, 1, 2)])
+def test_posterior_means_are_those_of_gaussian_conditioning(counts, size, rng):
+    args = case(rng, counts, size)
+    weights, means, covs = conditioned(*args)
+    result, value = jax.jit(posterior_means)(*args)
+    expect, _ = by_scipy(args[0], args[2], projected(args[1], args[3]))
+    np.testing.assert_allclose(np.concatenate(result), weights @ means, atol=2e-3)
+    np.testing.assert_allclose(value, expect, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 6, 9])
+def test_posterior_means_in_double_precision(size, rng, x64):
+    args = case(rng, (3, 2), size)
+    weights, means, _ = conditioned(*args)
+    result, _ = posterior_means(*args)
+    np.testing.assert_allclose(np.concatenate(result), weights @ means, atol=1e-10)
+
+
+def test_evidence_maps_over_observations(rng):
+    _, matrices, cov_noise, sources = case(rng, (3, 2), 4)
+    y = jnp.asarray(rng.normal(size=(5, 4)))
+    mapped = jax.jit(jax.vmap(lambda y: log_evidence(y, matrices, cov_noise, sources)))(y)
+    expect = [by_scipy(one, cov_noise, projected(matrices, sources))[0] for one in y]
+    np.testing.assert_allclose(mapped, expect, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_beam_is_a_close_lower_bound(size, rng, x64):
+    args = case(rng, (4, 5, 4), size)
+    exact = log_evidence(*args)
+    bounds = [log_evidence(*args, max_tuples=count) for count in (1, 8, 40, 79, 80)]
+    assert np.all(np.diff(bounds) > -1e-10)
+    assert bounds[0] < bounds[2] < exact
+    assert exact - bounds[2] < 0.05
+    np.testing.assert_allclose(bounds[-1], exact, rtol=1e-12)
+
+
+def test_beam_that_keeps_every_tuple_is_exact(rng, x64):
+    y, matrices, cov_noise, sources = case(rng, (4, 5, 4), 8)
+    views = [evidence.project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    index, scores = tuples(y, views, cov_noise, max_tuples=80)
+    _, expect = by_scipy(y, cov_noise, projected(matrices, sources))
+    assert [tuple(i) for i in index.tolist()] == list(
+        itertools.product(range(4), range(5), range(4))
+    )
+    np.testing.assert_allclose(scores, expect, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_beam_keeps_tuples_of_the_enumeration_once_each(size, rng, x64):
+    y, matrices, cov_noise, sources = case(rng, (4, 5, 4), size)
+    views = [evidence.project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    index, scores = tuples(y, views, cov_noise, max_tuples=30)
+    _, every = by_scipy(y, cov_noise, projected(matrices, sources))
+    flat = np.ravel_multi_index(np.asarray(index).T, (4, 5, 4))
+    assert index.shape == (30, 3)
+    assert len(set(flat.tolist())) == 30
+    np.testing.assert_allclose(scores, every[flat], rtol=1e-9)
+
+
+def test_beam_gives_posterior_means_near_the_exact_ones(rng, x64):
+    args = case(rng, (4, 5), 8, noise=0.1)
+    exact, _ = posterior_means(*args)
+    near, _ = posterior_means(*args, max_tuples=12)
+    np.testing.assert_allclose(np.concatenate(near), np.concatenate(exact), atol=0.02)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("counts", [(1,), (1, 1), (3, 2)])
+def test_draws_have_the_mean_and_covariance_of_the_posterior(counts, size, rng):
+    args = case(rng, counts, size)
+    root = psd_factor(args[2])
+    draw = lambda key: posterior_draw(*args, key, noise_root=root)
+    keys = jax.random.split(jax.random.key(1), DRAWS)
+    draws, values = jax.jit(jax.vmap(draw))(keys)
+    x = np.concatenate(draws, axis=1).astype(float)
+    mean, cov = moments(*conditioned(*args))
+    variance = np.diag(cov)
+    assert np.all(np.abs(x.mean(0) - mean) <= 4.5 * np.sqrt(variance / DRAWS) + 1e-3)
+    # Entries of the sample covariance scatter as their products do; their own spread says by how much.
+    centred = x - mean
+    products = centred[:, :, None] * centred[:, None, :]
+    error = products.std(0) / np.sqrt(DRAWS)
+    assert np.all(np.abs(products.mean(0) - cov) <= 4.5 * error + 2e-3 * variance.max())
+    np.testing.assert_allclose(values, log_evidence(*args), rtol=1e-4)
+
+
+def test_draws_come_from_both_modes_in_proportion(rng):
+    source = Components(
+        jnp.log(jnp.array([0.3, 0.7])), jnp.array([[-5.0], [5.0]]), jnp.full((2, 1, 1), 0.1)
+    )
+    blind = jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.eye(1)
+    draw = lambda key: posterior_draw(
+        jnp.zeros(1), [blind[0], blind[1]], blind[2], [source, source], key, noise_root=jnp.eye(1)
+    )[0]
+    keys = jax.random.split(jax.random.key(2), DRAWS)
+    a, b = (np.asarray(x)[:, 0] > 0 for x in jax.jit(jax.vmap(draw))(keys))
+    for fraction, p in ((a.mean(), 0.7), (b.mean(), 0.7), ((a & b).mean(), 0.49)):
+        assert abs(fraction - p) <= 4.5 * np.sqrt(p * (1 - p) / DRAWS)
+
+
+def test_moments_of_a_mixture_are_those_of_its_draws(rng):
+    source = single(mixture(rng, 3, 2))
+    mean, cov = moments(
+        np.exp(source.log_weights), np.asarray(source.means), np.asarray(source.covariances)
+    )
+    np.testing.assert_allclose(source.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(source.covariance, cov, atol=1e-5)
+    collapsed = source.collapse()
+    np.testing.assert_allclose(collapsed.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(collapsed.covariance, cov, atol=1e-5)
+    draws = np.asarray(jax.vmap(source.draw)(jax.random.split(jax.random.key(0), DRAWS)))
+    error = np.sqrt(np.diag(cov) / DRAWS)
+    assert np.all(np.abs(draws.mean(0) - mean) <= 4.5 * error)

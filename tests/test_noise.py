@@ -1,0 +1,153 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dichroic.batching import row_counts, split, take
+from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, JointNoise, LowRankNoise, Masked
+
+N, M = 3, 4
+DRAWS = 20_000
+RNG = np.random.default_rng(11)
+FACTOR, VARIANCE = RNG.normal(size=(N, M, 2)), RNG.uniform(0.2, 2.0, size=(N, M))
+COVARIANCE = FACTOR @ FACTOR.swapaxes(1, 2) + np.stack([np.diag(v) for v in VARIANCE])
+STD = np.array([0.5, 1.0, 2.0])
+MASK = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+DIAGONALS = np.stack([np.diag(v) for v in VARIANCE])
+
+
+def masked(covariance, mask):
+    kept = mask[..., :, None] * mask[..., None, :]
+    return kept * covariance + np.eye(M) * (1 - mask)[..., None, :]
+
+
+def block_diagonal(a, b):
+    corner = np.zeros((N, a.shape[-2], b.shape[-1]))
+    a, b = np.broadcast_to(a, (N, *a.shape[-2:])), np.broadcast_to(b, (N, *b.shape[-2:]))
+    return np.block([[a, corner], [corner.swapaxes(1, 2), b]])
+
+
+def joint():
+    """A masked and correlated view beside an isotropic one."""
+    inner = Masked(DenseNoise(COVARIANCE[0]), MASK)
+    return JointNoise((inner, Isotropic(STD)), (M, 2))
+
+
+# name: the model, and its covariance for every observation.
+MODELS = {
+    "isotropic": (lambda: Isotropic(0.7), 0.49 * np.eye(M)),
+    "isotropic-rows": (lambda: Isotropic(STD), STD[:, None, None] ** 2 * np.eye(M)),
+    "diagonal": (lambda: DiagonalNoise(VARIANCE[0]), DIAGONALS[0]),
+    "diagonal-rows": (lambda: DiagonalNoise(VARIANCE), DIAGONALS),
+    "low-rank": (lambda: LowRankNoise(FACTOR[0], VARIANCE[0]), COVARIANCE[0]),
+    "low-rank-rows": (lambda: LowRankNoise(FACTOR, VARIANCE), COVARIANCE),
+    "low-rank-mixed": (
+        lambda: LowRankNoise(FACTOR, VARIANCE[0]),
+        COVARIANCE - DIAGONALS + DIAGONALS[0],
+    ),
+    "dense": (lambda: DenseNoise(COVARIANCE[0]), COVARIANCE[0]),
+    "dense-rows": (lambda: DenseNoise(COVARIANCE), COVARIANCE),
+    "masked-rows": (lambda: Masked(DenseNoise(COVARIANCE), MASK), masked(COVARIANCE, MASK)),
+    "masked-shared": (
+        lambda: Masked(DiagonalNoise(VARIANCE), MASK[0]),
+        masked(DIAGONALS, MASK[0]),
+    ),
+    "masked-all-shared": (
+        lambda: Masked(Isotropic(2.0), MASK[0]),
+        masked(4.0 * np.eye(M), MASK[0]),
+    ),
+    "joint": (
+        joint,
+        block_diagonal(masked(COVARIANCE[0], MASK), STD[:, None, None] ** 2 * np.eye(2)),
+    ),
+    "joint-shared": (
+        lambda: JointNoise((DiagonalNoise(VARIANCE[0]), Isotropic(0.7)), (M, 3)),
+        block_diagonal(DIAGONALS[0], 0.49 * np.eye(3))[0],
+    ),
+}
+every_model = pytest.mark.parametrize(("make", "covariance"), MODELS.values(), ids=MODELS.keys())
+
+
+def per_observation(noise, fn):
+    """`fn(noise of one observation)`, for every observation if there are several."""
+    rows, shared = split(noise)
+    if not jax.tree.leaves(rows):
+        return fn(noise)
+    return jax.vmap(lambda r: fn(eqx.combine(r, shared)))(rows)
+
+
+@every_model
+def test_matrix_is_the_covariance_of_the_definition(make, covariance):
+    noise, size = make(), covariance.shape[-1]
+    assert row_counts(noise) == ({N} if covariance.ndim == 3 else set())
+    matrix = jax.jit(lambda noise: per_observation(noise, lambda one: one.as_matrix(size)))(noise)
+    np.testing.assert_allclose(matrix, covariance, atol=1e-5)
+
+
+@every_model
+def test_products_are_those_of_the_matrix(make, covariance, rng):
+    v = rng.normal(size=covariance.shape[-1])
+    result = per_observation(make(), lambda one: one.mv(jnp.asarray(v, jnp.float32)))
+    np.testing.assert_allclose(result, covariance @ v, atol=2e-5)
+
+
+@every_model
+def test_draws_have_the_covariance_of_the_observed_entries(make, covariance):
+    noise, size = make(), covariance.shape[-1]
+    keys = jax.random.split(jax.random.key(5), DRAWS)
+    draw = jax.jit(
+        lambda noise: per_observation(noise, lambda one: jax.vmap(lambda k: one.sample(k, size))(keys))
+    )
+    draws = np.asarray(draw(noise), float)
+    seen = np.asarray(per_observation(noise, lambda one: one.observed(size)))
+    expect = covariance * seen[..., :, None] * seen[..., None, :]
+    variance = np.diagonal(expect, axis1=-2, axis2=-1)
+    # The variance of an entry of the sample second moment of Gaussians is (Σᵢᵢ Σⱼⱼ + Σᵢⱼ²) / draws.
+    error = np.sqrt((variance[..., :, None] * variance[..., None, :] + expect**2) / DRAWS)
+    moment = np.swapaxes(draws, -1, -2) @ draws / DRAWS
+    assert np.all(np.abs(moment - expect) <= 4.5 * error)
+    assert np.all(np.abs(draws.mean(-2)) <= 4.5 * np.sqrt(variance / DRAWS))
+
+
+@pytest.mark.parametrize("name", ["masked-rows", "masked-shared", "joint"])
+def test_missing_entries_are_zero_in_draws_and_decoupled_in_the_matrix(name):
+    make, covariance = MODELS[name]
+    noise, size = make(), covariance.shape[-1]
+    seen = np.asarray(per_observation(noise, lambda one: one.observed(size)))
+    missing = seen == 0
+    draws = np.asarray(per_observation(noise, lambda one: one.sample(jax.random.key(0), size)))
+    matrix = np.asarray(per_observation(noise, lambda one: one.as_matrix(size)))
+    assert missing.any()
+    assert np.all(draws[np.broadcast_to(missing, draws.shape)] == 0)
+    for index in np.argwhere(np.broadcast_to(missing, matrix.shape[:-1])):
+        np.testing.assert_array_equal(matrix[tuple(index)], np.eye(size)[index[-1]])
+
+
+def test_observed_is_one_without_a_mask_and_concatenates():
+    np.testing.assert_array_equal(Isotropic(1.0).observed(3), np.ones(3))
+    expect = np.concatenate([MASK, np.ones((N, 2))], axis=1)
+    np.testing.assert_array_equal(per_observation(joint(), lambda one: one.observed(6)), expect)
+
+
+def test_masking_marginalises_correlated_noise(rng):
+    mask, y = MASK[0].astype(bool), rng.normal(size=M)
+    one = take(Masked(DenseNoise(COVARIANCE), MASK), 0)
+    matrix = np.asarray(one.as_matrix(M), float)
+    sub = COVARIANCE[0][np.ix_(mask, mask)]
+    quadratic = (mask * y) @ np.linalg.solve(matrix, mask * y)
+    np.testing.assert_allclose(quadratic, y[mask] @ np.linalg.solve(sub, y[mask]), rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.slogdet(matrix)[1], np.linalg.slogdet(sub)[1], atol=1e-5)
+
+
+def test_views_of_a_joint_draw_are_independent_of_each_other():
+    noise = JointNoise((Isotropic(1.0), Isotropic(1.0)), (M, M))
+    draw = noise.sample(jax.random.key(3), 2 * M)
+    assert not np.any(np.isclose(draw[:M], draw[M:]))
+
+
+def test_parameters_are_differentiable():
+    trace = lambda noise: jnp.trace(noise.as_matrix(M))
+    gradient = eqx.filter_grad(trace)(LowRankNoise(FACTOR[0], VARIANCE[0]))
+    np.testing.assert_allclose(gradient.factor, 2 * FACTOR[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient.variance, np.ones(M))

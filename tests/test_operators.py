@@ -1,0 +1,298 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import signal
+
+from dichroic.batching import row_counts, split, take
+from dichroic.errors import ShapeError
+from dichroic.operators import (
+    BlockAverage,
+    Compose,
+    Convolve,
+    Dense,
+    Diagonal,
+    Function,
+    Identity,
+    Scale,
+    Stack,
+    Sum,
+    Zero,
+)
+
+N = 3
+EPS = np.finfo(np.float32).eps
+
+
+def normal(*shape):
+    return np.random.default_rng(abs(hash(shape)) % 2**32).normal(size=shape).astype(np.float32)
+
+
+def modulate(x, params):
+    return jnp.cumsum(params["gain"] * x, axis=-1)
+
+
+def function(per_observation):
+    gain = normal(N, 4) if per_observation else normal(4)
+    return Function(
+        modulate, in_shape=(2, 4), params={"gain": gain}, per_observation=per_observation
+    )
+
+
+def nested():
+    """Shared and per-observation parameters at every depth."""
+    blur = Convolve(normal(N, 3, 3), shape=(4, 4)) @ Diagonal(normal(4, 4))
+    shift = Scale((4, 4), normal(N)) @ Convolve(normal(3, 1), shape=(4, 4))
+    dense = Dense(normal(N, 5, 16), in_shape=(4, 4))
+    return Stack((BlockAverage((4, 4), 2) @ (blur + shift), dense, 0.5 * Identity((4, 4))))
+
+
+SHARED = {
+    "identity-vector": lambda: Identity(4),
+    "identity-image": lambda: Identity((2, 3)),
+    "zero": lambda: Zero((2, 3), 4),
+    "scale": lambda: Scale((2, 3), -1.5),
+    "diagonal-vector": lambda: Diagonal(normal(5)),
+    "diagonal-image": lambda: Diagonal(normal(2, 3)),
+    "dense-vector": lambda: Dense(normal(3, 5)),
+    "dense-shaped": lambda: Dense(normal(6, 8), in_shape=(2, 4), out_shape=(3, 2)),
+    "function": lambda: function(False),
+    "function-without-params": lambda: Function(lambda x: x[::2], in_shape=(5, 2)),
+    "compose": lambda: Dense(normal(3, 4)) @ Diagonal(normal(4)) @ Dense(normal(4, 6)),
+    "sum": lambda: Dense(normal(4, 4)) + Diagonal(normal(4)) + Identity(4),
+    "stack": lambda: Stack((Identity((2, 4)), Dense(normal(3, 8), in_shape=(2, 4)))),
+    "block-average-vector": lambda: BlockAverage(12, 3),
+    "block-average-image": lambda: BlockAverage((4, 8), 2),
+    "block-average-channels": lambda: BlockAverage((4, 6, 3), 2, axes=(0, -2)),
+    "convolve-1d": lambda: Convolve(normal(3), shape=7),
+    "convolve-longer-than-source": lambda: Convolve(normal(9), shape=4),
+    "convolve-image": lambda: Convolve(normal(3, 5), shape=(6, 5)),
+    "convolve-channels": lambda: Convolve(normal(5, 3), shape=(2, 6, 5), ndim=2),
+    "convolve-last-axis": lambda: Convolve(normal(3), shape=(4, 6), ndim=1),
+}
+PER_OBSERVATION = {
+    "scale-rows": lambda: Scale((2, 3), normal(N)),
+    "diagonal-rows": lambda: Diagonal(normal(N, 2, 3), shape=(2, 3)),
+    "dense-rows": lambda: Dense(normal(N, 4, 6), in_shape=(2, 3)),
+    "function-rows": lambda: function(True),
+    "convolve-rows-1d": lambda: Convolve(normal(N, 3), shape=6),
+    "convolve-rows-image": lambda: Convolve(normal(N, 3, 3), shape=(5, 4)),
+    "convolve-rows-channels": lambda: Convolve(normal(N, 3, 3), shape=(2, 5, 4), ndim=2),
+    "compose-mixed": lambda: Dense(normal(3, 4)) @ Diagonal(normal(N, 4), shape=4),
+    "sum-mixed": lambda: Dense(normal(N, 4, 4)) + Identity(4),
+    "stack-mixed": lambda: Stack((Scale((4,), normal(N)), Dense(normal(2, 4)))),
+    "nested": nested,
+}
+EVERY = SHARED | PER_OBSERVATION
+every_operator = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
+per_observation = pytest.mark.parametrize(
+    "make", PER_OBSERVATION.values(), ids=PER_OBSERVATION.keys()
+)
+
+
+def ones(operator):
+    """The operator of every observation, as a list."""
+    return [take(operator, i) for i in range(N)] if row_counts(operator) else [operator]
+
+
+def over_rows(operator, fn, *args):
+    """`fn(operator of one observation, …)` mapped over observations and the leading axis of args."""
+    rows, shared = split(operator)
+    return jax.vmap(lambda r, *a: fn(eqx.combine(r, shared), *a))(rows, *args)
+
+
+@every_operator
+def test_adjoint_identity(make, rng):
+    for op in ones(make()):
+        x = rng.normal(size=op.in_shape).astype(np.float32)
+        y = rng.normal(size=op.out_shape).astype(np.float32)
+        ax, aty = op.mv(jnp.asarray(x)), op.rmv(jnp.asarray(y))
+        assert ax.shape == op.out_shape
+        assert aty.shape == op.in_shape
+        left, right = np.vdot(np.float64(ax), y), np.vdot(x, np.float64(aty))
+        size = np.linalg.norm(ax) * np.linalg.norm(y) + np.linalg.norm(x) * np.linalg.norm(aty)
+        assert abs(left - right) <= 16 * EPS * size
+
+
+@every_operator
+def test_matrix_has_the_columns_and_rows_of_the_products(make, rng):
+    for op in ones(make()):
+        a = np.asarray(op.as_matrix())
+        assert a.shape == (np.prod(op.out_shape), np.prod(op.in_shape))
+        x = rng.normal(size=op.in_shape).astype(np.float32)
+        y = rng.normal(size=op.out_shape).astype(np.float32)
+        tolerance = {"rtol": 0, "atol": 64 * EPS * (1 + np.linalg.norm(a))}
+        np.testing.assert_allclose(np.ravel(op.mv(jnp.asarray(x))), a @ x.ravel(), **tolerance)
+        np.testing.assert_allclose(np.ravel(op.rmv(jnp.asarray(y))), a.T @ y.ravel(), **tolerance)
+
+
+@per_observation
+def test_mapped_over_observations_equals_one_by_one(make, rng):
+    op = make()
+    x = jnp.asarray(rng.normal(size=(N, *op.in_shape)), jnp.float32)
+    y = jnp.asarray(rng.normal(size=(N, *op.out_shape)), jnp.float32)
+    forward = jax.jit(lambda o, x: over_rows(o, lambda one, v: one.mv(v), x))(op, x)
+    back = jax.jit(lambda o, y: over_rows(o, lambda one, v: one.rmv(v), y))(op, y)
+    singles = ones(op)
+    expect = jnp.stack([one.mv(v) for one, v in zip(singles, x, strict=True)])
+    np.testing.assert_allclose(forward, expect, atol=1e-5)
+    expect = jnp.stack([one.rmv(v) for one, v in zip(singles, y, strict=True)])
+    np.testing.assert_allclose(back, expect, atol=1e-5)
+    assert np.ptp(np.asarray(over_rows(op, lambda one: one.as_matrix())), axis=0).max() > 0
+
+
+@every_operator
+def test_gradient_through_the_product_is_the_adjoint(make, rng):
+    op = ones(make())[0]
+    x = jnp.asarray(rng.normal(size=op.in_shape), jnp.float32)
+    y = jnp.asarray(rng.normal(size=op.out_shape), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x, op: jnp.vdot(op.mv(x), y)))(x, op)
+    np.testing.assert_allclose(gradient, op.rmv(y), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scale", "diagonal-image", "dense-shaped", "convolve-image"])
+def test_parameters_are_differentiable(name, rng):
+    op = EVERY[name]()
+    x = jnp.asarray(rng.normal(size=op.in_shape), jnp.float32)
+    y = jnp.asarray(rng.normal(size=op.out_shape), jnp.float32)
+    gradient = eqx.filter_grad(lambda op: jnp.vdot(op.mv(x), y))(op)
+    product = sum(
+        jnp.vdot(g, p)
+        for g, p in zip(jax.tree.leaves(gradient), jax.tree.leaves(op), strict=True)
+    )
+    # The products are linear in the parameters, so ⟨gradient, parameters⟩ is the product itself.
+    np.testing.assert_allclose(product, jnp.vdot(op.mv(x), y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape"),
+    [((3,), (8,)), ((9,), (4,)), ((3, 5), (7, 6)), ((1, 1), (3, 3)), ((3, 3, 5), (4, 5, 6))],
+)
+def test_convolution_is_that_of_scipy(kernel, shape, rng):
+    k, x = rng.normal(size=kernel), rng.normal(size=shape)
+    full = signal.convolve(x, k, mode="full", method="direct")
+    centred = full[tuple(slice(m // 2, m // 2 + d) for m, d in zip(kernel, shape, strict=True))]
+    result = Convolve(k, shape=shape).mv(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(result, centred, atol=1e-5)
+
+
+def test_convolution_carries_the_channels_along(rng):
+    k, x = rng.normal(size=(3, 3)), rng.normal(size=(2, 5, 6))
+    expect = [signal.convolve(channel, k, mode="same") for channel in x]
+    result = Convolve(k, shape=(2, 5, 6), ndim=2).mv(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(result, expect, atol=1e-5)
+
+
+def test_kernel_per_observation_is_its_own_convolution(rng):
+    k, x = rng.normal(size=(N, 3, 3)), rng.normal(size=(N, 5, 6))
+    op = Convolve(k, shape=(5, 6))
+    expect = [signal.convolve(a, b, mode="same") for a, b in zip(x, k, strict=True)]
+    result = over_rows(op, lambda one, v: one.mv(v), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(result, expect, atol=1e-5)
+
+
+def test_block_average_is_a_reshape_and_mean(rng):
+    x = rng.normal(size=(4, 6, 3)).astype(np.float32)
+    op = BlockAverage((4, 6, 3), 2, axes=(0, 1))
+    assert op.out_shape == (2, 3, 3)
+    expect = x.reshape(2, 2, 3, 2, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(op.mv(jnp.asarray(x)), expect, atol=1e-6)
+
+
+def test_block_average_names_an_axis_once():
+    assert BlockAverage((4, 4), 2, axes=(0, -2)).out_shape == (2, 4)
+    assert BlockAverage((4, 4), 2, axes=(0, -2)).mv(jnp.ones((4, 4))).shape == (2, 4)
+
+
+def test_algebra_is_that_of_matrices(rng):
+    a, b, c = (rng.normal(size=(3, 3)).astype(np.float32) for _ in range(3))
+    op = 2 * (Dense(a) @ Dense(b) + Dense(c)) * 0.5
+    np.testing.assert_allclose(op.as_matrix(), a @ b + c, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [3, 3.0, np.float32(3), np.array(3.0), jnp.array(3.0)])
+def test_factors_of_any_type_scale_from_both_sides(factor):
+    for op in (factor * Identity(2), Identity(2) * factor):
+        np.testing.assert_array_equal(op.as_matrix(), 3 * np.eye(2))
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_an_array_of_factors_is_one_per_observation(array):
+    op = array([1.0, 2.0, 3.0]) * Identity(2)
+    assert row_counts(op) == {3}
+    np.testing.assert_array_equal(take(op, 2).as_matrix(), 3 * np.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Identity((2, 0)), r"positive integers, got \(2, 0\)"),
+        (lambda: Identity(-1), r"positive integers, got \(-1,\)"),
+        (lambda: Scale((2,), np.ones((2, 2))), r"Scale: .*\(2, 2\)"),
+        (lambda: Diagonal(np.ones(3), shape=(2, 3)), r"Diagonal: .*\(3,\).*\(2, 3\)"),
+        (lambda: Diagonal(np.ones((2, 4)), shape=(3,)), r"Diagonal: .*\(2, 4\).*\(3,\)"),
+        (lambda: Diagonal(np.ones((5, 2, 3)), shape=(3,)), r"Diagonal: .*\(5, 2, 3\).*\(3,\)"),
+        (lambda: Dense(np.ones(3)), r"Dense: expected .*got \(3,\)"),
+        (lambda: Dense(np.ones((3, 4)), in_shape=(2, 3)), r"3 × 4 matrix cannot map \(2, 3\)"),
+        (lambda: Dense(np.ones((3, 4)), out_shape=2), r"cannot map \(4,\) to \(2,\)"),
+        (lambda: BlockAverage((4, 5), 2), r"BlockAverage: axis 1 of \(4, 5\).*multiple of 2"),
+        (lambda: BlockAverage((4, 4), 0), r"BlockAverage: factor must be positive, got 0"),
+        (lambda: BlockAverage((4, 4), 2, axes=(2,)), r"BlockAverage: no axis 2 in \(4, 4\)"),
+        (lambda: Convolve(np.ones(4), shape=6), r"Convolve: kernel sizes must be odd.*\(4,\)"),
+        (lambda: Convolve(np.ones(3), shape=(2, 6)), r"Convolve: .*\(3,\).*\(2, 6\); give ndim="),
+        (lambda: Convolve(np.ones((3, 3)), shape=6, ndim=2), r"Convolve: .*2 axes"),
+        (lambda: Identity(3) @ Dense(np.ones((2, 3))), r"Compose: Identity takes \(3,\) but Dense"),
+        (lambda: Identity(3) + Identity(2), r"Sum: .*different shapes.*\(2,\).*\(3,\)"),
+        (lambda: Stack((Identity(3), Identity(2))), r"Stack: .*different shapes.*\(2,\).*\(3,\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_explained(make, message):
+    with pytest.raises(ShapeError, match=message):
+        make()
+
+
+@every_operator
+def test_split_and_combine_round_trip(make):
+    op = make()
+    rows, shared = split(op)
+    assert eqx.tree_equal(eqx.combine(rows, shared), op)
+    assert all(leaf.shape[0] == N for leaf in jax.tree.leaves(rows))
+    count = len(jax.tree.leaves(rows)) + len(jax.tree.leaves(shared))
+    assert count == len(jax.tree.leaves(op))
+    again, none = split(rows)
+    assert eqx.tree_equal(again, rows)
+    assert not jax.tree.leaves(none)
+
+
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED.keys())
+def test_shared_operators_have_no_rows(make):
+    op = make()
+    assert row_counts(op) == set()
+    assert eqx.tree_equal(take(op, slice(0, 2)), op)
+
+
+@per_observation
+def test_take_keeps_the_chosen_rows_in_order(make):
+    op = make()
+    assert row_counts(op) == {N}
+    index = np.array([2, 0])
+    some = take(op, index)
+    assert row_counts(some) == {2}
+    matrices = over_rows(op, lambda one: one.as_matrix())
+    np.testing.assert_allclose(over_rows(some, lambda one: one.as_matrix()), matrices[index])
+    assert eqx.tree_equal(take(op, slice(None)), op)
+
+
+def test_nested_composites_split_leaf_by_leaf():
+    rows, shared = split({"view": [nested(), Scale((2,), 3.0)], "other": jnp.ones(7)})
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(rows)) == [(3,), (3, 3, 3), (3, 5, 16)]
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(shared)) == [
+        (), (), (3, 1), (4, 4), (7,)
+    ]  # fmt: skip
+
+
+def test_row_counts_show_a_mismatch():
+    op = Compose((Scale((4,), normal(2)), Scale((4,), normal(5))))
+    assert row_counts(op) == {2, 5}
+    assert row_counts(Sum((Identity(4), Identity(4)))) == set()

@@ -1,0 +1,165 @@
+"""The report is one well-formed, self-contained page whose numbers are those of the draws."""
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from dichroic.datasets.manifolds import manifold_problem
+from dichroic.errors import RunError
+from dichroic.metrics import coverage, psnr
+from dichroic.operators import Identity
+from dichroic.problem import Problem, Source, View, holdout
+from dichroic.report import write_report
+from dichroic.separator import Separator
+
+SETTINGS = {
+    "polish": 2,
+    "mixture": {"components": 2, "gaussian_laps": 3, "laps": 2, "final_laps": 2},
+    "diffusion": {"laps": 0},
+}
+SECTIONS = [
+    "Result",
+    "What was observed",
+    "Separated sources",
+    "Learned priors",
+    "Learning",
+    "Data fit",
+    "Calibration",
+    "Timings",
+    "Which prior was kept",
+    "Warnings",
+    "Configuration",
+]
+VOID = {"meta", "img"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags nest, and collects headings, numbers, links and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.numbers, self.links, self.text = [], [], {}, [], []
+        self.key = None
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.key = attrs.get("data-number")
+        self.links += [attrs[k] for k in ("href", "src") if k in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+        if self.key:
+            self.numbers[self.key] = data
+            self.key = None
+        self.text.append(data)
+
+
+def image_problem(rng, count=120):
+    a = rng.normal(size=(count, 1, 1)) * np.ones((4, 4)) + 0.1 * rng.normal(size=(count, 4, 4))
+    b = rng.normal(size=(count, 1, 1)) * np.eye(4) + 0.1 * rng.normal(size=(count, 4, 4))
+    eye, noise = Identity((4, 4)), lambda: 0.1 * rng.normal(size=(count, 4, 4))
+    seen = rng.uniform(size=(count, 4, 4)) > 0.1
+    views = [
+        View(a[::-1] + noise(), {"flat<sky>": eye}, 0.1, "sky & dome", mask=seen),
+        View(a + b + noise(), {"flat<sky>": eye, "_b$": eye}, 0.1, "both/all", truth={"_b$": b}),
+    ]
+    return Problem([Source("flat<sky>", (4, 4)), Source("_b$", (4, 4))], views)
+
+
+@pytest.fixture(scope="module", params=["points", "images"])
+def reported(request, tmp_path_factory):
+    rng = np.random.default_rng(0)
+    make = {
+        "points": lambda: manifold_problem(seed=0, count=120),
+        "images": lambda: image_problem(rng),
+    }
+    separator = Separator(make[request.param](), SETTINGS).fit(progress=False)
+    folder = tmp_path_factory.mktemp("run")
+    names = separator.problem.names
+    page = write_report(
+        folder,
+        separator=separator,
+        metrics=separator.metrics,
+        n_draws=8,
+        max_observations=10,
+        title="A <title> & more",
+        warnings=["mind the <gap>"],
+        baselines={"ours": dict.fromkeys(names, 31.234), "least <squares>": {names[0]: 12.3}},
+    )
+    return separator, page, Reader(page.read_text())
+
+
+def test_the_page_is_well_formed_and_has_every_section(reported):
+    _, _, reader = reported
+    assert reader.headings == SECTIONS
+    text = "".join(reader.text)
+    for words in (
+        "A <title> & more",
+        "mind the <gap>",
+        "least <squares>",
+        "31.23",
+        "No diffusion lap",
+    ):
+        assert words in text
+
+
+def test_the_page_is_self_contained(reported):
+    _, page, reader = reported
+    text = page.read_text()
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+    anchors = [link for link in reader.links if link.startswith("#")]
+    assert all(f'id="{link[1:]}"' in text for link in anchors)
+    images = [link for link in reader.links if not link.startswith("#")]
+    assert all(link.startswith("data:image/png;base64,") for link in images)
+    assert len(images) == len(list((page.parent / "figures").glob("*.png")))
+
+
+def test_the_numbers_of_the_cards_are_those_of_the_draws(reported):
+    separator, _, reader = reported
+    expected = {}
+    for i, views in enumerate(separator.problem.joint_views()):
+        held = [v.select(slice(0, 10)) for v in holdout(views, 0.1, i)[1]]
+        result = separator.separate(held, n_draws=8, seed=i)
+        name = held[0].name
+        expected[f"chi2 {name}"] = f"{result.chi2.mean():.3f}"
+        for source, truth in held[0].truth.items():
+            score = psnr(result.mean[source], truth, data_range=float(np.ptp(truth)))
+            expected[f"psnr {source} {name}"] = f"{score:.2f}"
+            inside = coverage(result.draws[source], truth, level=0.9).value
+            expected[f"coverage {source} {name}"] = f"{100 * inside:.1f}%"
+    assert {k: v for k, v in reader.numbers.items() if k != "seconds"} == expected
+    assert reader.numbers["seconds"] == f"{separator.metrics[-1]['seconds']:.1f} s"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ([], "No diffusion lap was run"),
+        ([-8.9], "no diffusion lap has ended"),
+        ([-8.9, -9.1, -8.8], "Diffusion improved"),
+        ([-8.9, -9.1], "Diffusion did not improve"),
+    ],
+)
+def test_the_verdict_compares_the_laps_with_the_mixture_start(bounds, words):
+    from dichroic.report import _verdict
+
+    metrics = [{"phase": "mixture"}, *({"phase": "diffusion", "evidence_bound": b} for b in bounds)]
+    assert words in _verdict(metrics)
+
+
+def test_a_report_needs_the_problem(tmp_path):
+    with pytest.raises(RunError, match="needs the problem"):
+        write_report(tmp_path, separator=Separator(), metrics=[])
