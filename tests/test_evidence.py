@@ -25,7 +25,9 @@ def spd(rng, *shape):
 def mixture(rng, count, dim):
     weights = rng.dirichlet(np.ones(count))
     return Components(
-        jnp.log(weights), jnp.asarray(rng.normal(size=(count, dim))), jnp.asarray(spd(rng, count, dim))
+        jnp.log(weights),
+        jnp.asarray(rng.normal(size=(count, dim))),
+        jnp.asarray(spd(rng, count, dim)),
     )
 
 
@@ -34,7 +36,12 @@ def case(rng, counts, size, noise=0.5):
     dims = DIMS[: len(counts)]
     sources = [mixture(rng, k, d) for k, d in zip(counts, dims, strict=True)]
     matrices = [jnp.asarray(rng.normal(size=(size, d))) for d in dims]
-    return jnp.asarray(rng.normal(size=size)), matrices, jnp.asarray(noise * spd(rng, size)), sources
+    return (
+        jnp.asarray(rng.normal(size=size)),
+        matrices,
+        jnp.asarray(noise * spd(rng, size)),
+        sources,
+    )
 
 
 def projected(matrices, sources):

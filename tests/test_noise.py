@@ -97,7 +97,9 @@ def test_draws_have_the_covariance_of_the_observed_entries(make, covariance):
     noise, size = make(), covariance.shape[-1]
     keys = jax.random.split(jax.random.key(5), DRAWS)
     draw = jax.jit(
-        lambda noise: per_observation(noise, lambda one: jax.vmap(lambda k: one.sample(k, size))(keys))
+        lambda noise: per_observation(
+            noise, lambda one: jax.vmap(lambda k: one.sample(k, size))(keys)
+        )
     )
     draws = np.asarray(draw(noise), float)
     seen = np.asarray(per_observation(noise, lambda one: one.observed(size)))

@@ -158,8 +158,7 @@ def test_parameters_are_differentiable(name, rng):
     y = jnp.asarray(rng.normal(size=op.out_shape), jnp.float32)
     gradient = eqx.filter_grad(lambda op: jnp.vdot(op.mv(x), y))(op)
     product = sum(
-        jnp.vdot(g, p)
-        for g, p in zip(jax.tree.leaves(gradient), jax.tree.leaves(op), strict=True)
+        jnp.vdot(g, p) for g, p in zip(jax.tree.leaves(gradient), jax.tree.leaves(op), strict=True)
     )
     # The products are linear in the parameters, so ⟨gradient, parameters⟩ is the product itself.
     np.testing.assert_allclose(product, jnp.vdot(op.mv(x), y), rtol=1e-4, atol=1e-5)

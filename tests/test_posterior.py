@@ -11,7 +11,16 @@ from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, M
 from dichroic.observations import Observations
 from dichroic.operators import Dense, Diagonal, Identity, Scale
 from dichroic.posterior import MatrixFreePosterior, Posterior
-from dichroic.sample import Ancestral, Ddim, Ddpm, Exact, Gibbs, Heun, PredictorCorrector, draw_posterior
+from dichroic.sample import (
+    Ancestral,
+    Ddim,
+    Ddpm,
+    Exact,
+    Gibbs,
+    Heun,
+    PredictorCorrector,
+    draw_posterior,
+)
 from dichroic.schedule import Geometric
 
 N = 1024
@@ -26,7 +35,10 @@ def random_covariance(rng, dim, *, low=1e-2):
 def operators(kind, rng):
     """Operators of sources `a` (5) and `b` (5, or 3), and the noise."""
     if kind == "shared":
-        return {"a": Dense(rng.normal(size=(3, 5))), "b": Dense(rng.normal(size=(3, 5)))}, Isotropic(0.05)
+        return {
+            "a": Dense(rng.normal(size=(3, 5))),
+            "b": Dense(rng.normal(size=(3, 5))),
+        }, Isotropic(0.05)
     if kind == "per observation":
         a = rng.normal(size=(N, 3, 5))
         return {"a": Dense(a), "b": Dense(0.5 * a)}, Isotropic(rng.uniform(0.02, 0.1, size=N))
@@ -124,7 +136,9 @@ def test_samplers_that_use_the_mean_only_approach_calibration(sampler, low, high
 
 def two_mixtures(rng):
     make = lambda k: Mixture.from_moments(
-        np.ones(k), rng.normal(size=(k, 2)), np.stack([random_covariance(rng, 2) * 0.2 for _ in range(k)])
+        np.ones(k),
+        rng.normal(size=(k, 2)),
+        np.stack([random_covariance(rng, 2) * 0.2 for _ in range(k)]),
     )
     return {"a": make(3), "b": make(2)}
 
@@ -137,7 +151,8 @@ def test_draws_are_calibrated_for_mixture_sources(sampler, rng):
     obs, truth = simulate(denoisers, ops, Isotropic(0.1))
     draws = draw_posterior(denoisers, obs, KEY, sampler=sampler)
     features = lambda x: np.concatenate(
-        [x["a"], x["b"], x["a"] ** 2, x["b"] ** 2, x["a"] * np.asarray(obs.y), x["a"] * x["b"]], axis=1
+        [x["a"], x["b"], x["a"] ** 2, x["b"] ** 2, x["a"] * np.asarray(obs.y), x["a"] * x["b"]],
+        axis=1,
     )
     ours = features({k: np.asarray(v[0]) for k, v in draws.x.items()})
     theirs = features({k: np.asarray(v) for k, v in truth.items()})
@@ -189,7 +204,8 @@ def test_the_evidence_bound_is_below_the_evidence_and_tightens(rng):
 
     exact = mean_log_evidence(denoisers, [obs])
     bounds = [
-        float(draw_posterior(denoisers, obs, KEY, sampler=Ddpm(n)).evidence.mean()) for n in (32, 256)
+        float(draw_posterior(denoisers, obs, KEY, sampler=Ddpm(n)).evidence.mean())
+        for n in (32, 256)
     ]
     assert bounds[0] < bounds[1] < exact + 0.05
     assert exact - bounds[1] < 0.6
@@ -219,7 +235,9 @@ def test_a_users_callable_and_flax_give_the_same_draws_as_the_exact_denoiser(rng
         np.testing.assert_allclose(theirs.x[k], ours.x[k], atol=2e-3)
 
 
-@pytest.mark.parametrize("sampler", [None, Ancestral(8), Heun(8)], ids=["exact", "ancestral", "heun"])
+@pytest.mark.parametrize(
+    "sampler", [None, Ancestral(8), Heun(8)], ids=["exact", "ancestral", "heun"]
+)
 def test_any_batch_size_gives_bit_identical_draws(sampler, rng):
     denoisers = gaussians(rng, "per observation")
     obs, _ = simulate(denoisers, *operators("per observation", rng))

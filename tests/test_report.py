@@ -14,7 +14,7 @@ from dichroic.report import write_report
 from dichroic.separator import Separator
 
 SETTINGS = {
-    "polish": 2,
+    "polish": 0,
     "mixture": {"components": 2, "gaussian_laps": 3, "laps": 2, "final_laps": 2},
     "diffusion": {"laps": 0},
 }
@@ -80,7 +80,7 @@ def image_problem(rng, count=120):
 def reported(request, tmp_path_factory):
     rng = np.random.default_rng(0)
     make = {
-        "points": lambda: manifold_problem(seed=0, count=120),
+        "points": lambda: manifold_problem(seed=0, count=120, dim=3, obs=2),
         "images": lambda: image_problem(rng),
     }
     separator = Separator(make[request.param](), SETTINGS).fit(progress=False)

@@ -16,7 +16,14 @@ _WHERE = {
     "batching": ["take"],
     "config": ["DiffusionConfig", "FitConfig", "MixtureConfig", "SamplerConfig"],
     "denoise": ["Denoiser", "Mixture", "Preconditioned", "Wrapped", "gaussian"],
-    "errors": ["ConfigError", "DataError", "DichroicError", "FormatError", "RunError", "ShapeError"],
+    "errors": [
+        "ConfigError",
+        "DataError",
+        "DichroicError",
+        "FormatError",
+        "RunError",
+        "ShapeError",
+    ],
     "identify": ["identifiability"],
     "noise": ["DenseNoise", "DiagonalNoise", "Isotropic", "LowRankNoise", "Masked", "Noise"],
     "observations": ["Observations"],
@@ -52,7 +59,7 @@ _WHERE = {
     "statement": ["load_problem"],
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = sorted(_MODULE)  # noqa: PLE0605
+__all__ = sorted(_MODULE)
 
 if TYPE_CHECKING:
     from dichroic.batching import take as take

@@ -25,8 +25,7 @@ Tree = TypeVar("Tree")
 
 def as_float(value: Any) -> jax.Array:
     """`value` as a JAX array of the default floating type (float32 unless x64 is enabled)."""
-    array = jnp.asarray(value)
-    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(float)
+    return jnp.asarray(value).astype(float)
 
 
 def param(ndim: int | Callable[[Any], int], **kwargs: Any) -> Any:

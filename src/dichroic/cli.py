@@ -51,10 +51,16 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(fit)
 
     separate = add("separate", _separate, "draw the sources of observations from their posterior")
-    separate.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder or saved model")
-    separate.add_argument("view", help="observations: an .npz or YAML file, or a view of the problem")
+    separate.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="a run folder or saved model"
+    )
+    separate.add_argument(
+        "view", help="observations: an .npz or YAML file, or a view of the problem"
+    )
     separate.add_argument("--draws", type=_positive, default=32, help="draws per observation (32)")
-    separate.add_argument("--like", help="the view whose operators and noise a file without them has")
+    separate.add_argument(
+        "--like", help="the view whose operators and noise a file without them has"
+    )
     separate.add_argument("--seed", type=int, default=0)
     separate.add_argument("--out", type=Path, help="an .npz file (separated.npz)")
 
@@ -87,7 +93,9 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("settings (override the file's fit: section)")
     for name, (kind, default) in settings().items():
         if name == "order":
-            group.add_argument("--order", metavar="A,B/C", help="groups of sources, learned in turn")
+            group.add_argument(
+                "--order", metavar="A,B/C", help="groups of sources, learned in turn"
+            )
             continue
         options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         group.add_argument(
@@ -149,16 +157,21 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _separate(args: argparse.Namespace) -> None:
+    from dichroic.errors import RunError
     from dichroic.separator import Separator
     from dichroic.statement import load_view
     from dichroic.tracking import Console
 
     problem = _problem_of(args.run_folder)
     separator = Separator.load(args.run_folder, problem=problem)
-    names = {v.name: v for v in problem.views} if problem else {}
-    view = args.view
-    if view not in names or Path(view).exists():
-        view = load_view(Path(view), names, like=args.like)
+    view: Any = args.view
+    if problem is None:
+        raise RunError(
+            f"{args.run_folder} does not know its problem file, which says what its sources look like; "
+            "fit from a problem file, or use Separator.load and separate() from Python"
+        )
+    if Path(view).exists() or view not in [v.name for v in problem.views]:
+        view = load_view(Path(view), problem, like=args.like)
     bar = Console()
     result = separator.separate(
         view,
@@ -190,7 +203,9 @@ def _report(args: argparse.Namespace) -> None:
 
     problem = _problem_of(args.run_folder)
     if problem is None:
-        raise RunError(f"{args.run_folder} does not know its problem file; write_report() can be called")
+        raise RunError(
+            f"{args.run_folder} does not know its problem file; write_report() can be called"
+        )
     page = write_report(
         args.run_folder,
         separator=Separator.load(args.run_folder, problem=problem),

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,7 +93,7 @@ class FitConfig:
         return type(self).from_dict(values, where="settings")
 
 
-def check_keys(got: Mapping[str, Any], known: typing.Iterable[str], where: str) -> None:
+def check_keys(got: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Raise `ConfigError` at the first key of `got` that is not `known`, naming the nearest."""
     known = list(known)
     for key in got:

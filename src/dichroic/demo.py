@@ -47,7 +47,9 @@ def manifolds(seed: int, *, quick: bool = False) -> Demo:
     config = FitConfig(seed=seed).replace(
         {"diffusion.laps": 1, "diffusion.steps": 1000, "mixture.components": 8 if quick else 64}
     )
-    return Demo("Two curves in five dimensions, each view a random projection", problem, test, config, 4.0)
+    return Demo(
+        "Two curves in five dimensions, each view a random projection", problem, test, config, 4.0
+    )
 
 
 def digits(seed: int, *, quick: bool = False) -> Demo:

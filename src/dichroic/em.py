@@ -201,7 +201,9 @@ def initial_gaussian(name: str, views: Sequence[Observations], group: Sequence[s
             shape = obs.operators[name].in_shape
             some = take(obs, np.arange(min(obs.count, 64)))
             gain = sum(_mean_gain(some, n) for n in obs.sources if n in group)
-            powers.append(float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1))) / max(gain, 1e-30))
+            powers.append(
+                float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1))) / max(gain, 1e-30)
+            )
     assert shape is not None
     dim = math.prod(shape)
     return gaussian(np.zeros(shape), max(min(powers), 1e-30) * np.eye(dim))
@@ -221,8 +223,10 @@ def _next_group(state: State, best: Denoisers, data: Data, config: FitConfig) ->
     if fresh.group < len(data.order):
         return fresh
     polish = len(data.order) > 1 and config.polish > 0
-    return dataclasses.replace(_after_mixture(fresh, config), phase="polish") if polish else (
-        _after_mixture(fresh, config)
+    return (
+        dataclasses.replace(_after_mixture(fresh, config), phase="polish")
+        if polish
+        else (_after_mixture(fresh, config))
     )
 
 
@@ -371,7 +375,9 @@ def evidence_bound(denoisers: Denoisers, data: Data, config: FitConfig) -> float
 
 def predictive_chi2(obs: Observations, draws: Draws) -> np.ndarray:
     """`rᵀ Σ⁻¹ r / M` of every draw, `(n_draws, n)`; 1 on average when the posterior is calibrated."""
-    return np.stack([_chi2(obs, {k: x[d] for k, x in draws.x.items()}) for d in range(len(draws.evidence))])
+    return np.stack(
+        [_chi2(obs, {k: x[d] for k, x in draws.x.items()}) for d in range(len(draws.evidence))]
+    )
 
 
 @eqx.filter_jit
@@ -397,8 +403,8 @@ def _scores(
         chi2 = predictive_chi2(some, draws)
         metrics[f"chi2_{data.names[i]}"] = float(np.mean(chi2))
         for name, x in draws.x.items():
-            if name in data.truth[i]:
-                truth = data.truth[i][name]
+            truth = data.truth[i].get(name)
+            if truth is not None and np.ptp(truth) > 0:  # false for NaN too
                 score = psnr(x[0], truth[: some.count], data_range=float(np.ptp(truth)))
                 metrics[f"psnr_{name}_{data.names[i]}"] = score
     return metrics

@@ -136,7 +136,7 @@ def _triple(view: Components) -> tuple[Array, Array, Array]:
 
 def log_evidence(
     y: Float[Array, " obs"],
-    matrices: Sequence[Float[Array, "obs dim"]],
+    matrices: Sequence[Float[Array, "obs _"]],
     cov_noise: Float[Array, "obs obs"],
     sources: Sequence[Components],
     *,
@@ -151,18 +151,16 @@ def log_evidence(
 
 def posterior_means(
     y: Float[Array, " obs"],
-    matrices: Sequence[Float[Array, "obs dim"]],
+    matrices: Sequence[Float[Array, "obs _"]],
     cov_noise: Float[Array, "obs obs"],
     sources: Sequence[Components],
     *,
     max_tuples: int = DEFAULT_MAX_TUPLES,
-) -> tuple[list[Float[Array, " dim"]], Float[Array, ""]]:
+) -> tuple[list[Float[Array, " _"]], Float[Array, ""]]:
     """`E[x_β | y]` of every source, and `log p(y)`."""
 
     def objective(wm):
-        swapped = [
-            Components(w, m, c.covariances) for (w, m), c in zip(wm, sources, strict=True)
-        ]
+        swapped = [Components(w, m, c.covariances) for (w, m), c in zip(wm, sources, strict=True)]
         return log_evidence(y, matrices, cov_noise, swapped, max_tuples=max_tuples)
 
     value, grads = jax.value_and_grad(objective)([(c.log_weights, c.means) for c in sources])
@@ -175,14 +173,14 @@ def posterior_means(
 
 def posterior_draw(
     y: Float[Array, " obs"],
-    matrices: Sequence[Float[Array, "obs dim"]],
+    matrices: Sequence[Float[Array, "obs _"]],
     cov_noise: Float[Array, "obs obs"],
     sources: Sequence[Components],
     key: PRNGKeyArray,
     *,
     noise_root: Float[Array, "obs obs"],
     max_tuples: int = DEFAULT_MAX_TUPLES,
-) -> tuple[list[Float[Array, " dim"]], Float[Array, ""]]:
+) -> tuple[list[Float[Array, " _"]], Float[Array, ""]]:
     """One exact joint draw of `x_β | y` of every source, and `log p(y)`; `noise_root` is `Σ^½`.
 
     A tuple of components from its posterior, then `x + V Aᵀ C_y⁻¹ (y − Σ A x − η)` with `x` and `η`

@@ -147,7 +147,9 @@ def unpack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Denoise
     empty = eqx.filter_eval_shape(lambda key: Mlp(shape, **settings, key=key), jax.random.key(0))
     weights, frozen = eqx.partition(empty, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     names = sorted(k for k in arrays if k.startswith("network."))
-    filled = jax.tree.unflatten(jax.tree.structure(weights), [jnp.asarray(arrays[k]) for k in names])
+    filled = jax.tree.unflatten(
+        jax.tree.structure(weights), [jnp.asarray(arrays[k]) for k in names]
+    )
     return Preconditioned(base, eqx.combine(filled, frozen), meta["covariance"])
 
 
@@ -161,7 +163,9 @@ def load_denoiser(path: str | Path) -> Denoiser:
     return unpack(*read_tensors(path))
 
 
-def save_model(folder: str | Path, denoisers: Mapping[str, Denoiser], info: Mapping[str, Any]) -> None:
+def save_model(
+    folder: str | Path, denoisers: Mapping[str, Denoiser], info: Mapping[str, Any]
+) -> None:
     """Save all denoisers and `info` to `folder`; the rename of `model.json` commits them at once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,6 +191,8 @@ def load_model(folder: str | Path) -> tuple[dict[str, Denoiser], dict[str, Any]]
         if not file.is_file():
             raise FormatError(f"{path} names {file.name}, which is missing from its folder")
         if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
-            raise FormatError(f"{file} does not match the hash in {path.name}: it was changed or damaged")
+            raise FormatError(
+                f"{file} does not match the hash in {path.name}: it was changed or damaged"
+            )
         denoisers[name] = load_denoiser(file)
     return denoisers, info

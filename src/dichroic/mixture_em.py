@@ -126,9 +126,7 @@ def _accumulate(function, priors, obs: Observations, zero, max_tuples: int):
     return jax.lax.scan(body, zero, (take, weight))[0]
 
 
-def maximise(
-    mixture: Mixture, gradient: Components, *, floor: float, shrinkage: float
-) -> Mixture:
+def maximise(mixture: Mixture, gradient: Components, *, floor: float, shrinkage: float) -> Mixture:
     """The M-step of one source, in float64: see the formulas above.
 
     Eigenvalues are kept above `floor`; `shrinkage` is the number of pseudo-observations that pull each

@@ -71,7 +71,7 @@ class Posterior(eqx.Module):
 
     denoisers: dict[str, Denoiser]
     y: Float[Array, " obs"]
-    matrices: dict[str, Float[Array, "obs dim"]]
+    matrices: dict[str, Float[Array, "obs _"]]
     cov_noise: Float[Array, "obs obs"]
     noise_root: Float[Array, "obs obs"]
     max_tuples: int = eqx.field(static=True)
@@ -100,7 +100,9 @@ class Posterior(eqx.Module):
     def draw_without_path(self, key: PRNGKeyArray) -> Sources:
         """An exact draw of `x_β | y`, when every prior is a mixture: no diffusion is needed."""
         given = {k: d.prior() for k, d in self.denoisers.items() if isinstance(d, Mixture)}
-        x, _ = posterior_draw(*self._problem(given), key, noise_root=self.noise_root, max_tuples=self.max_tuples)
+        x, _ = posterior_draw(
+            *self._problem(given), key, noise_root=self.noise_root, max_tuples=self.max_tuples
+        )
         return {k: u.reshape(self.denoisers[k].shape) for k, u in zip(given, x, strict=True)}
 
     def _problem(self, given: dict[str, Components]) -> tuple:

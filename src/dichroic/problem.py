@@ -38,7 +38,7 @@ class Source:
     """A kind of signal that is to be learned: its name, and the shape of one draw of it."""
 
     name: str
-    shape: Shape
+    shape: Shape | int
 
     def __post_init__(self):
         object.__setattr__(self, "shape", as_shape(self.shape))
@@ -105,7 +105,7 @@ class View:
             mask,
             self.group,
             {k: np.asarray(x)[index] for k, x in self.truth.items()},
-            None if self.held_out is None else np.asarray(self.held_out)[index],
+            None,
         )
 
     def prepare(self) -> Observations:
@@ -134,6 +134,8 @@ class Problem:
         _check_names(self)
         for view in self.views:
             check_view(view, self.shapes)
+        for group in self.joint_views():
+            _check_group(group)
         unseen = [s.name for s in self.sources if not self.seen_by(s.name)]
         if unseen:
             raise DataError(
@@ -149,7 +151,7 @@ class Problem:
     @property
     def shapes(self) -> dict[str, Shape]:
         """The shape of each source."""
-        return {s.name: s.shape for s in self.sources}
+        return {s.name: as_shape(s.shape) for s in self.sources}
 
     def view(self, name: str) -> View:
         """The view called `name`."""
@@ -195,12 +197,7 @@ def joint_observations(views: Sequence[View]) -> Observations:
     parts = [view.prepare() for view in views]
     if len(parts) == 1:
         return parts[0]
-    counts = {view.name: view.count for view in views}
-    if len(set(counts.values())) > 1:
-        raise ShapeError(
-            f"co-observed views (group {views[0].group!r}) need the same number of observations, "
-            f"got {counts}"
-        )
+    _check_group(views)
     shapes = {k: op.in_shape for part in parts for k, op in part.operators.items()}
     operators = {
         name: Stack(
@@ -212,6 +209,18 @@ def joint_observations(views: Sequence[View]) -> Observations:
     return Observations(np.concatenate([p.y for p in parts], axis=1), operators, noise)
 
 
+def _check_group(views: Sequence[View]) -> None:
+    counts = {view.name: view.count for view in views}
+    if len(set(counts.values())) > 1:
+        raise ShapeError(
+            f"co-observed views (group {views[0].group!r}) need the same number of observations, "
+            f"got {counts}"
+        )
+    chosen = [np.asarray(v.held_out, bool) for v in views if v.held_out is not None]
+    if any(not np.array_equal(chosen[0], other) for other in chosen[1:]):
+        raise DataError(f"co-observed views (group {views[0].group!r}) differ in held_out")
+
+
 def check_view(view: View, shapes: Mapping[str, Shape]) -> None:
     """Raise a `DichroicError` unless `view` fits sources of the given `shapes`."""
     for name, op in view.operators.items():
@@ -221,12 +230,15 @@ def check_view(view: View, shapes: Mapping[str, Shape]) -> None:
                 f"the sources are {', '.join(shapes)}"
             )
         _same_shape(
-            op.in_shape, shapes[name], f"{view.label}, source {name!r}: the operator takes arrays of"
+            op.in_shape,
+            shapes[name],
+            f"{view.label}, source {name!r}: the operator takes arrays of",
         )
     for name, x in view.truth.items():
-        if name in shapes:
-            want = (view.count, *shapes[name])
-            _same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
+        if name not in shapes:
+            raise DataError(f"{view.label} has a truth for {name!r}, which is no source")
+        want = (view.count, *shapes[name])
+        _same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
     if view.held_out is not None:
         _same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
         if np.all(view.held_out):
@@ -259,7 +271,9 @@ def _prepare(view: View) -> Observations:
     return Observations(y, operators, noise if mask is None else Masked(noise, mask))
 
 
-def _same_shape(got: Sequence[int], want: Sequence[int], what: str, than: str = "it must have") -> None:
+def _same_shape(
+    got: Sequence[int], want: Sequence[int], what: str, than: str = "it must have"
+) -> None:
     got, want = tuple(got), tuple(want)
     if got == want:
         return
@@ -348,7 +362,9 @@ def _check_noise(noise: Noise, view: View) -> None:
     _check_finite(noise, f"{view.label}: the noise")
     if isinstance(noise, Isotropic) and not np.all(np.asarray(noise.std) > 0):
         raise DataError(f"{view.label}: the noise standard deviation must be positive")
-    if isinstance(noise, (DiagonalNoise, LowRankNoise)) and not np.all(np.asarray(noise.variance) > 0):
+    if isinstance(noise, (DiagonalNoise, LowRankNoise)) and not np.all(
+        np.asarray(noise.variance) > 0
+    ):
         raise DataError(
             f"{view.label}: the noise variance must be positive everywhere; mark missing entries with a "
             "mask instead"

@@ -263,7 +263,7 @@ def _own_warnings(page: Page) -> list[str]:
         if abs(s.coverage - 0.9) > COVERAGE_SLACK:
             narrow = s.coverage < 0.9
             out.append(
-                f"{s.source} in {s.view}: 90% intervals hold {100 * s.coverage:.1f}% of the true values "
+                f"{s.source} in {s.view}: 90% intervals hold {100 * s.coverage:.1f}% of the truth "
                 f"(standard error {100 * s.error:.1f}); draws are "
                 + ("too narrow or biased." if narrow else "too wide.")
             )
@@ -273,13 +273,13 @@ def _own_warnings(page: Page) -> list[str]:
 def _chi2_meaning(chi2: float) -> str:
     if chi2 > 1:
         return (
-            "Draws miss the data by more than the stated noise: the noise is understated, an operator is "
-            "wrong, the prior is too narrow, or the sampler takes too few steps."
+            "Draws miss the data by more than the stated noise: the noise is understated, an "
+            "operator is wrong, the prior is too narrow, or the sampler takes too few steps."
         )
     if chi2 < 1:
         return (
-            "Draws follow the data more closely than the stated noise allows: the noise is overstated, or "
-            "the learned prior is too wide."
+            "Draws follow the data more closely than the stated noise allows: the noise is "
+            "overstated, or the learned prior is too wide."
         )
     return "It is not a number."
 
@@ -290,7 +290,8 @@ def _chi2_meaning(chi2: float) -> str:
 def _cards(page: Page) -> str:
     cards = [_source_card(page, name) for name in page.problem.names]
     chi2 = "".join(
-        f'<p><span class="big" data-number="{_esc(f"chi2 {h.name}")}">{np.mean(h.result.chi2):.3f}</span> '
+        f'<p><span class="big" data-number="{_esc(f"chi2 {h.name}")}">'
+        f"{np.mean(h.result.chi2):.3f}</span> "
         f"{_esc(h.name)}</p>"
         for h in page.held
     )
@@ -309,8 +310,8 @@ def _source_card(page: Page, name: str) -> str:
         if s.source == name:
             where = _esc(f"{name} {s.view}")
             lines.append(
-                f'<p><span class="big"><span data-number="psnr {where}">{s.psnr:.2f}</span> dB</span> '
-                f"in {_esc(s.view)}</p><p>90% intervals hold "
+                f'<p class="big"><span data-number="psnr {where}">{s.psnr:.2f}</span> dB '
+                f"<small>in {_esc(s.view)}</small></p><p>90% intervals hold "
                 f'<b data-number="coverage {where}">{100 * s.coverage:.1f}%</b> of the truth; '
                 f"one draw {s.psnr_draw:.2f} dB</p>"
             )
@@ -401,7 +402,7 @@ def _separated(page: Page, source: str) -> str:
 
 
 SHOWN = {
-    "images": "one held-out observation per row. Truth, mean and draws share one scale; missing is grey.",
+    "images": "a held-out observation per row; truth, mean and draws share a scale; grey: missing.",
     "lines": "posterior mean and 5% to 95% band of held-out observations.",
     "pairs": "one posterior draw of each held-out observation, by pairs of entries.",
     "truth-vs-draw": "one draw of each held-out observation; perfect recovery lies on the line.",
@@ -429,16 +430,16 @@ def _learning(page: Page) -> str:
 
 
 LEARNING = (
-    "Higher is better, but for the loss. The bound of the diffusion laps is lower than the log evidence "
-    "and is comparable among these laps only. PSNR is never used in the fit."
+    "Higher is better, but for the loss. The bound of the diffusion laps is lower than the "
+    "log evidence and is comparable among these laps only. PSNR is never used in the fit."
 )
 
 
 def _data_fit(page: Page) -> str:
     text = (
-        "<p>χ² is the squared residual of a posterior draw in units of the stated noise, per observed "
-        "entry: its mean is 1 for a correct model, above 1 if draws miss the data by more than the noise, "
-        "and below 1 if they follow the noise.</p>\n"
+        "<p>χ² is the squared residual of a posterior draw in units of the stated noise, per "
+        "observed entry: its mean is 1 for a correct model, above 1 if draws miss the data by more "
+        "than the noise, and below 1 if they follow the noise.</p>\n"
     )
     rows = []
     for h in page.held:
@@ -485,9 +486,9 @@ def _calibration(page: Page) -> str:
 
 
 CALIBRATED = (
-    "Calibrated draws follow the diagonal (error bars: two standard errors) and have flat rank histograms "
-    "(grey band: two standard errors). Ranks piled up at both ends mean draws too narrow, in the middle "
-    "too wide, at one end biased."
+    "Calibrated draws follow the diagonal (error bars: two standard errors) and have flat rank "
+    "histograms (grey band: two standard errors). Ranks piled up at both ends mean draws too "
+    "narrow, in the middle too wide, at one end biased."
 )
 
 

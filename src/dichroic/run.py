@@ -1,9 +1,9 @@
 """A fit on disk: a run folder that survives being killed.
 
-    run.json             what is fitted: format version, fingerprint of the problem, configuration
-    metrics.jsonl        one line per lap
-    latest.safetensors   the state after the last finished lap, replaced atomically
-    best/                the best model so far (`dichroic.io.load_model`)
+run.json             what is fitted: format version, fingerprint of the problem, configuration
+metrics.jsonl        one line per lap
+latest.safetensors   the state after the last finished lap, replaced atomically
+best/                the best model so far (`dichroic.io.load_model`)
 """
 
 import dataclasses
@@ -84,11 +84,15 @@ class RunFolder:
             write_json(path / "run.json", describe(problem, config))
             return cls(path, State())
         if not resume:
-            raise RunError(f"{path} already holds a run; resume it (--resume) or choose another folder")
+            raise RunError(
+                f"{path} already holds a run; resume it (--resume) or choose another folder"
+            )
         check_same(path, problem, config)
         return cls(path, load_state(path / "latest.safetensors"))
 
-    def record(self, state: State, metrics: dict[str, Any], problem: Problem, config: FitConfig) -> State:
+    def record(
+        self, state: State, metrics: dict[str, Any], problem: Problem, config: FitConfig
+    ) -> State:
         """Append the metrics and keep the state; the returned state knows the metrics' length."""
         self._metrics.append(metrics)
         state = dataclasses.replace(state, metrics_length=self._metrics.length)

@@ -22,14 +22,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from dichroic.batching import split
 from dichroic.config import SamplerConfig
-from dichroic.denoise import Denoiser, Mixture
+from dichroic.denoise import Denoiser
 from dichroic.errors import ConfigError
 from dichroic.observations import Observations
-from dichroic.posterior import Estimate, MatrixFreePosterior, Posterior, Prior, Sources, build_posterior
+from dichroic.posterior import (
+    Estimate,
+    MatrixFreePosterior,
+    Posterior,
+    Prior,
+    Sources,
+    build_posterior,
+)
 from dichroic.schedule import Geometric, Karras, Schedule
 
 LANES = 64
@@ -206,7 +213,7 @@ class Draws(eqx.Module):
 Progress = Callable[[int, int], None]
 
 
-def observation_keys(key: PRNGKeyArray, draw: Array, index: Int[Array, "*n"]) -> PRNGKeyArray:
+def observation_keys(key: PRNGKeyArray, draw: Array, index: Int[Array, "*n"]) -> Array:
     """The key of draw number `draw` of the observations with the global numbers `index`."""
     keys = jax.vmap(partial(jax.random.fold_in, key))(index.ravel())
     return jax.vmap(lambda k: jax.random.fold_in(k, draw))(keys).reshape(index.shape)

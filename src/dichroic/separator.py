@@ -95,7 +95,9 @@ class Separator:
     ) -> "Separator":
         """Learn the priors; with `out`, keep the run in that folder, with `resume`, go on with it."""
         if self.problem is None:
-            raise RunError("this separator was loaded without a problem; Separator(problem) can fit")
+            raise RunError(
+                "this separator was loaded without a problem; Separator(problem) can fit"
+            )
         tracker = (Console() if progress else Silent()) if isinstance(progress, bool) else progress
         state, self.metrics = fit(
             self.problem, self.config, out=out, resume=resume, tracker=tracker
@@ -137,7 +139,11 @@ class Separator:
         if source not in self._fitted():
             raise DataError(f"no source {source!r}; there are {', '.join(self.denoisers)}")
         denoiser = self.denoisers[source]
-        sampler = None if isinstance(denoiser, Mixture) else make_sampler(self.config.sampler, solver="cg")
+        sampler = (
+            None
+            if isinstance(denoiser, Mixture)
+            else make_sampler(self.config.sampler, solver="cg")
+        )
         return draw_prior(
             denoiser, n, jax.random.key(seed), sampler=sampler, batch_size=self.config.batch_size
         )
@@ -153,7 +159,9 @@ class Separator:
         path = Path(path)
         folder = path / "best" if (path / "run.json").exists() else path
         if folder != path and not (folder / "model.json").exists():
-            raise RunError(f"{path} has no model yet: its fit has not learned every source; resume it")
+            raise RunError(
+                f"{path} has no model yet: its fit has not learned every source; resume it"
+            )
         denoisers, info = load_model(folder)
         separator = cls(problem, FitConfig.from_dict(info["config"], where=str(folder)))
         separator.denoisers = denoisers
@@ -173,4 +181,3 @@ class Separator:
             raise DataError(f"this separator has no problem to find view {view!r} in; give a View")
         found = self.problem.view(view)
         return next(group for group in self.problem.joint_views() if found in group)
-

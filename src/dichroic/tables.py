@@ -17,4 +17,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _numeric(cell: str) -> bool:
-    return cell.replace(".", "").replace(",", "").replace("-", "").replace("%", "").strip().isdigit()
+    return (
+        cell.replace(".", "").replace(",", "").replace("-", "").replace("%", "").strip().isdigit()
+    )

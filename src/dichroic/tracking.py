@@ -4,12 +4,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Follows a fit. `lap` gets the metrics of a finished lap, `progress` the steps within one."""
 

@@ -23,7 +23,11 @@ _TOP = 5.0  # above a few standard deviations of the source there is nothing to 
 
 
 def score_matching_loss(
-    denoiser: Preconditioned, x: Float[Array, "batch *shape"], key: PRNGKeyArray, *, sigma_min: float
+    denoiser: Preconditioned,
+    x: Float[Array, "batch *shape"],
+    key: PRNGKeyArray,
+    *,
+    sigma_min: float,
 ) -> Float[Array, ""]:
     """The weighted loss above on a batch, per entry, with fresh noise; 1 for a useless denoiser."""
     key_sigma, key_noise = jax.random.split(key)

@@ -43,7 +43,9 @@ class Denoiser(eqx.Module):
 
     def components(self, x_t: Float[Array, "*shape"], sigma: Float[Array, ""]) -> Components:
         """What is known of `x` given `x_t`, as a mixture; here one Gaussian with the two moments."""
-        mean, push = jax.linearize(lambda v: self(v.reshape(self.shape), sigma).ravel(), x_t.ravel())
+        mean, push = jax.linearize(
+            lambda v: self(v.reshape(self.shape), sigma).ravel(), x_t.ravel()
+        )
         jacobian = jax.vmap(push, out_axes=1)(jnp.eye(mean.size))
         return Components(jnp.zeros(1), mean[None], sigma**2 * psd_projection(jacobian)[None])
 

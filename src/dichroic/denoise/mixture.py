@@ -138,9 +138,7 @@ class Mixture(Denoiser):
         noised = self.variances + self.floor[:, None] + sigma**2
         g = self.floor / (self.floor + sigma**2)
         gain = 1 - sigma**2 / noised - g[:, None]
-        return Components(
-            jax.nn.log_softmax(scores), means, sigma**2 * self._spectral(gain, g)
-        )
+        return Components(jax.nn.log_softmax(scores), means, sigma**2 * self._spectral(gain, g))
 
     def covariance_map(self, x_t: Array, sigma: Array) -> tuple[Array, LinearMap]:
         scores, means = self._shrink(x_t, sigma)

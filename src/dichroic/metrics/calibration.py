@@ -32,7 +32,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float
+from jaxtyping import ArrayLike, Bool, Float, Real
 from scipy import stats
 
 from dichroic.errors import DataError, ShapeError
@@ -63,8 +63,8 @@ class RankHistogram:
 
 
 def coverage(
-    draws: Float[ArrayLike, "S n *shape"],
-    truth: Float[ArrayLike, " n *shape"],
+    draws: Real[ArrayLike, "S n *shape"],
+    truth: Real[ArrayLike, " n *shape"],
     *,
     level: float = 0.9,
 ) -> Coverage:
@@ -94,7 +94,7 @@ def coverage(
 
 
 def rank_histogram(
-    draws: Float[ArrayLike, "S n *shape"], truth: Float[ArrayLike, " n *shape"], *, bins: int = 10
+    draws: Real[ArrayLike, "S n *shape"], truth: Real[ArrayLike, " n *shape"], *, bins: int = 10
 ) -> RankHistogram:
     """The histogram of the truth's rank among posterior draws, over all entries and observations.
 
@@ -126,10 +126,10 @@ def rank_histogram(
 
 
 def chi2_per_dim(
-    draw: Float[ArrayLike, " n *shape"],
-    mean: Float[ArrayLike, " n *shape"],
+    draw: Real[ArrayLike, " n *shape"],
+    mean: Real[ArrayLike, " n *shape"],
     *,
-    cov: Float[ArrayLike, "... d d"],
+    cov: Real[ArrayLike, "... d d"],
     rtol: float | None = None,
 ) -> float:
     """The squared distance of draws from a known mean, in units of a known covariance.
@@ -162,10 +162,10 @@ def chi2_per_dim(
 
 
 def predictive_chi2(
-    y: Float[ArrayLike, " n *shape"],
-    predicted: Float[ArrayLike, " n *shape"],
+    y: Real[ArrayLike, " n *shape"],
+    predicted: Real[ArrayLike, " n *shape"],
     *,
-    variance: Float[ArrayLike, "..."],
+    variance: Real[ArrayLike, "..."],
     mask: Bool[ArrayLike, "..."] | None = None,
 ) -> Float[np.ndarray, " n"]:
     """χ² of each observation given what a model predicts for it, per observed entry.

@@ -122,9 +122,9 @@ class _State(NamedTuple):
 def _transport(
     x: Float[Array, "n d"],
     y: Float[Array, "m d"],
-    epsilon: float,
+    epsilon: ArrayLike,
     max_iterations: int,
-    tolerance: float,
+    tolerance: ArrayLike,
 ) -> _State:
     """`OT_ε(x, y)` by annealed Sinkhorn iterations with momentum."""
     radius2 = jnp.maximum(jnp.max(jnp.sum(x * x, axis=1)), jnp.max(jnp.sum(y * y, axis=1)))
@@ -144,7 +144,7 @@ def _transport(
 
 @functools.partial(jax.jit, static_argnames="max_iterations")
 def _self_transport(
-    x: Float[Array, "n d"], epsilon: float, max_iterations: int, tolerance: float
+    x: Float[Array, "n d"], epsilon: ArrayLike, max_iterations: int, tolerance: ArrayLike
 ) -> _State:
     """`OT_ε(x, x)` by averaged Sinkhorn iterations."""
 
@@ -157,7 +157,7 @@ def _self_transport(
     return _iterate(step, jnp.zeros(len(x)), max_iterations, tolerance)
 
 
-def _iterate(step, start: Array, max_iterations: int, tolerance: float) -> _State:
+def _iterate(step, start: Array, max_iterations: int, tolerance: ArrayLike) -> _State:
     unfinished = lambda s: (s.iterations < max_iterations) & (s.error > tolerance)
     zero = jnp.zeros(())
     state = _State(start, start, zero, jnp.zeros((), int), zero + jnp.inf, zero)

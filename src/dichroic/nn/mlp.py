@@ -24,7 +24,13 @@ class Mlp(eqx.Module):
     frequencies: int = eqx.field(static=True)
 
     def __init__(
-        self, shape: Shape, width: int = 128, depth: int = 3, frequencies: int = 8, *, key: PRNGKeyArray
+        self,
+        shape: Shape,
+        width: int = 128,
+        depth: int = 3,
+        frequencies: int = 8,
+        *,
+        key: PRNGKeyArray,
     ):
         dim = int(np.prod(shape))
         keys = iter(jax.random.split(key, 2 + 3 * depth))
@@ -45,7 +51,9 @@ class Mlp(eqx.Module):
         """What builds a network of the same structure."""
         return {"width": self.width, "depth": self.depth, "frequencies": self.frequencies}
 
-    def __call__(self, x: Float[Array, "*shape"], c_noise: Float[Array, ""]) -> Float[Array, "*shape"]:
+    def __call__(
+        self, x: Float[Array, "*shape"], c_noise: Float[Array, ""]
+    ) -> Float[Array, "*shape"]:
         """`F(x, c_noise)` for one sample."""
         phase = c_noise * 2.0 ** jnp.arange(self.frequencies) * 0.5
         features = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)])

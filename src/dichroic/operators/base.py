@@ -8,10 +8,9 @@ parameter with one more axis than the constructor asks for is per observation (s
     blur @ (0.5 * Identity((8, 8)))
 """
 
+import math
 from abc import abstractmethod
 from typing import Any
-
-import math
 
 import equinox as eqx
 import jax

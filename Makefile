@@ -1,0 +1,43 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test check bench lowest lock clean
+
+$(VENV)/.ready: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dichroic needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(VENV)/.ready   ## fit and separate two problems; a table, and reports in demo-out/
+	$(BIN)/dichroic demo
+
+test: $(VENV)/.ready   ## all tests
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: $(VENV)/.ready  ## format, lint, types, import order, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+bench: $(VENV)/.ready  ## accuracy and time of the E-step and of the demo's problems
+	$(BIN)/python benchmarks/estep.py
+
+lowest:                ## the tests with the oldest dependencies that pyproject.toml admits
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable . --group test
+	DICHROIC_TYPECHECK=0 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -W default
+
+lock:                  ## pin every dependency for a reproducible set-up
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 pyproject.toml --group dev --no-header --no-annotate --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) $(VENV)-lowest demo-out

@@ -1,0 +1,228 @@
+"""A whole fit: front door, run folder, resuming, command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from dichroic.cli import main
+from dichroic.config import FitConfig
+from dichroic.datasets.manifolds import manifold_problem
+from dichroic.errors import FormatError, RunError
+from dichroic.io import load_model
+from dichroic.separator import Separator
+from dichroic.tracking import read_metrics
+
+SMALL = {
+    "polish": 2,
+    "mixture": {"components": 4, "gaussian_laps": 5, "laps": 3, "final_laps": 4},
+    "diffusion": {
+        "laps": 2,
+        "steps": 100,
+        "width": 16,
+        "depth": 1,
+        "evidence_steps": 8,
+        "evidence_observations": 64,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return manifold_problem(seed=1, count=400)
+
+
+@pytest.fixture(scope="module")
+def whole(problem, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, Separator(problem, SMALL).fit(folder, progress=False)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt:
+    """A tracker that ends the fit at a lap."""
+
+    def __init__(self, lap):
+        self.left = lap
+
+    def lap(self, metrics):
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+    def progress(self, what, done, total):
+        pass
+
+
+def assert_same_model(a, b):
+    for name, denoiser in a.items():
+        for mine, theirs in zip(denoiser_arrays(denoiser), denoiser_arrays(b[name]), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def denoiser_arrays(denoiser):
+    from dichroic.io import pack
+
+    arrays, _ = pack(denoiser)
+    return [arrays[k] for k in sorted(arrays)]
+
+
+@pytest.mark.parametrize("lap", sorted(np.random.default_rng(5).choice(np.arange(1, 26), 3, False)))
+def test_a_run_killed_at_a_random_lap_resumes_to_the_same_result(problem, whole, tmp_path, lap):
+    with pytest.raises(Killed):
+        Separator(problem, SMALL).fit(tmp_path, progress=KillAt(int(lap)))
+    resumed = Separator(problem, SMALL).fit(tmp_path, resume=True, progress=False)
+    folder, uninterrupted = whole
+    assert_same_model(resumed.denoisers, uninterrupted.denoisers)
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    ours, theirs = (read_metrics(f / "metrics.jsonl") for f in (tmp_path, folder))
+    assert drop(ours) == drop(theirs)
+
+
+def test_resume_starts_where_there_is_no_run_yet(problem, whole, tmp_path):
+    fresh = Separator(problem, SMALL).fit(tmp_path / "new", resume=True, progress=False)
+    assert_same_model(fresh.denoisers, whole[1].denoisers)
+
+
+def test_the_saved_model_separates_as_the_fitted_one(problem, whole, tmp_path):
+    folder, separator = whole
+    separator.save(tmp_path / "model")
+    expected = separator.separate("view2", n_draws=2)
+    for path in (folder, tmp_path / "model"):
+        got = Separator.load(path, problem=problem).separate("view2", n_draws=2)
+        for k, x in expected.draws.items():
+            np.testing.assert_array_equal(got.draws[k], x)
+    assert expected.mean["source1"].shape == expected.std["source1"].shape == (400, 5)
+
+
+def test_prior_samples_follow_the_learned_prior(whole):
+    _, separator = whole
+    x = separator.sample_prior("source1", 2000)
+    prior = separator.denoisers["source1"]
+    scale = float(prior.scale)
+    np.testing.assert_allclose(
+        x.mean(axis=0), np.asarray(prior.location), atol=5 * scale / 2000**0.5
+    )
+
+
+def test_folders_of_another_run_are_refused(problem, whole):
+    folder, _ = whole
+    with pytest.raises(RunError, match="already holds a run"):
+        Separator(problem, SMALL).fit(folder, progress=False)
+    with pytest.raises(RunError, match="another problem"):
+        Separator(manifold_problem(seed=2, count=400), SMALL).fit(
+            folder, resume=True, progress=False
+        )
+    with pytest.raises(RunError, match="seed: 0 before, 3 now"):
+        Separator(problem, {**SMALL, "seed": 3}).fit(folder, resume=True, progress=False)
+
+
+def test_damaged_and_foreign_models_are_refused(whole, tmp_path):
+    _, separator = whole
+    separator.save(tmp_path)
+    file = next(tmp_path.glob("source1-*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(FormatError, match="does not match the hash"):
+        load_model(tmp_path)
+    info = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**info, "format_version": 99}))
+    with pytest.raises(FormatError, match="format version 99"):
+        load_model(tmp_path)
+
+
+@pytest.fixture
+def stated(tmp_path):
+    """A problem file with its arrays."""
+    problem = manifold_problem(seed=1, count=300)
+    arrays, views = {}, {}
+    for view in problem.views:
+        arrays[f"{view.name}_y"] = view.observations
+        arrays |= {f"{view.name}_{k}": np.asarray(op.matrix) for k, op in view.operators.items()}
+        views[view.name] = {
+            "observations": f"data.npz:{view.name}_y",
+            "operators": {k: {"dense": f"data.npz:{view.name}_{k}"} for k in view.operators},
+            "noise": 0.01,
+        }
+    np.savez(tmp_path / "data.npz", **arrays)
+    fit = {**SMALL, "diffusion": {"laps": 0}}
+    content = {"sources": {"source1": [5], "source2": [5]}, "views": views, "fit": fit}
+    (tmp_path / "problem.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def test_the_command_line_does_what_the_front_door_does(stated, capsys):
+    file, run = str(stated / "problem.yaml"), str(stated / "run")
+    assert main(["check", file]) == 0
+    assert "valid problem" in capsys.readouterr().out
+    assert main(["fit", file, "--out", run, "--seed", "4", "--no-report"]) == 0
+    assert json.loads((stated / "run/run.json").read_text())["config"]["seed"] == 4
+    out = stated / "out.npz"
+    assert main(["separate", run, "view2", "--draws", "3", "--out", str(out)]) == 0
+    with np.load(out) as data:
+        assert data["draws/source2"].shape == (3, 300, 5)
+        np.testing.assert_allclose(data["mean/source2"], data["draws/source2"].mean(axis=0))
+    assert (
+        main(["sample", run, "--source", "source1", "-n", "7", "--out", str(stated / "s.npy")]) == 0
+    )
+    assert np.load(stated / "s.npy").shape == (7, 5)
+    assert main(["report", run, "--draws", "4"]) == 0
+    assert (stated / "run/report.html").stat().st_size > 10_000
+
+
+def test_errors_are_one_clear_line(stated, capsys):
+    text = (stated / "problem.yaml").read_text().replace("polish", "polsh")
+    (stated / "problem.yaml").write_text(text)
+    assert main(["fit", str(stated / "problem.yaml"), "--out", str(stated / "run")]) == 2
+    assert "unknown key 'polsh'; did you mean 'polish'?" in capsys.readouterr().err
+
+
+def test_help_is_instant():
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "dichroic.cli", "--help"], check=True, capture_output=True
+    )
+    heavy = "import sys, dichroic.cli; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", heavy], check=True)
+    assert time.perf_counter() - began < 10  # the real guard is that nothing heavy is imported
+
+
+def test_a_process_killed_with_sigkill_loses_nothing(stated):
+    run = stated / "killed"
+    command = [sys.executable, "-m", "dichroic.cli", "fit", str(stated / "problem.yaml")]
+    command += ["--out", str(run), "--resume", "--no-report"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (run / "latest.safetensors").exists():
+        time.sleep(0.05)
+        if process.poll() is not None:
+            break
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(
+        [*command[:-4], "--out", str(stated / "plain"), "--no-report"],
+        check=True,
+        capture_output=True,
+    )
+    assert_same_model(load_model(run / "best")[0], load_model(stated / "plain/best")[0])
+
+
+def test_config_errors_name_the_setting():
+    from dichroic.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"fit.mixture: unknown key 'component'.*'components'"):
+        FitConfig.from_dict({"mixture": {"component": 3}})
+    with pytest.raises(ConfigError, match="expected int"):
+        FitConfig.from_dict({"seed": 1.5})
