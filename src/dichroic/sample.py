@@ -309,7 +309,7 @@ def chunks(
     width = lanes_width(n, batch_size)
     for start in range(0, n, width):
         take = np.minimum(np.arange(start, start + width), n - 1)
-        cut = lambda a: a[take].reshape(-1, LANES, *a.shape[1:])
+        cut = lambda a, take=take: a[take].reshape(-1, LANES, *a.shape[1:])
         index = jnp.asarray(first_index + np.arange(start, start + width)).reshape(-1, LANES)
         yield start, (jax.tree.map(cut, rows), shared), index
 

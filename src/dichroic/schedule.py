@@ -37,7 +37,7 @@ class Schedule(eqx.Module):
 class Geometric(Schedule):
     """`σ_t = σ_min^{1−t} σ_max^t` (arXiv 2510.05205, section 2)."""
 
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Array) -> Array:  # noqa: D102
         return jnp.exp((1 - t) * jnp.log(self.sigma_min) + t * jnp.log(self.sigma_max))
 
 
@@ -46,6 +46,6 @@ class Karras(Schedule):
 
     rho: float = eqx.field(static=True, default=7.0)
 
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Array) -> Array:  # noqa: D102
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + t * (high - low)) ** self.rho

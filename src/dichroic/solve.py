@@ -22,6 +22,7 @@ class Solution(eqx.Module):
 
     @property
     def converged(self) -> Bool[Array, "*batch"]:
+        """Whether the residual reached the tolerance."""
         return self.status == CONVERGED
 
 

@@ -1,0 +1,1 @@
+"""Problems to try things on; nothing else in the package knows about them."""

@@ -10,7 +10,7 @@ from dichroic.operators import Shape
 
 
 class Mlp(eqx.Module):
-    """Residual blocks `h ← h + W₂ silu((1 + a) ∘ norm(W₁ h) + b)`, with `a, b` linear in the noise level's features.
+    """Residual blocks `h ← h + W₂ silu((1 + a) ∘ norm(W₁ silu(h)) + b)`, `a, b` linear in features of σ.
 
     The last layer starts at zero, so that a denoiser preconditioned with it starts as its base.
     """
