@@ -97,8 +97,9 @@ def psd_projection(
     `|S| = S sign(S)`, and the sign comes from the scaled Newton–Schulz iteration
     `X ← ½ α X (3I − α² X²)` with the optimal `α = √(3 / (1 + l + l²))` for a spectrum in `[l, 1]`,
     capped so that an eigenvalue 1 does not cancel (Chen and Chow, Argonne preprint 5059, 2014).
-    Eigenvalues smaller than `resolution · ‖S‖` in magnitude are only partly resolved; a multiple of the identity of that order keeps the result
-    positive semi-definite.
+
+    Eigenvalues smaller than `resolution · ‖S‖` in magnitude are only partly resolved; a
+    multiple of the identity of that order keeps the result positive semi-definite.
     """
     s = symmetrise(a)
     norm = jnp.minimum(
