@@ -292,6 +292,24 @@ def test_a_probe_counts_equations():
     )
 
 
+@pytest.mark.parametrize("small", [False, True])
+def test_a_probe_counts_the_equations_of_sources_together(small):
+    """One view cannot hold two covariances, in whatever directions a probe looks."""
+    eye = Identity((32, 32))
+    turned = Function(lambda x: x.T, in_shape=(32, 32))
+    line = Dense(np.random.default_rng(0).normal(size=(1024, 5)), out_shape=(32, 32))
+    op = line if small else turned
+    views = [view({"a": eye, "b": op})]
+    result = identifiability(problem(views, a=(32, 32), b=op.in_shape))
+    assert not result.identified
+    assert result.short == (("a", "b"),)
+    assert "'a' and 'b': their covariances have" in result.warnings[0]
+    assert "only 524800: not all can be identified" in result.warnings[0]
+    result = identifiability(problem([*views, view({"a": eye})], a=(32, 32), b=op.in_shape))
+    assert result.identified
+    assert (result.short, result.warnings) == ((), ())
+
+
 def test_a_probe_sees_what_averages_hide():
     average = BlockAverage((32, 32), 2)
     result = identifiability(problem([view({"x": average}), view({"x": average})], x=(32, 32)))

@@ -145,6 +145,24 @@ def test_inverse_cholesky_under_vmap(rng):
     np.testing.assert_allclose(logdet, np.linalg.slogdet(a)[1], atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [
+        (inverse_cholesky, (3, 2, 1.5, 1, 0.7)),
+        (psd_factor, (3, 2, 1.5, 1, 0.7)),
+        (psd_projection, (3, 2, 1, -0.7, -1.5)),
+    ],
+)
+def test_gradients_are_those_of_finite_differences(function, values, rng):
+    a, weights, towards = with_spectrum(rng, values), *rng.normal(size=(2, 5, 5))
+    towards = 0.5 * (towards + towards.T)
+    total = lambda a: sum(jnp.sum(weights * part) for part in jax.tree.leaves(function(a)))
+    along = jax.jit(lambda h: total(jnp.asarray(a + h * towards, jnp.float32)))
+    step = 0.01
+    difference = (along(step) - along(-step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(along)(0.0), difference, rtol=5e-3)
+
+
 @pytest.mark.parametrize("function", [psd_factor, psd_projection])
 def test_gradients_are_finite_at_a_singular_matrix(function):
     a = jnp.diag(jnp.array([1.0, 0.0, 0.0, 0.0, 2.0]))

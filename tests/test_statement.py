@@ -296,6 +296,14 @@ MISTAKES = [
     ("data.npz:m2", "folder/m.npy", DataError, "problem.yaml: views.mixed.mask", "no folder"),
     ("data.npz:m2", "data.csv", ConfigError, "problem.yaml: views.mixed.mask", "'data.csv'"),
     ("data.npz:m2", "[[1, 0], [1]]", DataError, "problem.yaml: views.mixed.mask", "no array"),
+    ("1e-2", "1" + 400 * "0", ConfigError, "problem.yaml: views.noise_only.noise", "expected"),
+    (
+        "[1, 0, 0, 0, 0, 1]",
+        f"[1{400 * '0'}]",
+        DataError,
+        "problem.yaml: views.mixed.held_out",
+        "too large",
+    ),
     (
         "noise: 1e-2",
         "noise: high",
@@ -509,8 +517,11 @@ def test_arrays_of_objects_or_text_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot read 'object.npy'.*allow_pickle"):
         load_array("object.npy", tmp_path)
     np.save(tmp_path / "text.npy", np.array(["a"]))
-    with pytest.raises(DataError, match=r"text.npy holds <U1, not numbers"):
+    with pytest.raises(DataError, match=r"text.npy holds <U1, not real numbers"):
         load_array("text.npy", tmp_path)
+    np.save(tmp_path / "complex.npy", np.ones(3) * 1j)
+    with pytest.raises(DataError, match=r"complex.npy holds complex128, not real numbers"):
+        load_array("complex.npy", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["bad.npz:x", "bad.npy", "bad.h5:/x"])

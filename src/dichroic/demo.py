@@ -54,11 +54,11 @@ def manifolds(seed: int, *, quick: bool = False) -> Demo:
 
 def digits(seed: int, *, quick: bool = False) -> Demo:
     """Real digits over real photographs."""
-    problem = digits_problem(seed=seed, count=2000 if quick else 12000)
+    problem = digits_problem(seed=seed, count=2000 if quick else 8000)
     test = digits_over_patches(count=360, seed=seed + 1000, held_out=True)[1]
     config = FitConfig(seed=seed, polish=0).replace(
         {
-            "mixture.components": 4 if quick else 32,
+            "mixture.components": 4 if quick else 16,
             "mixture.laps": 15,
             "mixture.final_laps": 15,
             "mixture.shrinkage": 50.0,

@@ -32,11 +32,14 @@ DEFAULT_MAX_TUPLES = 4096
 
 
 class Components(eqx.Module):
-    """A mixture of Gaussians over one flattened source: normalised log weights, means, covariances."""
+    """A mixture of Gaussians over one flattened source: normalised log weights, means, covariances.
 
-    log_weights: Float[Array, " K"]
-    means: Float[Array, "K dim"]
-    covariances: Float[Array, "K dim dim"]
+    Also holds one number of each kind per component, such as gradients (NumPy's, for sums in float64).
+    """
+
+    log_weights: Float[Array | np.ndarray, " K"]
+    means: Float[Array | np.ndarray, "K dim"]
+    covariances: Float[Array | np.ndarray, "K dim dim"]
 
     @property
     def mean(self) -> Float[Array, " dim"]:

@@ -20,7 +20,9 @@ confused with other sources, those with `Π_βγ ≠ 0`, and 0 on what is determ
 Where there are too many unknowns, all covariances are restricted to `C_β = Q c_β Qᵀ` with a few
 columns `Q`, the same for sources of equal size: a patch of neighbouring entries and random
 directions. The kernel of the restricted map is part of the whole one, so that *not identified* is
-certain, while *identified* says that a probe found nothing wrong.
+certain, while *identified* says that a probe found nothing wrong. Counting needs no probe: sources
+with more covariance entries together than the views that see any of them have, cannot all be
+identified (`short`).
 """
 
 import math
@@ -81,16 +83,19 @@ class Identifiability:
         sources: one result per source.
         exact: whether the whole map was looked at, or only a probe of it.
         warnings: sentences that say what is wrong and what to do.
+        short: sources that a probe found nothing wrong with, though the views have too few
+            equations for all of them: some are not identified, whatever their verdicts.
     """
 
     sources: tuple[SourceIdentifiability, ...]
     exact: bool
     warnings: tuple[str, ...]
+    short: tuple[tuple[str, ...], ...] = ()
 
     @property
     def identified(self) -> bool:
         """Whether every source is identified, weakly at least."""
-        return all(s.verdict != "not identified" for s in self.sources)
+        return not self.short and all(s.verdict != "not identified" for s in self.sources)
 
     def __getitem__(self, name: str) -> SourceIdentifiability:
         return next(s for s in self.sources if s.name == name)
@@ -137,15 +142,18 @@ def identifiability(problem: Problem, *, seed: int = 0) -> Identifiability:
     covariances = _resolve(moments.covariance, [_half(r) for r in sizes.values()])
     lacking = {} if exact else moments.lacking(problem.sources)
     parts = zip(sizes, means.parts, covariances.parts, strict=True)
-    results = tuple(_result(name, m, c, name in lacking) for name, m, c in parts)
+    results = tuple(_result(name, m, c, (name,) in lacking) for name, m, c in parts)
+    known = {s.name for s in results if s.verdict == "not identified"}
+    short = {g: pair for g, pair in lacking.items() if len(g) > 1 and not known & set(g)}
     kind = "" if exact else "probed "
     warnings = [
         *_lacking_warnings(lacking),
+        *_short_warnings(short),
         *_unseen_warnings(results, covariances, kind),
         *_confusion_warnings(list(sizes), means, covariances, kind),
         *_weak_warnings(results),
     ]
-    return Identifiability(results, exact, tuple(warnings))
+    return Identifiability(results, exact, tuple(warnings), tuple(short))
 
 
 def _half(size: int) -> int:
@@ -216,17 +224,17 @@ def _patch(shape: tuple[int, ...], count: int, rng: np.random.Generator) -> np.n
 
 @dataclass
 class _Moments:
-    """The normal matrices of the two maps, and the numbers of equations per source."""
+    """The normal matrices of the two maps, and per view the sources seen and its equations."""
 
     sizes: dict[str, int]
     mean: np.ndarray
     covariance: np.ndarray
-    equations: dict[str, int]
+    equations: list[tuple[frozenset[str], int]]
 
     @classmethod
     def zeros(cls, sizes: dict[str, int]) -> "_Moments":
         r, p = sum(sizes.values()), sum(map(_half, sizes.values()))
-        return cls(sizes, np.zeros((r, r)), np.zeros((p, p)), dict.fromkeys(sizes, 0))
+        return cls(sizes, np.zeros((r, r)), np.zeros((p, p)), [])
 
     def add(
         self, obs: Observations, bases: dict[str, np.ndarray], rng: np.random.Generator
@@ -242,13 +250,26 @@ class _Moments:
             _add_block(self.covariance, halves, a, b, covariance[a, b] / scale**2)
         varies = len(patterns.seen) > 1 or bool(row_counts(obs.operators))
         entries = int(patterns.seen.sum(axis=1).max())
-        for n in seen_sizes:
-            self.equations[n] += _half(entries) * (obs.count if varies else 1)
+        count = _half(entries) * (obs.count if varies else 1)
+        self.equations.append((frozenset(seen_sizes), count))
 
-    def lacking(self, sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
-        """`(equations, unknowns)` of the sources with fewer equations than covariance entries."""
-        counts = {s.name: (self.equations[s.name], _half(math.prod(s.shape))) for s in sources}
-        return {name: pair for name, pair in counts.items() if pair[0] < pair[1]}
+    def lacking(self, sources: Sequence[Source]) -> dict[tuple[str, ...], tuple[int, int]]:
+        """`(equations, unknowns)` of sources, alone or together, with fewer equations than unknowns.
+
+        Together are those of one view, and all. Sets that hold a smaller such set are left out.
+        """
+        unknowns = {s.name: _half(math.prod(s.shape)) for s in sources}
+        together = {frozenset(unknowns), *(seen for seen, _ in self.equations)}
+        groups = [frozenset([n]) for n in unknowns] + sorted(
+            together, key=lambda g: (len(g), *sorted(g))
+        )
+        out: dict[tuple[str, ...], tuple[int, int]] = {}
+        for group in groups:
+            equations = sum(count for seen, count in self.equations if seen & group)
+            total = sum(unknowns[n] for n in group)
+            if equations < total and not any(group >= set(smaller) for smaller in out):
+                out[tuple(n for n in unknowns if n in group)] = equations, total
+        return out
 
 
 @dataclass(frozen=True)
@@ -470,11 +491,21 @@ _SEE_ALONE = "add a view that sees one of them alone or with another weight"
 _SEE_MORE = "add a view that sees more of it, or observations with other operators"
 
 
-def _lacking_warnings(lacking: dict[str, tuple[int, int]]) -> Iterator[str]:
-    for name, (equations, unknowns) in lacking.items():
+def _lacking_warnings(lacking: dict[tuple[str, ...], tuple[int, int]]) -> Iterator[str]:
+    for (name, *others), (equations, unknowns) in lacking.items():
+        if not others:
+            yield (
+                f"source {name!r}: its covariance has {unknowns} entries, but those of the views "
+                f"that see it only {equations}; {_SEE_MORE}"
+            )
+
+
+def _short_warnings(short: dict[tuple[str, ...], tuple[int, int]]) -> Iterator[str]:
+    for group, (equations, unknowns) in short.items():
         yield (
-            f"source {name!r}: its covariance has {unknowns} entries, but those of the views that "
-            f"see it only {equations}; {_SEE_MORE}"
+            f"sources {_listed(group)}: their covariances have {unknowns} entries together, but "
+            f"those of the views that see them only {equations}: not all can be identified, though "
+            f"a probe found nothing wrong; {_SEE_ALONE}"
         )
 
 

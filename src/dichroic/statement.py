@@ -127,7 +127,7 @@ def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
 
     Raises:
         DataError: if there is no such file or entry (the message lists what there is), or if it
-            holds something other than numbers.
+            holds something other than real numbers.
         ConfigError: if `reference` is none of these forms.
     """
     if isinstance(reference, (np.ndarray, np.generic, jax.Array)):
@@ -193,7 +193,7 @@ def _at(spot: _Spot) -> Iterator[None]:
         if str(error).startswith(f"{spot.file}: "):
             raise
         raise type(error)(f"{spot}: {error}") from error
-    except (ValueError, TypeError, IndexError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, IndexError, OverflowError, OSError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{spot}: {error}") from error
 
 
@@ -250,7 +250,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return None
 
@@ -611,8 +611,8 @@ def _varies(what: str, donor: View, hint: str) -> str:
 
 
 def _numeric(array: np.ndarray, what: str) -> np.ndarray:
-    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
-        raise DataError(f"{what} holds {array.dtype}, not numbers")
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{what} holds {array.dtype}, not real numbers")
     return array
 
 
@@ -628,7 +628,7 @@ def _joined(reference: Mapping[str, Any]) -> str:
 def _inline(value: Any) -> np.ndarray:
     try:
         return np.asarray(value, dtype=float)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{_short(value)} is no array of numbers: {error}") from error
 
 
