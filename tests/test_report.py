@@ -154,7 +154,7 @@ def test_the_numbers_of_the_cards_are_those_of_the_draws(reported):
     ],
 )
 def test_the_verdict_compares_the_laps_with_the_mixture_start(bounds, words):
-    from dichroic.report import _verdict
+    from dichroic.report.sections import _verdict
 
     metrics = [{"phase": "mixture"}, *({"phase": "diffusion", "evidence_bound": b} for b in bounds)]
     assert words in _verdict(metrics)

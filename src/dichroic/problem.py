@@ -2,32 +2,30 @@
 
     y_i = Σ_β A_i^{αβ} x_i^β + η_i,   η_i ~ N(0, Σ_i^α)        (view α, observation i, source β)
 
-Everything is checked here, before any work starts; `Problem.joint_views` turns the statement into the
-`Observations` that the rest of the package computes with.
+Everything is checked here (by parts, in `checks`), before any work starts; `joint_observations` turns
+the views into the `Observations` that the rest of the package computes with.
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 
 from dichroic.batching import row_counts, take
-from dichroic.errors import DataError, ShapeError
-from dichroic.noise import (
-    DenseNoise,
-    DiagonalNoise,
-    Isotropic,
-    JointNoise,
-    LowRankNoise,
-    Masked,
-    Noise,
+from dichroic.checks import (
+    check_finite,
+    check_noise,
+    check_rows,
+    check_same_shape,
+    flat_noise,
+    values_and_mask,
 )
+from dichroic.errors import DataError, ShapeError
+from dichroic.noise import JointNoise, Masked, Noise
 from dichroic.observations import Observations
 from dichroic.operators import Operator, Shape, Stack, Zero
 from dichroic.operators.base import as_shape
@@ -96,11 +94,13 @@ class View:
         mask = self.mask
         if mask is not None and not isinstance(mask, str) and np.shape(mask) != self.shape:
             mask = np.asarray(mask)[index]
-        noise = self.noise if isinstance(self.noise, (int, float)) else _flat_noise(self)
+        noise = self.noise
+        if not isinstance(noise, (int, float)):
+            noise = take(flat_noise(noise, self.count, self.shape, self.label), index)
         return View(
             np.asarray(self.observations)[index],
             {k: take(op, index) for k, op in self.operators.items()},
-            noise if isinstance(noise, (int, float)) else take(noise, index),
+            noise,
             self.name,
             mask,
             self.group,
@@ -127,8 +127,7 @@ class Problem:
     def __post_init__(self):
         object.__setattr__(self, "sources", tuple(self.sources))
         named = tuple(
-            v if v.name else View(**{**_fields(v), "name": f"view{i + 1}"})
-            for i, v in enumerate(self.views)
+            v if v.name else replace(v, name=f"view{i + 1}") for i, v in enumerate(self.views)
         )
         object.__setattr__(self, "views", named)
         _check_names(self)
@@ -229,7 +228,7 @@ def check_view(view: View, shapes: Mapping[str, Shape]) -> None:
                 f"{view.label} has an operator for {name!r}, which is no source; "
                 f"the sources are {', '.join(shapes)}"
             )
-        _same_shape(
+        check_same_shape(
             op.in_shape,
             shapes[name],
             f"{view.label}, source {name!r}: the operator takes arrays of",
@@ -238,9 +237,9 @@ def check_view(view: View, shapes: Mapping[str, Shape]) -> None:
         if name not in shapes:
             raise DataError(f"{view.label} has a truth for {name!r}, which is no source")
         want = (view.count, *shapes[name])
-        _same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
+        check_same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
     if view.held_out is not None:
-        _same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
+        check_same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
         if np.all(view.held_out):
             raise DataError(f"{view.label}: held_out leaves no observation to learn from")
     view.prepare()
@@ -256,128 +255,19 @@ def _prepare(view: View) -> Observations:
             "expected (n, …) with n ≥ 1 observations"
         )
     for name, op in operators.items():
-        _same_shape(
+        check_same_shape(
             op.out_shape,
             view.shape,
             f"{view.label}, source {name!r}: the operator gives arrays of",
             "the observations have",
         )
-        _check_rows(row_counts(op), view, f"the operator of source {name!r}")
-        _check_finite(op, f"{view.label}, source {name!r}: the operator")
-    noise = _flat_noise(view)
-    _check_rows(row_counts(noise), view, "the noise")
-    _check_noise(noise, view)
-    y, mask = _values_and_mask(view)
+        check_rows(row_counts(op), view.count, f"{view.label}: the operator of source {name!r}")
+        check_finite(op, f"{view.label}, source {name!r}: the operator")
+    noise = flat_noise(view.noise, view.count, view.shape, view.label)
+    check_rows(row_counts(noise), view.count, f"{view.label}: the noise")
+    check_noise(noise, view.label)
+    y, mask = values_and_mask(view.observations, view.mask, view.label)
     return Observations(y, operators, noise if mask is None else Masked(noise, mask))
-
-
-def _same_shape(
-    got: Sequence[int], want: Sequence[int], what: str, than: str = "it must have"
-) -> None:
-    got, want = tuple(got), tuple(want)
-    if got == want:
-        return
-    if len(got) != len(want):
-        detail = f"{len(got)} axes instead of {len(want)}"
-    else:
-        axis = next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
-        detail = f"axis {axis} is {got[axis]} instead of {want[axis]}"
-    raise ShapeError(f"{what} shape {got}, but {than} shape {want}: {detail}")
-
-
-def _check_rows(counts: set[int], view: View, what: str) -> None:
-    for count in counts - {view.count}:
-        raise ShapeError(
-            f"{view.label}: {what} has per-observation parameters for {count} observations, but "
-            f"there are {view.count} observations (axis 0)"
-        )
-
-
-def _check_finite(tree: Any, what: str) -> None:
-    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)):
-        if not np.all(np.isfinite(leaf)):
-            raise DataError(f"{what} contains NaN or infinite values")
-
-
-def _values_and_mask(view: View) -> tuple[np.ndarray, np.ndarray | None]:
-    y = np.asarray(view.observations)
-    if not np.issubdtype(y.dtype, np.number) or np.iscomplexobj(y):
-        raise DataError(f"{view.label}: observations of type {y.dtype}; expected real numbers")
-    y = y.astype(np.float32 if y.dtype != np.float64 else y.dtype).reshape(view.count, -1)
-    if isinstance(view.mask, str):
-        if view.mask != "nan":
-            raise DataError(f"{view.label}: mask {view.mask!r}; expected an array or 'nan'")
-        mask = ~np.isnan(y)
-    elif view.mask is not None:
-        shape = np.shape(view.mask)
-        if shape not in (view.shape, (view.count, *view.shape)):
-            raise ShapeError(
-                f"{view.label}: a mask of shape {shape}; expected {view.shape} (shared) or "
-                f"{(view.count, *view.shape)}"
-            )
-        mask = np.asarray(view.mask) > 0
-        mask = mask.reshape(-1) if shape == view.shape else mask.reshape(view.count, -1)
-    else:
-        mask = None
-    seen = np.ones_like(y, bool) if mask is None else np.broadcast_to(mask, y.shape)
-    bad = seen & ~np.isfinite(y)
-    if bad.any():
-        i, j = np.argwhere(bad)[0]
-        where = tuple(int(a) for a in np.unravel_index(j, view.shape))
-        raise DataError(
-            f"{view.label}: observation {i} is {y[i, j]} at entry {where} ({bad.sum()} such entries); "
-            "if they are missing, give a mask, or mask='nan' for NaN"
-        )
-    if mask is not None and not seen.any():
-        raise DataError(f"{view.label}: the mask leaves nothing observed")
-    return np.where(seen, y, 0), None if mask is None else mask.astype(np.float32)
-
-
-def _flat_noise(view: View) -> Noise:
-    """The noise model with arrays over the flattened observation, whatever shape they came in."""
-    noise, shape, n = view.noise, view.shape, view.count
-    if isinstance(noise, (int, float, np.floating, np.integer)):
-        return Isotropic(float(noise))
-    if not isinstance(noise, Noise):
-        raise DataError(
-            f"{view.label}: noise of type {type(noise).__name__}; expected a number (the standard "
-            "deviation) or a model such as DiagonalNoise(variance)"
-        )
-    size = math.prod(shape)
-    if isinstance(noise, (DiagonalNoise, LowRankNoise)):
-        got = noise.variance.shape
-        if got in (shape, (n, *shape)):
-            flat = (size,) if got == shape else (n, size)
-            return eqx.tree_at(lambda m: m.variance, noise, noise.variance.reshape(flat))
-        _same_shape(got[-1:], (size,), f"{view.label}: the noise variance has")
-    if isinstance(noise, LowRankNoise):
-        _same_shape(noise.factor.shape[-2:-1], (size,), f"{view.label}: the noise factor has")
-    if isinstance(noise, DenseNoise):
-        got = noise.covariance.shape[-2:]
-        _same_shape(got, (size, size), f"{view.label}: the noise covariance has")
-    return noise
-
-
-def _check_noise(noise: Noise, view: View) -> None:
-    _check_finite(noise, f"{view.label}: the noise")
-    if isinstance(noise, Isotropic) and not np.all(np.asarray(noise.std) > 0):
-        raise DataError(f"{view.label}: the noise standard deviation must be positive")
-    if isinstance(noise, (DiagonalNoise, LowRankNoise)) and not np.all(
-        np.asarray(noise.variance) > 0
-    ):
-        raise DataError(
-            f"{view.label}: the noise variance must be positive everywhere; mark missing entries with a "
-            "mask instead"
-        )
-    if isinstance(noise, DenseNoise):
-        cov = np.asarray(noise.covariance, np.float64)
-        skew = np.abs(cov - cov.swapaxes(-1, -2)).max()
-        lowest = np.linalg.eigvalsh(0.5 * (cov + cov.swapaxes(-1, -2))).min()
-        if lowest <= 0 or skew > 1e-4 * np.abs(cov).max():
-            raise DataError(
-                f"{view.label}: the noise covariance is not symmetric positive definite (smallest "
-                f"eigenvalue {lowest:.3g}, asymmetry {skew:.3g})"
-            )
 
 
 def _check_names(problem: Problem) -> None:
@@ -387,10 +277,6 @@ def _check_names(problem: Problem) -> None:
         twice = [n for n in names if list(names).count(n) > 1]
         if twice:
             raise DataError(f"two {kind}s are called {twice[0]!r}; names must differ")
-
-
-def _fields(view: View) -> dict[str, Any]:
-    return {k: getattr(view, k) for k in View.__dataclass_fields__}
 
 
 def _update(digest: Any, leaf: Any) -> None:

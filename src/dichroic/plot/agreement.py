@@ -1,0 +1,71 @@
+"""How far to believe a fit: χ² of its draws, their coverage and their ranks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from dichroic.metrics import RankHistogram
+from dichroic.plot.canvas import DARK, GREY, STYLES, colour, label, legend, new_figure, tidy
+
+
+def data_fit(chi2: np.ndarray, entries: int | None) -> Any:
+    """The histogram of χ² per entry, and its density if all draws are calibrated."""
+    values = chi2[np.isfinite(chi2)]
+    high = max(2.0, float(np.percentile(values, 99.5)) * 1.05) if values.size else 2.0
+    figure = new_figure(5.2, 2.9)
+    axis = tidy(figure.subplots(), "χ² per observed entry, of every draw", "density")
+    bins = np.linspace(0, high, 51).tolist()
+    axis.hist(np.clip(values, 0, high), bins=bins, density=True, color=GREY, label="draws")
+    if entries:
+        x = np.linspace(high / 400, high, 400)
+        axis.plot(
+            x, stats.chi2.pdf(x * entries, entries) * entries, color=DARK, lw=1, label="ideal"
+        )
+        axis.set_ylim(top=1.05 * axis.dataLim.y1 if entries > 2 else 3)
+    axis.axvline(1, color="#D55E00", lw=1.5, label="1")
+    axis.axvline(
+        values.mean() if values.size else np.nan, color="black", ls="--", lw=1.2, label="mean"
+    )
+    legend(axis)
+    return figure
+
+
+def calibration(
+    curves: Mapping[tuple[int, str, int], tuple[np.ndarray, np.ndarray, np.ndarray]],
+    ranks: Mapping[tuple[int, str, int], RankHistogram],
+) -> Any:
+    """Coverage against nominal level, and rank histograms, by `(source, label, view)` numbers.
+
+    A curve is `(levels, coverages, standard errors)`.
+    """
+    rows = -(-len(ranks) // 2)
+    figure = new_figure(8.8, 3.6 + 1.9 * rows)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 1.9 * rows])
+    axis = tidy(top.subplots(), "nominal level", "coverage", "Intervals that hold the truth")
+    axis.plot([0, 1], [0, 1], color="black", lw=0.8, label="ideal")
+    for (i, name, j), (levels, values, errors) in curves.items():
+        style = {"color": colour(i), "ls": STYLES[j % len(STYLES)], "marker": ".", "lw": 1.2}
+        axis.errorbar(levels, values, 2 * errors, label=label(name), **style)
+    axis.set_aspect("equal")
+    legend(axis, loc="upper left", bbox_to_anchor=(1, 1))
+    axes = bottom.subplots(rows, 2, squeeze=False).ravel()
+    for axis in axes[len(ranks) :]:
+        axis.set_visible(False)
+    for axis, ((i, name, _), ranked) in zip(axes, ranks.items(), strict=False):
+        _rank_panel(axis, ranked, colour(i), label(name))
+    return figure
+
+
+def _rank_panel(axis: Any, ranked: RankHistogram, tint: str, name: str) -> None:
+    bins = len(ranked.frequencies)
+    centres = (np.arange(bins) + 0.5) / bins
+    tidy(axis, "rank of the truth among its draws", "frequency", name)
+    axis.bar(centres, ranked.frequencies, width=0.94 / bins, color=tint, alpha=0.75)
+    band = 2 * np.append(ranked.standard_errors, ranked.standard_errors[-1])
+    edges = np.linspace(0, 1, bins + 1)
+    options = {"step": "post", "color": "black", "alpha": 0.18, "lw": 0}
+    axis.fill_between(edges, 1 / bins - band, 1 / bins + band, **options)
+    axis.axhline(1 / bins, color="black", lw=0.8)
+    axis.set_xlim(0, 1)

@@ -1,0 +1,231 @@
+"""The sections of the page below its head, each a function of the page to HTML."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dichroic import plot
+from dichroic.config import FitConfig, settings
+from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.metrics import coverage, rank_histogram
+from dichroic.problem import View, joint_observations, sees
+from dichroic.report.markup import duration, esc, table
+from dichroic.report.page import Page
+from dichroic.report.scores import Held
+from dichroic.statement import summary_rows
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+PRIOR_DRAWS = {"image": 24, "lines": 8, "points": 1000}
+
+SHOWN = {
+    "images": "a held-out observation per row; truth, mean and draws share a scale; grey: missing.",
+    "lines": "posterior mean and 5% to 95% band of held-out observations.",
+    "pairs": "one posterior draw of each held-out observation, by pairs of entries.",
+    "truth-vs-draw": "one draw of each held-out observation; perfect recovery lies on the line.",
+}
+
+LEARNING = (
+    "Higher is better, but for the loss. The bound of the diffusion laps is lower than the "
+    "log evidence and is comparable among these laps only. PSNR is never used in the fit."
+)
+
+CALIBRATED = (
+    "Calibrated draws follow the diagonal (error bars: two standard errors) and have flat rank "
+    "histograms (grey band: two standard errors). Ranks piled up at both ends mean draws too "
+    "narrow, in the middle too wide, at one end biased."
+)
+
+
+def all_sections(page: Page, notes: Sequence[str]) -> list[tuple[str, str]]:
+    """`(name, HTML)` of every section; `notes` are the warnings, as plain text."""
+    warnings = "".join(f'<p class="warning">{esc(n)}</p>' for n in notes)
+    return [
+        ("What was observed", _observed(page)),
+        ("Separated sources", "".join(_separated(page, k) for k in page.problem.names)),
+        ("Learned priors", _priors(page)),
+        ("Learning", _learning(page)),
+        ("Data fit", _data_fit(page)),
+        ("Calibration", _calibration(page)),
+        ("Timings", _timings(page)),
+        ("Which prior was kept", _kept(page)),
+        ("Warnings", warnings or "<p>None.</p>"),
+        ("Configuration", _configuration(page.separator.config)),
+    ]
+
+
+def _observed(page: Page) -> str:
+    header, *rows = summary_rows(page.problem)[1]
+    parts = [table([str(h) for h in header], rows)]
+    for h in page.held:
+        for view in h.views:
+            caption = (
+                f"{view.name}: held-out observations, {_what_shown(view.shape, 'observation')}."
+            )
+            figure = plot.observed(_visible(view))
+            parts.append(page.figure(f"observed-{view.name}", figure, caption))
+    return "".join(parts)
+
+
+def _what_shown(shape: Sequence[int], what: str) -> str:
+    form = plot.kind(shape)
+    if form == "image":
+        sliced = " (first slice along the shortest axis)" if len(shape) == 3 else ""
+        return f"each an image{sliced}"
+    return "each a line" if form == "lines" else f"each {what} a point"
+
+
+def _visible(view: View) -> np.ndarray:
+    """The observations, NaN where they are missing."""
+    seen = np.asarray(joint_observations([view]).noise.observed(int(np.prod(view.shape))))
+    seen = seen.reshape(-1, *view.shape) > 0
+    return np.where(seen, np.asarray(view.observations, float), np.nan)
+
+
+def _separated(page: Page, source: str) -> str:
+    parts = [f"<h3>{esc(source)}</h3>\n"]
+    for h in page.held:
+        if source not in h.result.draws:
+            continue
+        seen = [v for v in h.views if sees(v, source) and plot.kind(v.shape) == "image"]
+        figures = plot.separated(
+            h.result.draws[source],
+            h.truth.get(source),
+            _visible(seen[0]) if seen else None,
+            plot.colour(page.number(source)),
+        )
+        drawn = [
+            page.figure(
+                f"separated-{source}-{h.name}-{what}",
+                figure,
+                f"{source} in {h.name}: {SHOWN[what]}",
+            )
+            for what, figure in figures.items()
+        ]
+        parts.append(f'<div class="row">{"".join(drawn)}</div>\n')
+    return "".join(parts)
+
+
+def _priors(page: Page) -> str:
+    parts = []
+    for name, shape in page.problem.shapes.items():
+        x = page.separator.sample_prior(name, PRIOR_DRAWS[plot.kind(shape)])
+        known = [h.truth[name] for h in page.held if name in h.truth]
+        truth = np.concatenate(known) if known else None
+        figure = plot.several(x, truth, plot.colour(page.number(name)), what="prior samples")
+        behind = " Grey: true values." if known and plot.kind(shape) == "points" else ""
+        caption = f"{name}: samples of the learned prior, {_what_shown(shape, 'sample')}.{behind}"
+        parts.append(f"<h3>{esc(name)}</h3>\n" + page.figure(f"prior-{name}", figure, caption))
+    return "".join(parts)
+
+
+def _learning(page: Page) -> str:
+    figure = plot.learning(page.metrics, page.problem.names, [h.name for h in page.held])
+    if figure is None:
+        return "<p>No metrics of the laps were given.</p>"
+    return page.figure("learning", figure, LEARNING)
+
+
+def _data_fit(page: Page) -> str:
+    text = (
+        "<p>χ² is the squared residual of a posterior draw in units of the stated noise, per "
+        "observed entry: its mean is 1 for a correct model, above 1 if draws miss the data by more "
+        "than the noise, and below 1 if they follow the noise.</p>\n"
+    )
+    rows = []
+    for h in page.held:
+        chi2, entries = h.result.chi2, _visible_entries(h)
+        error = float(chi2.mean(axis=0).std()) / np.sqrt(chi2.shape[1])
+        rows.append([h.name, f"{chi2.mean():.3f}", f"{error:.3f}", f"{np.median(chi2):.3f}"])
+        ideal = " The curve is its distribution for a correct model." if entries else ""
+        text += page.figure(f"chi2-{h.name}", plot.data_fit(chi2, entries), f"{h.name}.{ideal}")
+    return text + table(["view", "mean χ² per entry", "standard error", "median"], rows)
+
+
+def _visible_entries(held: Held) -> int | None:
+    """The number of observed entries, if it is the same for all observations."""
+    counts = sum(np.isfinite(_visible(v)).reshape(v.count, -1).sum(axis=1) for v in held.views)
+    values = np.unique(counts)
+    return int(values[0]) if len(values) == 1 else None
+
+
+def _calibration(page: Page) -> str:
+    if not page.scores:
+        return "<p>No truth is known, so calibration cannot be measured.</p>"
+    curves, ranks, rows = {}, {}, []
+    held = {h.name: (j, h) for j, h in enumerate(page.held)}
+    for s in page.scores:
+        j, h = held[s.view]
+        draws, truth = h.result.draws[s.source], h.truth[s.source]
+        key = (page.number(s.source), f"{s.source}, {s.view}", j)
+        found = [coverage(draws, truth, level=level) for level in LEVELS]
+        columns = ([c.value for c in found], [c.standard_error for c in found])
+        curves[key] = tuple(np.array(x) for x in (LEVELS, *columns))
+        ranked = rank_histogram(draws, truth, bins=min(10, len(draws) + 1))
+        ranks[key] = ranked
+        inside = (f"{100 * s.coverage:.1f}%", f"{100 * s.error:.1f}", f"{ranked.p_value:.2g}")
+        rows.append([s.source, s.view, *inside])
+    figure = page.figure("calibration", plot.calibration(curves, ranks), CALIBRATED)
+    header = [
+        "source",
+        "view",
+        "coverage of 90% intervals",
+        "standard error",
+        "flat ranks, p-value",
+    ]
+    return figure + table(header, rows)
+
+
+def _timings(page: Page) -> str:
+    phases: dict[str, list[float]] = {}
+    before = 0.0
+    for row in page.metrics:
+        now = row.get("seconds") or before
+        phases.setdefault(str(row.get("phase", "")), []).append(now - before)
+        before = now
+    rows = [[name, len(laps), duration(sum(laps))] for name, laps in phases.items()]
+    rows.append(["total of the fit", len(page.metrics), duration(before)])
+    rows.append(["separation for this page", "", duration(page.seconds)])
+    return table(["phase", "laps", "time"], rows) + "<p><small>Compilation included.</small></p>\n"
+
+
+def _kept(page: Page) -> str:
+    rows = [[name, _describe(d)] for name, d in page.separator.denoisers.items()]
+    return table(["source", "prior"], rows) + f"<p>{esc(_verdict(page.metrics))}</p>\n"
+
+
+def _describe(denoiser: Denoiser) -> str:
+    if isinstance(denoiser, Mixture):
+        size = denoiser.log_weights.size
+        return f"mixture of {size} Gaussians" if size > 1 else "one Gaussian"
+    if isinstance(denoiser, Preconditioned):
+        return f"diffusion model: a network that corrects a {_describe(denoiser.base)}"
+    return f"a denoiser of type {type(denoiser).__name__}"
+
+
+def _verdict(metrics: Sequence[Mapping[str, Any]]) -> str:
+    bounds = [m["evidence_bound"] for m in metrics if m.get("evidence_bound") is not None]
+    if not bounds:
+        return "No diffusion lap was run: the priors are those of the closed-form start."
+    start, later = bounds[0], bounds[1:]
+    if not later:
+        return f"The mixtures have a held-out bound of {start:.4g}; no diffusion lap has ended yet."
+    laps = "the diffusion lap" if len(later) == 1 else f"the best of {len(later)} diffusion laps"
+    numbers = f"{start:.4f} nats per observation with the mixtures, {max(later):.4f} after {laps}"
+    if max(later) > start:
+        return f"Diffusion improved the held-out evidence bound: {numbers}. The networks are kept."
+    return (
+        f"Diffusion did not improve the held-out evidence bound: {numbers}. The mixtures are kept."
+    )
+
+
+def _configuration(config: FitConfig) -> str:
+    rows = []
+    for name, (_, default) in settings().items():
+        value: Any = config.to_dict()
+        for part in name.split("."):
+            value = value[part]
+        rows.append([name, json.dumps(value), "" if value == default else json.dumps(default)])
+    listed = table(["setting", "value", "default, if different"], rows)
+    return f"<details><summary>All settings of the fit</summary>\n{listed}</details>\n"

@@ -1,0 +1,30 @@
+"""State a problem in a YAML file: sources, views of their mixtures, and the settings of a fit.
+
+    y_i = Σ_β A_i^{αβ} x_i^β + η_i          (view α, observation i, source β)
+
+    sources:
+      background: [5]                           # x^β: the shape of one draw
+      signal: {shape: [8, 8]}
+    views:
+      mixed:
+        observations: {file: data.npz, key: y}  # y_i, stacked along the first axis
+        operators:                              # A^{αβ}: one per source that the view sees
+          background: {dense: data.npz:A}
+          signal: {compose: [{block_average: {factor: 2}}, {convolve: psf.npy}]}
+        noise: {diagonal: data.h5:/variance}    # Σ; a number is the std of isotropic noise
+        mask: data.zarr:mask                    # or "nan"
+        group: pair                             # views of one group are of the same draws
+        truth: {signal: data.npz:x}
+        held_out: data.npz:test                 # 1 for observations that are kept from training
+    fit: {seed: 1, mixture: {components: 16}}
+
+An array is `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path` (relative to the folder
+of the YAML file), a number or a list. The input shape of an operator follows from its source; in
+`compose` the last acts first, and its output shape feeds the one before. Every error starts with
+the file and the position in it, as in `problem.yaml: views.mixed: unknown key 'nose'; …`.
+"""
+
+from dichroic.statement.arrays import load_array as load_array
+from dichroic.statement.new_view import load_view as load_view
+from dichroic.statement.problem_file import load_problem as load_problem
+from dichroic.statement.summary import summary_rows as summary_rows

@@ -1,0 +1,156 @@
+"""Arrays in files: `.npz`, `.npy`, HDF5 and zarr, by references such as `file.npz:key`."""
+
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dichroic.config import check_keys
+from dichroic.errors import ConfigError, DataError, DichroicError
+from dichroic.statement.values import as_number, available, short
+
+_REFERENCE = re.compile(r"(?P<file>.+?\.(?P<kind>npz|npy|hdf5|h5|zarr))(?::(?P<key>.+))?")
+
+
+def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
+    """The array that `reference` stands for.
+
+    Args:
+        reference: `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path`, the same as
+            `{file: …, key: …}`, a number, a (nested) list of numbers, or an array.
+        base_dir: the folder that files are relative to.
+
+    Raises:
+        DataError: if there is no such file or entry (the message lists what there is), or if it
+            holds something other than real numbers.
+        ConfigError: if `reference` is none of these forms.
+    """
+    if isinstance(reference, (np.ndarray, np.generic, jax.Array)):
+        return _numeric(np.asarray(reference), "the array")
+    if isinstance(reference, Mapping):
+        reference = _joined(reference)
+    number = as_number(reference)
+    if number is not None or isinstance(reference, (list, tuple)):
+        return _inline(reference if number is None else number)
+    match = _REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    if match is None:
+        raise ConfigError(
+            f"expected an array such as 'file.npz:key', 'file.npy', 'file.h5:/dataset', "
+            f"'file.zarr:path', a number or a list, got {short(reference)}"
+        )
+    return _read(Path(base_dir) / match["file"], match["kind"], match["key"])
+
+
+def no_file(path: Path) -> str:
+    """The message that there is no file `path`: what is nearest, and what there is."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"no folder {str(folder)!r}"
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return f"no file {path.name!r} in {str(folder)!r}; {available(path.name, names)}"
+
+
+def _numeric(array: np.ndarray, what: str) -> np.ndarray:
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{what} holds {array.dtype}, not real numbers")
+    return array
+
+
+def _joined(reference: Mapping[str, Any]) -> str:
+    """`{file: …, key: …}` as `file:key`."""
+    check_keys(reference, ("file", "key"), "array")
+    file, key = reference.get("file"), reference.get("key")
+    if not isinstance(file, str):
+        raise ConfigError(f"expected {{file: …, key: …}}, got {short(dict(reference))}")
+    return file if key is None else f"{file}:{key}"
+
+
+def _inline(value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=float)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{short(value)} is no array of numbers: {error}") from error
+
+
+def _read(path: Path, kind: str, key: str | None) -> np.ndarray:
+    if not path.exists():
+        raise DataError(no_file(path))
+    try:
+        return _numeric(_READERS[kind](path, key), f"{path.name}:{key}" if key else path.name)
+    except DichroicError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot read {path.name!r}: {error}") from error
+
+
+def _entry(path: Path, key: str | None, names: Sequence[str]) -> str:
+    """`key`, if it is one of `names`, or the only name; otherwise an error that lists them."""
+    names = sorted(names)
+    if key is None and len(names) == 1:
+        return names[0]
+    if key is None:
+        raise DataError(
+            f"{path.name!r}: say which array, '{path.name}:key'; {available('', names)}"
+        )
+    if key.strip("/") not in [name.strip("/") for name in names]:
+        raise DataError(f"no {key!r} in {path.name!r}; {available(key, names)}")
+    return key
+
+
+# One reader for every kind of file.
+
+
+def _read_npz(path: Path, key: str | None) -> np.ndarray:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return archive[_entry(path, key, archive.files)]
+
+
+def _read_npy(path: Path, key: str | None) -> np.ndarray:
+    if key is not None:
+        raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
+    with path.open("rb") as file:
+        return np.load(file, allow_pickle=False)
+
+
+def _read_hdf5(path: Path, key: str | None) -> np.ndarray:
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError(_needs("h5py", path)) from error
+    with h5py.File(path, "r") as file:
+        names: list[str] = []
+        file.visititems(lambda k, v: names.append(f"/{k}") if isinstance(v, h5py.Dataset) else None)
+        dataset: Any = file[_entry(path, key, names)]
+        return np.asarray(dataset[...])
+
+
+def _read_zarr(path: Path, key: str | None) -> np.ndarray:
+    try:
+        import zarr
+    except ImportError as error:
+        raise DataError(_needs("zarr", path)) from error
+    node: Any = zarr.open(path, mode="r")
+    if isinstance(node, zarr.Group):
+        members = node.members(max_depth=None)
+        names = [name for name, child in members if isinstance(child, zarr.Array)]
+        node = node[_entry(path, key, names).strip("/")]
+    elif key is not None:
+        raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
+    return np.asarray(node[...])
+
+
+def _needs(package: str, path: Path) -> str:
+    return f"reading {path.name!r} needs {package}: pip install 'dichroic[data]'"
+
+
+_READERS: dict[str, Callable[[Path, str | None], np.ndarray]] = {
+    "npz": _read_npz,
+    "npy": _read_npy,
+    "h5": _read_hdf5,
+    "hdf5": _read_hdf5,
+    "zarr": _read_zarr,
+}

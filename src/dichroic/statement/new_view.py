@@ -1,0 +1,141 @@
+"""A new view, stated alone, and completed from a view of the problem."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dichroic.batching import row_counts
+from dichroic.config import check_keys
+from dichroic.errors import ConfigError, DataError
+from dichroic.noise import Masked, Noise
+from dichroic.problem import Problem, View, check_view, sees
+from dichroic.statement.arrays import no_file
+from dichroic.statement.parts import NOISES
+from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
+from dichroic.statement.view import VIEW_KEYS, build_view
+
+
+def load_view(
+    path_or_spec: str | Path | Mapping[str, Any], problem: Problem, *, like: str | None = None
+) -> View:
+    """Read new observations that are to be separated into the sources of `problem`.
+
+    What is not given is taken from a view of `problem`, provided it is shared by all observations
+    there: the noise, the operator of each source that has none here (`zero` leaves a source out),
+    and with such an operator also the mask.
+
+    Args:
+        path_or_spec: an `.npz` file with `observations` `(n, *shape)` and, optionally, `mask`,
+            `operator/<source>` (dense, `(M, D)` or `(n, M, D)`), `noise` (standard deviation, a
+            number or `(n,)`) or `noise/diagonal`, `noise/dense`, and `truth/<source>`; a YAML file
+            that holds one view; or such a view as a mapping, where arrays may stand for references.
+        problem: the problem whose sources were learned.
+        like: the view that lends what is missing; by default the one that sees most sources.
+
+    Raises:
+        DichroicError: if the view is malformed, does not fit the sources, or lacks something that
+            differs from observation to observation in the view `like`.
+    """
+    table, spot, name = _view_table(path_or_spec, problem)
+    donor = problem.view(like) if like else max(problem.views, key=lambda v: _seen(v, problem))
+    check_keys(table, VIEW_KEYS, str(spot))
+    require(table, ("observations",), spot)
+    view = build_view(name, table, problem.shapes, spot)
+    with naming(spot):
+        view = _complete(view, table, donor)
+        check_view(view, problem.shapes)
+    return view
+
+
+def _seen(view: View, problem: Problem) -> int:
+    return sum(sees(view, name) for name in problem.names)
+
+
+# What the file or mapping says.
+
+
+def _view_table(source: Any, problem: Problem) -> tuple[dict[str, Any], Spot, str]:
+    """`(table, position, name)` of a view stated in a file or a mapping."""
+    if isinstance(source, Mapping):
+        spot = Spot("view", Path())
+        return as_table(source, spot), spot, "view"
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        return *read_yaml(path), path.stem
+    if path.suffix != ".npz":
+        raise ConfigError(f"{path.name}: expected a view in an .npz or a .yaml file")
+    spot = Spot(path.name, path.parent)
+    if not path.is_file():
+        raise DataError(f"{spot}: {no_file(path)}")
+    with naming(spot):
+        return _npz_table(path, problem.names, spot), spot, path.stem
+
+
+def _npz_table(path: Path, names: Sequence[str], spot: Spot) -> dict[str, Any]:
+    """The view in an `.npz` file, in the form of a YAML file's."""
+    noises = [f"noise/{kind}" for kind in NOISES if kind != "low_rank"]
+    per_source = [f"{what}/{name}" for what in ("operator", "truth") for name in names]
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(spot))
+        values = {key: archive[key] for key in archive}
+    table: dict[str, Any] = {"operators": {}, "truth": {}}
+    given = [key for key in values if key.startswith("noise")]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(map(repr, given))}: give one of them")
+    for key, array in values.items():
+        what, _, name = key.partition("/")
+        if what == "operator":
+            table["operators"][name] = {"dense": array}
+        elif what == "truth":
+            table["truth"][name] = array
+        elif what == "noise":
+            table["noise"] = {name or "isotropic": array}
+        else:
+            table[what] = array
+    return table
+
+
+# What the view of the problem lends.
+
+
+def _complete(view: View, table: Mapping[str, Any], donor: View) -> View:
+    """`view` with what `table` leaves out taken from `donor`."""
+    lent = {name: op for name, op in donor.operators.items() if name not in view.operators}
+    for name, op in lent.items():
+        _check_shared(op, f"operator for source {name!r}", donor, f"'operator/{name}' in an .npz")
+    noise = _donor_noise(donor) if table.get("noise") is None else view.noise
+    mask = _donor_mask(donor) if view.mask is None and lent else view.mask
+    return replace(view, operators={**lent, **view.operators}, noise=noise, mask=mask)
+
+
+def _donor_mask(donor: View) -> Any:
+    mask = donor.mask
+    if mask is not None and not isinstance(mask, str) and np.shape(mask) != donor.shape:
+        raise DataError(
+            _varies("mask", donor, "1 where an entry was observed, 0 where it is missing")
+        )
+    return mask
+
+
+def _donor_noise(donor: View) -> Noise | float:
+    if isinstance(donor.noise, (int, float)):
+        return donor.noise
+    noise = donor.prepare().noise
+    noise = noise.noise if isinstance(noise, Masked) else noise
+    _check_shared(noise, "noise", donor, "'noise' in an .npz")
+    return noise
+
+
+def _check_shared(tree: Any, what: str, donor: View, hint: str) -> None:
+    if row_counts(tree):
+        raise DataError(_varies(what, donor, hint))
+
+
+def _varies(what: str, donor: View, hint: str) -> str:
+    return (
+        f"no {what}, and that of {donor.label} differs from observation to observation, so it "
+        f"cannot be taken over: give one ({hint})"
+    )

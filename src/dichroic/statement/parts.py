@@ -1,0 +1,202 @@
+"""Operators and noise models, by the name of their kind: `{kind: arguments}`."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dichroic import operators
+from dichroic.batching import as_float
+from dichroic.config import check_keys
+from dichroic.errors import ConfigError, ShapeError
+from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Noise
+from dichroic.operators import Operator, Shape
+from dichroic.statement.spots import Spot, known_table, naming, require
+from dichroic.statement.values import as_number, parse_count, parse_shape, short
+
+ops: Any = operators  # type checkers do not see the constructors that equinox derives
+
+
+def build_operator(spec: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    """The operator of `spec` on arrays of `in_shape`; it must give `out_shape`, where known."""
+    kind, args = _kind(spec, _OPERATORS, spot)
+    with naming(spot.at(kind)):
+        return _OPERATORS[kind](args, in_shape, out_shape, spot.at(kind))
+
+
+def build_noise(spec: Any, spot: Spot) -> Noise | float:
+    """The noise model of `spec`, or the number that `spec` is: a standard deviation."""
+    number = as_number(spec)
+    if number is not None:
+        return number
+    if isinstance(spec, (np.ndarray, np.generic, jax.Array)):
+        return _isotropic(spec, spot)
+    if isinstance(spec, str) and spec not in NOISES:
+        raise ConfigError(
+            f"{spot}: expected the standard deviation, a number, or one {{kind: …}} of "
+            f"{', '.join(NOISES)}, got {spec!r}"
+        )
+    kind, args = _kind(spec, NOISES, spot)
+    with naming(spot.at(kind)):
+        return NOISES[kind](args, spot.at(kind))
+
+
+def _kind(spec: Any, kinds: Mapping[str, Any], spot: Spot) -> tuple[str, Any]:
+    """`(kind, arguments)` of `kind` or `{kind: arguments}`."""
+    if isinstance(spec, str):
+        spec = {spec: None}
+    if not isinstance(spec, Mapping) or len(spec) != 1:
+        raise ConfigError(
+            f"{spot}: expected one {{kind: …}} of {', '.join(kinds)}, got {short(spec)}"
+        )
+    check_keys(spec, kinds, str(spot))
+    ((kind, args),) = spec.items()
+    if args is None and kind not in ("identity", "zero"):
+        raise ConfigError(f"{spot}: {kind} needs a value: {{{kind}: …}}")
+    return kind, args
+
+
+def _arguments(args: Any, main: str, others: Sequence[str], spot: Spot) -> dict[str, Any]:
+    """The arguments by name; a bare value, or a `{file, key}` reference, is that of `main`."""
+    if not isinstance(args, Mapping) or "file" in args:
+        return {main: args}
+    check_keys(args, (main, *others), str(spot))
+    require(args, (main,), spot)
+    return dict(args)
+
+
+# Operators: `(arguments, input shape, output shape where known, position) → operator`.
+
+
+def _identity(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    if args:
+        raise ConfigError(f"identity takes no arguments, got {short(args)}")
+    return ops.Identity(in_shape)
+
+
+def _zero(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    table = known_table(args, ("out_shape",), spot)
+    shape = parse_shape(table["out_shape"]) if table else out_shape
+    if shape is None:
+        raise ConfigError("give the shape that it maps to: {zero: {out_shape: […]}}")
+    return ops.Zero(in_shape, shape)
+
+
+def _scale(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    return ops.Scale(in_shape, spot.array(args))
+
+
+def _diagonal(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    return ops.Diagonal(spot.array(args), shape=in_shape)
+
+
+def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    values = _arguments(args, "matrix", ("out_shape",), spot)
+    matrix = spot.array(values["matrix"])
+    if "out_shape" in values:
+        out_shape = parse_shape(values["out_shape"])
+    elif out_shape is not None and matrix.shape[-2:-1] != (math.prod(out_shape),):
+        out_shape = None  # not what the view needs, which its own check says best
+    return ops.Dense(matrix, in_shape=in_shape, out_shape=out_shape)
+
+
+def _block_average(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    values = _arguments(args, "factor", ("axes",), spot)
+    axes = values.get("axes")
+    if axes is not None:
+        axes = tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
+        if not all(isinstance(a, int) for a in axes):
+            raise ConfigError(f"axes: expected a list of integers, got {short(values['axes'])}")
+    return ops.BlockAverage(in_shape, parse_count(values["factor"], "factor"), axes=axes)
+
+
+def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    values = _arguments(args, "kernel", ("ndim",), spot)
+    ndim = values.get("ndim")
+    kernel = spot.array(values["kernel"])
+    return ops.Convolve(
+        kernel, shape=in_shape, ndim=None if ndim is None else parse_count(ndim, "ndim")
+    )
+
+
+def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    chain: list[Operator] = []
+    for i, spec in reversed(list(enumerate(_several(args, spot)))):
+        chain.insert(0, build_operator(spec, in_shape, None if i else out_shape, spot.at(i)))
+        in_shape = chain[0].out_shape
+    return ops.Compose(tuple(chain))
+
+
+def _sum(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    specs = enumerate(_several(args, spot))
+    return ops.Sum(tuple(build_operator(s, in_shape, out_shape, spot.at(i)) for i, s in specs))
+
+
+def _stack(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    specs = enumerate(_several(args, spot))
+    return ops.Stack(tuple(build_operator(s, in_shape, None, spot.at(i)) for i, s in specs))
+
+
+def _several(args: Any, spot: Spot) -> list[Any]:
+    if not isinstance(args, (list, tuple)) or not args:
+        raise ConfigError(f"expected a list of operators, got {short(args)}")
+    return list(args)
+
+
+_OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
+    "identity": _identity,
+    "zero": _zero,
+    "scale": _scale,
+    "diagonal": _diagonal,
+    "mask": _diagonal,
+    "dense": _dense,
+    "block_average": _block_average,
+    "convolve": _convolve,
+    "compose": _compose,
+    "sum": _sum,
+    "stack": _stack,
+}
+
+
+# Noise models: `(arguments, position) → noise`.
+
+
+def _isotropic(args: Any, spot: Spot) -> Noise:
+    return Isotropic(_axes(args, (0, 1), "a number or (n,)", spot))
+
+
+def _diagonal_noise(args: Any, spot: Spot) -> Noise:
+    array = as_float(spot.array(args))
+    if array.ndim == 0:
+        raise ShapeError("expected one variance per entry; a number alone is a standard deviation")
+    return DiagonalNoise(array)
+
+
+def _low_rank(args: Any, spot: Spot) -> Noise:
+    table = known_table(args, ("factor", "variance"), spot)
+    require(table, ("factor", "variance"), spot)
+    factor = _axes(table["factor"], (2, 3), "(M, R) or (n, M, R)", spot.at("factor"))
+    variance = _axes(table["variance"], (1, 2), "(M,) or (n, M)", spot.at("variance"))
+    return LowRankNoise(factor, variance)
+
+
+def _dense_noise(args: Any, spot: Spot) -> Noise:
+    return DenseNoise(_axes(args, (2, 3), "(M, M) or (n, M, M)", spot))
+
+
+def _axes(reference: Any, ndims: tuple[int, ...], expected: str, spot: Spot) -> jax.Array:
+    """The array of `reference`, which must have one of the numbers of axes `ndims`."""
+    array = as_float(spot.array(reference))
+    if array.ndim not in ndims:
+        raise ShapeError(f"{spot}: expected {expected}, got an array of shape {array.shape}")
+    return array
+
+
+NOISES: dict[str, Callable[[Any, Spot], Noise]] = {
+    "isotropic": _isotropic,
+    "diagonal": _diagonal_noise,
+    "low_rank": _low_rank,
+    "dense": _dense_noise,
+}

@@ -1,0 +1,60 @@
+"""A problem file: its sources, its views, and the settings of a fit."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dichroic.config import check_keys
+from dichroic.operators import Shape
+from dichroic.problem import Problem, Source, View, check_view
+from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
+from dichroic.statement.values import parse_shape
+from dichroic.statement.view import VIEW_KEYS, build_view
+
+
+def load_problem(path: str | Path) -> tuple[Problem, dict[str, Any]]:
+    """Read a problem from a YAML file.
+
+    Args:
+        path: the file; array references in it are relative to its folder.
+
+    Returns:
+        The problem, checked, and the `fit:` section as it stands (`FitConfig.from_dict` checks it).
+
+    Raises:
+        DichroicError: if anything is wrong; the message starts with the file and the position.
+    """
+    table, spot = read_yaml(Path(path))
+    check_keys(table, ("sources", "views", "fit"), str(spot))
+    require(table, ("sources", "views"), spot)
+    sources = _sources(table["sources"], spot.at("sources"))
+    shapes = {s.name: s.shape for s in sources}
+    here = spot.at("views")
+    specs = as_table(table["views"], here)
+    views = [_problem_view(k, v, shapes, here.at(k)) for k, v in specs.items()]
+    with naming(spot):
+        problem = Problem(sources, views, str(Path(path).resolve()))
+    return problem, as_table(table.get("fit") or {}, spot.at("fit"))
+
+
+def _sources(value: Any, spot: Spot) -> list[Source]:
+    sources = []
+    for name, spec in as_table(value, spot).items():
+        here = spot.at(name)
+        if isinstance(spec, Mapping):
+            check_keys(spec, ("shape",), str(here))
+            require(spec, ("shape",), here)
+            spec = spec["shape"]
+        with naming(here):
+            sources.append(Source(name, parse_shape(spec)))
+    return sources
+
+
+def _problem_view(name: str, value: Any, shapes: Mapping[str, Shape], spot: Spot) -> View:
+    table = as_table(value, spot)
+    check_keys(table, VIEW_KEYS, str(spot))
+    require(table, ("observations", "operators", "noise"), spot)
+    view = build_view(name, table, shapes, spot)
+    with naming(spot):
+        check_view(view, shapes)
+    return view

@@ -1,0 +1,109 @@
+"""Positions in a file, the errors that name them, and tables read safely from YAML."""
+
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dichroic.config import check_keys
+from dichroic.errors import ConfigError, DichroicError
+from dichroic.statement.arrays import load_array, no_file
+from dichroic.statement.values import short
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A position in a file: the file's name, its folder, and the keys that lead there."""
+
+    file: str
+    folder: Path
+    path: str = ""
+
+    def at(self, key: str | int) -> "Spot":
+        """The position of the entry `key` of the table (or list) that is here."""
+        if isinstance(key, int):
+            return replace(self, path=f"{self.path}[{key}]")
+        return replace(self, path=f"{self.path}.{key}" if self.path else key)
+
+    def array(self, reference: Any) -> np.ndarray:
+        """The array that `reference`, which is here, stands for."""
+        with naming(self):
+            return load_array(reference, self.folder)
+
+    def __str__(self):
+        return f"{self.file}: {self.path}" if self.path else self.file
+
+
+@contextmanager
+def naming(spot: Spot) -> Iterator[None]:
+    """Let errors raised inside start with `spot`, unless they name a position already."""
+    try:
+        yield
+    except DichroicError as error:
+        if str(error).startswith(f"{spot.file}: "):
+            raise
+        raise type(error)(f"{spot}: {error}") from error
+    except (ValueError, TypeError, IndexError, OverflowError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{spot}: {error}") from error
+
+
+def as_table(value: Any, spot: Spot) -> dict[str, Any]:
+    """`value` as a dictionary with text keys."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{spot}: expected a table (key: value), got {short(value)}")
+    for key in value:
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise ConfigError(
+                f"{spot}: {key!r} is no name; put names such as 'on' or '1.5' in quotes"
+            )
+    return {str(k): v for k, v in value.items()}
+
+
+def known_table(value: Any, names: Iterable[str], spot: Spot) -> dict[str, Any]:
+    """`value`, where there is one, as a dictionary whose keys are among `names`."""
+    table = {} if value is None else as_table(value, spot)
+    check_keys(table, names, str(spot))
+    return table
+
+
+def require(table: Mapping[str, Any], keys: Iterable[str], spot: Spot) -> None:
+    """Raise a `ConfigError` unless `table` has a value for each of `keys`."""
+    for key in keys:
+        if table.get(key) is None:
+            raise ConfigError(f"{spot}: {key!r} is missing")
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Spot]:
+    """The table in a YAML file, and its position."""
+    spot = Spot(path.name, path.parent)
+    if not path.is_file():
+        raise ConfigError(f"{spot}: {no_file(path)}")
+    try:
+        values = yaml.load(path.read_bytes(), Loader=_Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{spot}: {line}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{spot}: {error}") from error
+    return as_table(values, spot), spot
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that rejects a key given twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} appears twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node

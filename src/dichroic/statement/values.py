@@ -1,0 +1,47 @@
+"""Plain values in a file, and how messages show them."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from dichroic.errors import ConfigError
+from dichroic.operators import Shape
+from dichroic.operators.base import as_shape
+
+
+def as_number(value: Any) -> float | None:
+    """`value` as a number, or None; YAML reads `1e-3` as text."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            return None
+    return None
+
+
+def parse_shape(value: Any) -> Shape:
+    """`value`, an integer or a list of them, as a shape."""
+    dims = value if isinstance(value, (list, tuple)) else [value]
+    if not dims or not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
+        raise ConfigError(f"expected a shape such as [8, 8], got {short(value)}")
+    return as_shape(tuple(dims))
+
+
+def parse_count(value: Any, what: str) -> int:
+    """`value`, which must be a positive integer; an error calls it `what`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{what}: expected a positive integer, got {short(value)}")
+    return value
+
+
+def short(value: Any) -> str:
+    """`value` as messages show it."""
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}…"
+
+
+def available(name: str, names: Sequence[str]) -> str:
+    """The end of a message that `name` does not exist: the nearest of `names`, and all of them."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return (f"did you mean {near[0]!r}? " if near else "") + f"there is: {listed or 'nothing'}"

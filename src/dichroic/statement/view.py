@@ -1,0 +1,46 @@
+"""One view as a table states it, in a problem file or alone."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dichroic.operators import Shape
+from dichroic.problem import View
+from dichroic.statement.parts import build_noise, build_operator
+from dichroic.statement.spots import Spot, known_table
+
+VIEW_KEYS = ("observations", "operators", "noise", "mask", "group", "truth", "held_out")
+
+
+def build_view(
+    name: str, table: Mapping[str, Any], shapes: Mapping[str, Shape], spot: Spot
+) -> View:
+    """The view that `table` states; without `noise` it is NaN, for `new_view` to replace."""
+    y = spot.at("observations").array(table["observations"])
+    here = spot.at("operators")
+    specs = known_table(table.get("operators"), shapes, here)
+    operators = {k: build_operator(v, shapes[k], y.shape[1:], here.at(k)) for k, v in specs.items()}
+    noise = (
+        math.nan if table.get("noise") is None else build_noise(table["noise"], spot.at("noise"))
+    )
+    truth = known_table(table.get("truth"), shapes, spot.at("truth"))
+    group, held_out = table.get("group"), table.get("held_out")
+    return View(
+        y,
+        operators,
+        noise,
+        name,
+        _mask(table.get("mask"), spot.at("mask")),
+        None if group is None else str(group),
+        {k: spot.at("truth").at(k).array(v) for k, v in truth.items()},
+        None if held_out is None else spot.at("held_out").array(held_out) > 0,
+    )
+
+
+def _mask(spec: Any, spot: Spot) -> Any:
+    if spec is None:
+        return None
+    missing = not isinstance(spec, (list, tuple)) and np.ndim(spec) == 0 and str(spec) == "nan"
+    return "nan" if missing else spot.array(spec)
