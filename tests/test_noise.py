@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from dichroic.batching import row_counts, split, take
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, JointNoise, LowRankNoise, Masked
+from dichroic.noise import (
+    DenseNoise,
+    DiagonalNoise,
+    Isotropic,
+    JointNoise,
+    LowRankNoise,
+    Masked,
+    observed_entries,
+)
 
 N, M = 3, 4
 DRAWS = 20_000
@@ -56,6 +64,10 @@ MODELS = {
     "masked-all-shared": (
         lambda: Masked(Isotropic(2.0), MASK[0]),
         masked(4.0 * np.eye(M), MASK[0]),
+    ),
+    "masked-twice": (
+        lambda: Masked(Masked(DenseNoise(COVARIANCE), MASK), MASK[0]),
+        masked(COVARIANCE, MASK * MASK[0]),
     ),
     "joint": (
         joint,
@@ -130,6 +142,13 @@ def test_observed_is_one_without_a_mask_and_concatenates():
     np.testing.assert_array_equal(Isotropic(1.0).observed(3), np.ones(3))
     expect = np.concatenate([MASK, np.ones((N, 2))], axis=1)
     np.testing.assert_array_equal(per_observation(joint(), lambda one: one.observed(6)), expect)
+
+
+@every_model
+def test_observed_entries_are_those_of_every_observation(make, covariance):
+    noise, size = make(), covariance.shape[-1]
+    expect = np.atleast_2d(per_observation(noise, lambda one: one.observed(size)))
+    np.testing.assert_array_equal(observed_entries(noise, size), expect)
 
 
 def test_masking_marginalises_correlated_noise(rng):

@@ -11,7 +11,10 @@ from dichroic.metrics import coverage, psnr
 from dichroic.operators import Identity
 from dichroic.problem import Problem, Source, View, holdout
 from dichroic.report import write_report
-from dichroic.separator import Separator
+from dichroic.report.page import Page
+from dichroic.report.scores import Held
+from dichroic.report.sections import _data_fit
+from dichroic.separator import Separation, Separator
 
 SETTINGS = {
     "polish": 0,
@@ -158,6 +161,28 @@ def test_the_verdict_compares_the_laps_with_the_mixture_start(bounds, words):
 
     metrics = [{"phase": "mixture"}, *({"phase": "diffusion", "evidence_bound": b} for b in bounds)]
     assert words in _verdict(metrics)
+
+
+def held(chi2):
+    """A view of which `chi2` `(n_draws, n)` is known, and little else."""
+    views = [View(np.ones((chi2.shape[1], 2)), {"x": Identity(2)}, 0.1, "v")]
+    result = Separation({}, chi2, np.zeros_like(chi2), np.ones_like(chi2))
+    return Held("v", views, result, {}, True)
+
+
+@pytest.mark.parametrize(
+    ("chi2", "row"),
+    [
+        ([[1.0, 2.0], [3.0, 4.0]], ["v", "2.500", "0.500", "2.500"]),
+        ([[1.0], [3.0]], ["v", "2.000", "–", "2.000"]),
+        ([[np.nan, np.inf]], ["v", "nan", "nan", "nan"]),
+    ],
+)
+def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, row):
+    (tmp_path / "figures").mkdir()
+    page = Page(tmp_path, None, None, [], [held(np.array(chi2))], 0.0, [])
+    cells = [text for text in Reader(_data_fit(page)).text if text.strip()]
+    assert cells[-4:] == row
 
 
 def test_a_report_needs_the_problem(tmp_path):

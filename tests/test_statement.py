@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import zarr
 
+from dichroic.cli import _config, parser
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise
+from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Masked
 from dichroic.operators import (
     BlockAverage,
     Compose,
@@ -47,6 +48,12 @@ def arrays(tmp_path):
     }
     np.savez(tmp_path / "data.npz", **values)
     np.save(tmp_path / "psf.npy", psf)
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "complex.npy", np.ones(3) * 1j)
+    np.savez(tmp_path / "archive.npz", values["m2"])
+    (tmp_path / "archive.npz").rename(tmp_path / "wrong.npy")
+    np.save(tmp_path / "array.npy", values["m2"])
+    (tmp_path / "array.npy").rename(tmp_path / "wrong.npz")
     with h5py.File(tmp_path / "data.h5", "w") as file:
         for name, value in values.items():
             file[f"group/{name}"] = value
@@ -192,6 +199,24 @@ def test_zero_takes_its_shape_from_the_observations(tmp_path, arrays):
     assert problem.seen_by("background") == ("noise_only",)
 
 
+def test_a_section_without_settings_is_empty(tmp_path, arrays):
+    start = MIXTURE.partition("fit:")[0]
+    for end in ("", "fit:", "fit: null", "fit: {}"):
+        assert load_problem(write(tmp_path, start + end))[1] == {}
+
+
+def test_numbers_may_be_written_with_an_exponent(tmp_path, arrays):
+    end = "fit: {diffusion: {learning_rate: 1e-4}, sampler: {sigma_max: 2e+1}}"
+    problem, section = load_problem(write(tmp_path, MIXTURE.partition("fit:")[0] + end))
+    config = FitConfig.from_dict(section)
+    assert (config.diffusion.learning_rate, config.sampler.sigma_max) == (1e-4, 20)
+    assert problem.view("noise_only").noise == 0.01
+    given = lambda *words: parser().parse_args(["fit", "problem.yaml", "--out", "run", *words])
+    assert _config(given("--sampler.sigma_max", "3e1"), section).sampler.sigma_max == 30
+    with pytest.raises(ConfigError, match=r"^settings.holdout: must be finite, got nan"):
+        _config(given("--holdout", "nan"), section)
+
+
 def test_anchors_and_merge_keys_are_allowed(tmp_path, arrays):
     text = """
     sources: {background: [5]}
@@ -262,7 +287,7 @@ MISTAKES = [
         "dta.npz:y1",
         DataError,
         "problem.yaml: views.noise_only.observations: no file 'dta.npz'",
-        "did you mean 'data.npz'? there is: data.h5, data.npz, data.zarr",
+        "did you mean 'data.npz'? there is: complex.npy, data.h5, data.npz, data.zarr",
     ),
     (
         "data.npz:var",
@@ -326,6 +351,28 @@ MISTAKES = [
         "",
     ),
     ("noise: 1e-2", "noise: -1", DataError, "problem.yaml: views.noise_only: view", "positive"),
+    *[
+        (
+            "noise: 1e-2",
+            f"noise: {value}",
+            ConfigError,
+            "problem.yaml: views.noise_only.noise: the standard deviation must be finite",
+            shown,
+        )
+        for value, shown in (
+            (".nan", "nan"),
+            ("nan", "'nan'"),
+            ("1e400", "1e400"),
+            ("-.inf", "-inf"),
+        )
+    ],
+    (
+        "noise: 1e-2",
+        "noise: {isotropic: .nan}",
+        DataError,
+        "problem.yaml: views.noise_only: view 'noise_only': the noise contains NaN",
+        "",
+    ),
     ("noise: 1e-2", "noise: true", ConfigError, "problem.yaml: views.noise_only.noise", "True"),
     (
         "{dense: data.npz:A1}",
@@ -414,6 +461,54 @@ MISTAKES = [
         "problem.yaml: fit:",
         "[1]",
     ),
+    *[
+        (
+            "fit: {seed: 1, mixture: {components: 16}}",
+            f"fit: {empty}",
+            ConfigError,
+            "problem.yaml: fit: expected a table",
+            shown,
+        )
+        for empty, shown in (("[]", "[]"), ("false", "False"), ("0", "0"), ("''", "''"))
+    ],
+    *[
+        (
+            "data.npz:m2",
+            f"wrong.{kind}",
+            DataError,
+            f"problem.yaml: views.mixed.mask: 'wrong.{kind}' {words}",
+            "rename it",
+        )
+        for kind, words in (("npy", "is an archive"), ("npz", "holds a single"))
+    ],
+    (
+        "data.npz:m2",
+        "empty.npz",
+        DataError,
+        "problem.yaml: views.mixed.mask: cannot read 'empty.npz': No data left in file",
+        "",
+    ),
+    (
+        "factor: 2}",
+        "factor: 2, axes: [true]}",
+        ConfigError,
+        "problem.yaml: views.mixed.operators.signal.compose[0].block_average: axes: expected",
+        "[True]",
+    ),
+    (
+        "{dense: data.npz:A1}",
+        "{identity: []}",
+        ConfigError,
+        "problem.yaml: views.noise_only.operators.background.identity: identity takes no",
+        "[]",
+    ),
+    (
+        "{dense: data.npz:A1}",
+        "{dense: complex.npy}",
+        DataError,
+        "problem.yaml: views.noise_only.operators.background.dense: complex.npy holds complex128",
+        "not real numbers",
+    ),
 ]
 
 
@@ -485,6 +580,8 @@ def test_a_mistake_in_an_array_names_its_place(tmp_path, arrays, keys, match):
     "reference",
     [
         "data.npz:y1",
+        "data.npz:/y1",
+        "data.npz:y1/",
         "data.h5:/group/y1",
         "data.h5:group/y1",
         "data.zarr:group/y1",
@@ -512,6 +609,11 @@ def test_a_file_of_one_array_needs_no_key(tmp_path):
     np.testing.assert_array_equal(load_array("one.npz", tmp_path), np.arange(3))
 
 
+def test_a_name_with_slashes_is_read_exactly_where_two_are_alike(tmp_path):
+    np.savez(tmp_path / "two.npz", **{"y": np.zeros(1), "/y": np.ones(1), "/z": np.full(1, 2)})
+    assert [load_array(f"two.npz:{key}", tmp_path)[0] for key in ("y", "/y", "z")] == [0, 1, 2]
+
+
 def test_arrays_of_objects_or_text_are_refused(tmp_path):
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"cannot read 'object.npy'.*allow_pickle"):
@@ -524,9 +626,10 @@ def test_arrays_of_objects_or_text_are_refused(tmp_path):
         load_array("complex.npy", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bad.npz:x", "bad.npy", "bad.h5:/x"])
-def test_a_damaged_file_is_named(tmp_path, name):
-    (tmp_path / name.partition(":")[0]).write_bytes(b"PK\x03\x04 damaged")
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 damaged", b"\x93NUMPY\x01"])
+@pytest.mark.parametrize("name", ["bad.npz:x", "bad.npy", "bad.h5:/x", "bad.zarr"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name.partition(":")[0]).write_bytes(content)
     with pytest.raises(DataError, match=r"cannot read 'bad\."):
         load_array(name, tmp_path)
 
@@ -639,6 +742,16 @@ def test_a_new_view_in_yaml_or_a_mapping(tmp_path, arrays):
         ({"noise": 1.0, "noise/dense": np.eye(4)}, None, r"^new.npz: .*: give one of them"),
         ({"noise": np.ones(5)}, None, r"^new.npz: view 'new': the noise has per-observation"),
         ({"mask": np.ones(3)}, None, r"^new.npz: view 'new': a mask of shape"),
+        (
+            {"noise/diagonal": np.full(4, np.nan)},
+            None,
+            r"^new.npz: view 'new': the noise contains NaN",
+        ),
+        (
+            {"operator/a": np.eye(4) * 1j},
+            None,
+            r"^new.npz: operators.a.dense: the array holds complex",
+        ),
         ({}, "boht", r"no view 'boht'; there are alone, both, own"),
     ],
 )
@@ -646,6 +759,28 @@ def test_mistakes_in_a_new_view(tmp_path, arrays, parts, like, match):
     np.savez(tmp_path / "new.npz", **{"observations": np.ones((3, 4)), **parts})
     with pytest.raises(DichroicError, match=match):
         load_view(tmp_path / "new.npz", shared_problem(arrays), like=like)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 damaged", None])
+def test_a_new_view_in_a_file_that_is_no_archive(tmp_path, arrays, content):
+    if content is None:
+        np.save(tmp_path / "new.npy", np.ones((3, 4)))
+        content = (tmp_path / "new.npy").read_bytes()
+    (tmp_path / "new.npz").write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"^new.npz: (cannot read 'new.npz'|'new.npz' holds a single)"
+    ):
+        load_view(tmp_path / "new.npz", shared_problem(arrays))
+
+
+def test_a_masked_noise_is_taken_over_with_its_mask(tmp_path):
+    noise = Masked(Isotropic(0.1), np.array([1, 0, 1, 1]))
+    views = [View(np.ones((N, 4)), {"a": Identity((4,))}, noise, "v")]
+    problem = Problem([Source("a", (4,))], views)
+    view = load_view({"observations": np.ones((3, 4))}, problem)
+    np.testing.assert_array_equal(view.observed(), [[True, False, True, True]])
+    _, (_, row) = summary_rows(problem)
+    assert row[4:6] == ["isotropic", "25.0%"]
 
 
 def test_a_mask_that_differs_per_observation_is_not_taken_over(tmp_path, arrays):

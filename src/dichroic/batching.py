@@ -20,12 +20,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dichroic.errors import DataError
+
 Tree = TypeVar("Tree")
+
+
+def as_jax(value: Any) -> jax.Array:
+    """`value` as a JAX array, whatever its byte order; raises `DataError` if it holds no numbers."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind in "OSUMm":
+            raise DataError(f"an array of type {value.dtype}; expected numbers")
+        value = value.astype(value.dtype.newbyteorder("="), copy=False)
+    return jnp.asarray(value)
 
 
 def as_float(value: Any) -> jax.Array:
     """`value` as a JAX array of the default floating type (float32 unless x64 is enabled)."""
-    return jnp.asarray(value).astype(float)
+    array = as_jax(value)
+    if jnp.iscomplexobj(array):
+        raise DataError(f"an array of type {array.dtype}; expected real numbers")
+    return array.astype(float)
 
 
 def param(ndim: int | Callable[[Any], int], **kwargs: Any) -> Any:

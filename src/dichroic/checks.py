@@ -10,11 +10,21 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dichroic.batching import take
 from dichroic.errors import DataError, ShapeError
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Noise
-from dichroic.operators import Shape
+from dichroic.noise import (
+    DenseNoise,
+    DiagonalNoise,
+    Isotropic,
+    JointNoise,
+    LowRankNoise,
+    Masked,
+    Noise,
+)
+from dichroic.operators import Operator, Shape
 
 
 def check_same_shape(
@@ -48,15 +58,32 @@ def check_finite(tree: Any, what: str) -> None:
             raise DataError(f"{what} contains NaN or infinite values")
 
 
+def check_real(array: Any, what: str) -> None:
+    """Raise a `DataError` unless `array` holds real numbers (or booleans)."""
+    dtype = np.asarray(array).dtype
+    if dtype.kind not in "biuf":
+        raise DataError(f"{what} of type {dtype}; expected real numbers")
+
+
+def check_operator(op: Operator, label: str) -> None:
+    """Raise a `DichroicError` unless `op` is finite, and gives real arrays of its `out_shape`."""
+    check_finite(op, f"{label}: the operator")
+    x = jax.ShapeDtypeStruct(op.in_shape, jnp.zeros(()).dtype)
+    y = jax.eval_shape(take(op, 0).mv, x)
+    check_same_shape(y.shape, op.out_shape, f"{label}: mv of the operator gives arrays of")
+    if jnp.issubdtype(y.dtype, jnp.complexfloating):
+        raise DataError(f"{label}: the operator gives {y.dtype}; expected real numbers")
+
+
 def values_and_mask(
     observations: Any, given_mask: Any, label: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`(values (n, M), 0 where missing; mask (M,) or (n, M), or None)` of `(n, *shape)`."""
     y = np.asarray(observations)
     n, shape = len(y), y.shape[1:]
-    if not np.issubdtype(y.dtype, np.number) or np.iscomplexobj(y):
-        raise DataError(f"{label}: observations of type {y.dtype}; expected real numbers")
-    y = y.astype(np.float32 if y.dtype != np.float64 else y.dtype).reshape(n, -1)
+    check_real(y, f"{label}: observations")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+        y = y.astype(jnp.zeros(()).dtype).reshape(n, -1)
     mask = _flat_mask(given_mask, y, shape, label)
     seen = np.ones_like(y, bool) if mask is None else np.broadcast_to(mask, y.shape)
     bad = seen & ~np.isfinite(y)
@@ -64,12 +91,12 @@ def values_and_mask(
         i, j = np.argwhere(bad)[0]
         where = tuple(int(a) for a in np.unravel_index(j, shape))
         raise DataError(
-            f"{label}: observation {i} is {y[i, j]} at entry {where} ({bad.sum()} such entries); "
-            "if they are missing, give a mask, or mask='nan' for NaN"
+            f"{label}: observation {i} is {y[i, j]} ({y.dtype}) at entry {where} ({bad.sum()} such "
+            "entries); if they are missing, give a mask, or mask='nan' for NaN"
         )
     if mask is not None and not seen.any():
         raise DataError(f"{label}: the mask leaves nothing observed")
-    return np.where(seen, y, 0), None if mask is None else mask.astype(np.float32)
+    return np.where(seen, y, 0), mask
 
 
 def _flat_mask(mask: Any, y: np.ndarray, shape: Shape, label: str) -> np.ndarray | None:
@@ -80,13 +107,23 @@ def _flat_mask(mask: Any, y: np.ndarray, shape: Shape, label: str) -> np.ndarray
         if mask != "nan":
             raise DataError(f"{label}: mask {mask!r}; expected an array or 'nan'")
         return ~np.isnan(y)
+    check_real(mask, f"{label}: a mask")
     got, each = np.shape(mask), (len(y), *shape)
     if got not in (shape, each):
         raise ShapeError(f"{label}: a mask of shape {got}; expected {shape} (shared) or {each}")
     return (np.asarray(mask) > 0).reshape(-1 if got == shape else y.shape)
 
 
-def flat_noise(noise: Any, n: int, shape: Shape, label: str) -> Noise:
+_AXES: dict[type[Noise], dict[str, str]] = {  # of every parameter, for one observation of M entries
+    Isotropic: {"std": ""},
+    DiagonalNoise: {"variance": "M"},
+    LowRankNoise: {"factor": "MR", "variance": "M"},
+    DenseNoise: {"covariance": "MM"},
+    Masked: {"mask": "M"},
+}
+
+
+def flat_noise(noise: Any, shape: Shape, label: str) -> Noise:
     """The noise model with arrays over the flattened observation, whatever shape they came in."""
     if isinstance(noise, (int, float, np.floating, np.integer)):
         return Isotropic(float(noise))
@@ -95,24 +132,52 @@ def flat_noise(noise: Any, n: int, shape: Shape, label: str) -> Noise:
             f"{label}: noise of type {type(noise).__name__}; expected a number (the standard "
             "deviation) or a model such as DiagonalNoise(variance)"
         )
-    size = math.prod(shape)
-    if isinstance(noise, (DiagonalNoise, LowRankNoise)):
-        got = noise.variance.shape
-        if got in (shape, (n, *shape)):
-            flat = (size,) if got == shape else (n, size)
-            return eqx.tree_at(lambda m: m.variance, noise, noise.variance.reshape(flat))
-        check_same_shape(got[-1:], (size,), f"{label}: the noise variance has")
-    if isinstance(noise, LowRankNoise):
-        check_same_shape(noise.factor.shape[-2:-1], (size,), f"{label}: the noise factor has")
-    if isinstance(noise, DenseNoise):
-        got = noise.covariance.shape[-2:]
-        check_same_shape(got, (size, size), f"{label}: the noise covariance has")
+    if isinstance(noise, JointNoise):
+        return _flat_joint(noise, math.prod(shape), label)
+    if isinstance(noise, Masked):
+        noise = Masked(flat_noise(noise.noise, shape, label), noise.mask)
+    for name, axes in next((a for kind, a in _AXES.items() if isinstance(noise, kind)), {}).items():
+        flat = _flat(getattr(noise, name), axes, shape, f"{label}: the noise {name}")
+        noise = eqx.tree_at(lambda m, name=name: getattr(m, name), noise, flat)
     return noise
+
+
+def _flat_joint(noise: JointNoise, size: int, label: str) -> JointNoise:
+    if len(noise.sizes) != len(noise.noises) or sum(noise.sizes) != size:
+        raise ShapeError(
+            f"{label}: a joint noise of {len(noise.noises)} parts with sizes {noise.sizes}; "
+            f"expected one size for each, {size} entries in all"
+        )
+    parts = enumerate(zip(noise.noises, noise.sizes, strict=True))
+    flat = (flat_noise(part, (m,), f"{label}, part {i} of its noise") for i, (part, m) in parts)
+    return JointNoise(tuple(flat), noise.sizes)
+
+
+def _flat(array: Any, axes: str, shape: Shape, what: str) -> Any:
+    """`array`, per observation or not, with the entries of an observation along one axis."""
+    got, size = np.shape(array), math.prod(shape)
+    for entries in (shape, (size,)):
+        want = sum((entries if a == "M" else got[-1:] for a in axes), ())
+        rows = len(got) - len(want)
+        if rows in (0, 1) and got[rows:] == want:
+            return array.reshape(*got[:rows], *(size if a == "M" else got[-1] for a in axes))
+    one = [str(size) if a == "M" else a for a in axes]
+    raise ShapeError(
+        f"{what} has shape {got}; expected ({', '.join(one)}), or ({', '.join(['n', *one])}) for "
+        f"one per observation, where an observation of shape {shape} has {size} entries"
+    )
 
 
 def check_noise(noise: Noise, label: str) -> None:
     """Raise a `DataError` unless the covariance of `noise` is finite and positive definite."""
     check_finite(noise, f"{label}: the noise")
+    if isinstance(noise, JointNoise):
+        for part in noise.noises:
+            check_noise(part, label)
+    if isinstance(noise, Masked):
+        check_noise(noise.noise, label)
+        if not np.all(np.isin(noise.mask, (0, 1))):
+            raise DataError(f"{label}: the mask of the noise must be 1 (observed) or 0 (missing)")
     if isinstance(noise, Isotropic) and not np.all(np.asarray(noise.std) > 0):
         raise DataError(f"{label}: the noise standard deviation must be positive")
     if isinstance(noise, (DiagonalNoise, LowRankNoise)) and not np.all(

@@ -3,8 +3,10 @@
 A problem file's `fit:` section and the command line's `--mixture.components 32` set the same fields.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,12 +23,14 @@ class MixtureConfig:
     """The closed-form start: expectation-maximisation of mixtures of Gaussians."""
 
     components: int = 64  # per source, reached by doubling from one
-    gaussian_laps: int = 100  # EM laps of the single Gaussian that everything starts from
-    laps: int = 12  # EM laps at each size
-    final_laps: int = 30  # EM laps at the last size
-    max_tuples: int = 4096  # tuples of components summed per observation before a beam is used
+    gaussian_laps: int = 20  # laps of the single Gaussian that everything starts from
+    laps: int = 3  # laps at each size
+    final_laps: int = 10  # laps at the last size
+    steps: int = 5  # EM steps of a lap, on the tuples of components chosen at its start
+    active_tuples: int = 16  # tuples of components kept per observation, the most probable
+    max_tuples: int = 4096  # tuples looked at to choose them, before a beam is used
     shrinkage: float = 0.0  # pseudo-observations pulling each covariance to the mean
-    floor: float = 1e-6  # smallest eigenvalue of a covariance, relative to the source's variance
+    floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops
 
 
@@ -67,11 +71,15 @@ class FitConfig:
     seed: int = 0
     holdout: float = 0.1  # fraction of each view kept for stopping and scoring
     order: tuple[tuple[str, ...], ...] | None = None  # groups of sources, learned in turn
-    polish: int = 10  # EM laps over all sources and views together after the last group
+    polish: int = 4  # mixture laps over all sources and views together after the last group
     batch_size: int = 1024  # observations sampled at once
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self):
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"holdout: must be at least 0 and below 1, got {self.holdout!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain values."""
@@ -120,7 +128,11 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: expected a table of settings, got {values!r}")
     hints = typing.get_type_hints(cls)
     check_keys(values, hints, where)
-    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    converted = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+    try:
+        return cls(**converted)
+    except ConfigError as error:  # out of its range
+        raise ConfigError(f"{where}.{error}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -143,14 +155,16 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 def _number(kind: type, value: Any, where: str) -> Any:
     if kind is str and isinstance(value, str):
         return value
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = value
     if kind is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            number = False
-    if not number or (kind is int and float(value) != int(value)):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
         raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
-    if value < 0:
+    if not abs(number) <= sys.float_info.max:  # true for NaN too
+        raise ConfigError(f"{where}: must be finite, got {value!r}")
+    if kind is int and number != int(number):
+        raise ConfigError(f"{where}: expected int, got {value!r}")
+    if number < 0:
         raise ConfigError(f"{where}: must not be negative, got {value!r}")
-    return kind(value)
+    return kind(number)

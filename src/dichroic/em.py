@@ -29,10 +29,10 @@ from jaxtyping import PRNGKeyArray
 
 from dichroic.batching import split, take
 from dichroic.config import FitConfig
-from dichroic.denoise import Denoiser, Mixture, Preconditioned, gaussian
+from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.errors import ConfigError
 from dichroic.metrics.psnr import psnr
-from dichroic.mixture_em import maximise, mean_log_evidence, split_components, statistics
+from dichroic.mixture_em import em_lap, initial_gaussian, mean_log_evidence, split_components
 from dichroic.nn import Mlp
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.posterior import choose_solver
@@ -147,7 +147,7 @@ def _mixture_lap(
     current = state.current
     if names[0] not in current:
         current = {**current, **{n: initial_gaussian(n, train, names) for n in names}}
-    current, evidence = _em_lap(current, train, names, config)
+    current, evidence = em_lap(current, train, names, c)
     size = current[names[0]].log_weights.size
     laps = c.final_laps if size >= c.components else c.laps
     laps = c.gaussian_laps if size == 1 else laps
@@ -175,45 +175,6 @@ def _mixture_lap(
         return grown, metrics
     metrics |= _scores(best, data, test, config)
     return _next_group(state, best, data, config), metrics
-
-
-def _em_lap(current, train, names, config) -> tuple[Denoisers, float]:
-    c = config.mixture
-    stats = statistics(current, train, max_tuples=c.max_tuples)
-    updated = {
-        n: maximise(
-            current[n],
-            stats.gradients[n],
-            floor=c.floor * float(current[n].scale) ** 2,
-            shrinkage=c.shrinkage,
-        )
-        for n in names
-    }
-    count = sum(obs.count for obs in train if set(names) & set(obs.sources))
-    return {**current, **updated}, float(stats.log_evidence) / count
-
-
-def initial_gaussian(name: str, views: Sequence[Observations], group: Sequence[str]) -> Mixture:
-    """An isotropic Gaussian with the variance that explains the power of the views, shared equally."""
-    powers, shape = [], None
-    for obs in views:
-        if name in obs.sources:
-            shape = obs.operators[name].in_shape
-            some = take(obs, np.arange(min(obs.count, 64)))
-            gain = sum(_mean_gain(some, n) for n in obs.sources if n in group)
-            powers.append(
-                float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1))) / max(gain, 1e-30)
-            )
-    assert shape is not None
-    dim = math.prod(shape)
-    return gaussian(np.zeros(shape), max(min(powers), 1e-30) * np.eye(dim))
-
-
-def _mean_gain(obs: Observations, name: str) -> float:
-    """`tr(A Aᵀ)`, the mean over observations."""
-    rows, shared = split(obs)
-    norm = lambda r: jnp.sum(eqx.combine(r, shared).system()[1][name] ** 2)
-    return float(jnp.mean(jax.vmap(norm)(rows)))
 
 
 def _next_group(state: State, best: Denoisers, data: Data, config: FitConfig) -> State:
@@ -244,7 +205,7 @@ def _polish_lap(
     names = [n for group in data.order for n in group]
     evaluate = partial(mean_log_evidence, views=data.test, max_tuples=config.mixture.max_tuples)
     score = evaluate(state.current) if state.lap == 0 else state.score
-    current, evidence = _em_lap(state.current, data.train, names, config)
+    current, evidence = em_lap(state.current, data.train, names, config.mixture)
     tracker.progress("all sources together", state.lap + 1, config.polish)
     metrics: Metrics = {"sources": "+".join(names), "log_evidence": evidence}
     if state.lap + 1 < config.polish:

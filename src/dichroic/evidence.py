@@ -1,4 +1,4 @@
-"""The evidence of an observation under mixtures of Gaussians, and all that follows from its gradient.
+"""The evidence of an observation under mixtures of Gaussians, and all that follows from it.
 
 Every source β is, here, a mixture `Σ_k w_k N(m_k, V_k)`: exactly for a mixture prior (and for one given
 its noised value x_t), by moment matching for a learned denoiser, with one component. An observation
@@ -11,8 +11,8 @@ probability of component k of one source,
 
     ∂ log p / ∂ log w_k = r_k,   E[x | y] = Σ_k (r_k m_k + V_k ∂ log p / ∂ m_k),
 
-and with the derivative for V_k as well, one step of expectation-maximisation
-(Xu and Jordan, Neural Computation 8, 1996): see `dichroic.mixture_em`.
+and with P = C_y⁻¹ and v = P (y − Σ_β A_β m_kβ) of each tuple, the sums of r, r Aᵀv, r Aᵀv vᵀA and r AᵀPA
+over tuples and observations are all that learning needs: see `dichroic.mixture_em`.
 
 Where a source's components are too many to enumerate, a beam keeps the most probable partial tuples.
 """
@@ -32,14 +32,11 @@ DEFAULT_MAX_TUPLES = 4096
 
 
 class Components(eqx.Module):
-    """A mixture of Gaussians over one flattened source: normalised log weights, means, covariances.
+    """A mixture of Gaussians over one flattened source: normalised log weights, means, covariances."""
 
-    Also holds one number of each kind per component, such as gradients (NumPy's, for sums in float64).
-    """
-
-    log_weights: Float[Array | np.ndarray, " K"]
-    means: Float[Array | np.ndarray, "K dim"]
-    covariances: Float[Array | np.ndarray, "K dim dim"]
+    log_weights: Float[Array, " K"]
+    means: Float[Array, "K dim"]
+    covariances: Float[Array, "K dim dim"]
 
     @property
     def mean(self) -> Float[Array, " dim"]:
@@ -70,8 +67,14 @@ def project(components: Components, matrix: Float[Array, "obs dim"]) -> Componen
     return Components(
         components.log_weights,
         components.means @ matrix.T,
-        matrix @ components.covariances @ matrix.T,
+        _sandwich(matrix, components.covariances),
     )
+
+
+def _sandwich(a: Float[Array, "m d"], v: Float[Array, "K d d"]) -> Float[Array, "K m m"]:
+    """`A V_k Aᵀ`, by products as large as can be: XLA is slow at many small ones."""
+    left = jnp.tensordot(a, v, [[1], [1]])
+    return jnp.swapaxes(jnp.tensordot(left, a, [[2], [1]]), 0, 1)
 
 
 def gaussian_log_density(
@@ -112,6 +115,30 @@ def tuples(
     return index, _scores(y, cov_noise, views, index)
 
 
+def best_tuples(
+    y: Float[Array, " obs"],
+    views: Sequence[Components],
+    cov_noise: Float[Array, "obs obs"],
+    *,
+    count: int,
+    max_tuples: int = DEFAULT_MAX_TUPLES,
+) -> Int[Array, "T sources"]:
+    """Of the tuples that `tuples` looks at, the `count` most probable (all if there are fewer)."""
+    sizes = [v.log_weights.size for v in views]
+    if y.size > SMALL or np.prod(sizes) > max_tuples:
+        index, scores = tuples(y, views, cov_noise, max_tuples=max_tuples)
+        return index[jax.lax.top_k(scores, min(count, scores.size))[1]]
+    scores = grid_scores(y, cov_noise, [_triple(v) for v in views])
+    kept = []
+    for axis, size in enumerate(sizes):  # the best tuples lie in the slices with the largest maxima
+        others = tuple(a for a in range(len(sizes)) if a != axis)
+        kept.append(jax.lax.top_k(jnp.max(scores, others), min(count, size))[1])
+        scores = jnp.take(scores, kept[-1], axis=axis)
+    best = jax.lax.top_k(scores.ravel(), min(count, scores.size))[1]
+    where = jnp.unravel_index(best, scores.shape)
+    return jnp.stack([k[i] for k, i in zip(kept, where, strict=True)], axis=-1)
+
+
 def _keep_best(y, cov_noise, views, rest, index, count: int) -> Int[Array, "T sources"]:
     if index.shape[0] <= count:
         return index
@@ -150,6 +177,57 @@ def log_evidence(
     if y.size <= SMALL and np.prod([v.log_weights.size for v in views]) <= max_tuples:
         return grid_log_evidence(y, cov_noise, [_triple(v) for v in views])
     return jax.nn.logsumexp(tuples(y, views, cov_noise, max_tuples=max_tuples)[1])
+
+
+class Sums(eqx.Module):
+    """What observations say of the components of one source, summed over tuples and observations.
+
+    With the probability `r` of a component, `u = Aᵀ C_y⁻¹ (y − m)` and `J = Aᵀ C_y⁻¹ A`: `Σ r`, `Σ r u`,
+    `Σ r u uᵀ` and `Σ r J`. At a maximum of the evidence `force` is 0 and `scatter` equals `information`.
+    """
+
+    count: Float[Array | np.ndarray, " K"]
+    force: Float[Array | np.ndarray, "K dim"]
+    scatter: Float[Array | np.ndarray, "K dim dim"]
+    information: Float[Array | np.ndarray, "K dim dim"]
+
+    @classmethod
+    def zeros(cls, components: int, dim: int) -> "Sums":
+        """All zero."""
+        square = jnp.zeros((components, dim, dim))
+        return cls(jnp.zeros(components), jnp.zeros((components, dim)), square, square)
+
+
+def component_sums(
+    y: Float[Array, " obs"],
+    matrices: Sequence[Float[Array, "obs _"]],
+    cov_noise: Float[Array, "obs obs"],
+    sources: Sequence[Components],
+    index: Int[Array, "T sources"],
+) -> tuple[Float[Array, ""], list[Sums]]:
+    """`log p(y)` over the tuples `index`, and the sums of every source for this one observation."""
+    views = [project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    picked = [jax.tree.map(lambda a, k=k: a[k], v) for v, k in zip(views, index.T, strict=True)]
+    residual = y - sum((v.means for v in picked[1:]), picked[0].means)
+    root, logdet = inverse_cholesky(sum((v.covariances for v in picked), cov_noise))
+    z = jnp.einsum("tij,tj->ti", root, residual)
+    scores = sum((v.log_weights for v in picked), -0.5 * (jnp.sum(z * z, -1) + logdet))
+    value = jax.nn.logsumexp(scores)
+    r = jnp.exp(scores - value)
+    v = jnp.einsum("tji,tj->ti", root, z)
+    terms = r, r[:, None] * v, _outer(r, v), r[:, None, None] * (jnp.swapaxes(root, 1, 2) @ root)
+
+    def own(k: Array, c: Components, a: Array) -> Sums:
+        size = c.log_weights.size
+        n, g, s, p = (jnp.zeros((size, *t.shape[1:])).at[k].add(t) for t in terms)
+        return Sums(n, g @ a, _sandwich(a.T, s), _sandwich(a.T, p))
+
+    per_source = [own(*ks) for ks in zip(index.T, sources, matrices, strict=True)]
+    return value - 0.5 * y.size * np.log(2 * np.pi), per_source
+
+
+def _outer(r: Float[Array, " T"], v: Float[Array, "T obs"]) -> Float[Array, "T obs obs"]:
+    return r[:, None, None] * v[:, :, None] * v[:, None, :]
 
 
 def posterior_means(

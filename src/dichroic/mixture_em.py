@@ -1,62 +1,123 @@
 """Expectation-maximisation of mixtures of Gaussians seen only through noisy, incomplete mixtures.
 
-The E-step is the gradient of the evidence. Let `N_k`, `G_k` and `H_k` be the sums over observations
-of ∂/∂log w_k, ∂/∂m_k and 2 ∂/∂V_k of `log p(y)`. The exact EM update of a component (π, μ, C) is
+The E-step is a sum over observations and tuples of components (`dichroic.evidence.Sums`): per component,
+with `u = Aᵀ C_y⁻¹ (y − m)` and means over its share of the observations, the force `g = E[u]`, the
+scatter `S = E[u uᵀ]` and the information `W = E[Aᵀ C_y⁻¹ A]`. Textbook EM, with the source itself as
+missing data, is then (Xu and Jordan, Neural Computation 8, 1996)
 
-    π_k ∝ N_k,   μ_k ← μ_k + δ_k with δ_k = C_k G_k / N_k,   C_k ← C_k + C_k H_k C_k / N_k − δ_k δ_kᵀ,
+    μ ← μ + C g,   C ← C + C (S − g gᵀ − W) C.
 
-whatever the operators, the noise and the number of sources (Xu and Jordan, Neural Computation 8, 1996).
+It never lowers the evidence, but hardly moves a component that is thinner than what the noise resolves:
+a variance c that should be 0 falls as σ² / √(2 laps). The M-step here has the same fixed points (g = 0,
+S = W), is the same for complete data (W = C⁻¹), and does not stall: with `C = L L`, `X = L W L + ε`,
+
+    μ ← μ + L X⁻¹ L g,   C ← L X^{-½} (L (S − g gᵀ) L + ε) X^{-½} L.
+
+The first is exact given C (the tuple alone is missing data); the second is the fixed-point iteration for
+variance components (Anderson, Annals of Statistics 1, 1973), where a c that should be 0 falls as
+σ² / laps. `ε` keeps what no observation sees. A step that lowers the evidence is taken back, for
+a textbook step.
+
 Components are grown by splitting: each becomes two, apart along its principal axis. That converges
 far faster than a random start of all of them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from dichroic.batching import split
-from dichroic.denoise import Mixture
-from dichroic.evidence import DEFAULT_MAX_TUPLES, Components, log_evidence
+from dichroic.batching import split, take
+from dichroic.config import MixtureConfig
+from dichroic.denoise import Mixture, gaussian
+from dichroic.evidence import (
+    DEFAULT_MAX_TUPLES,
+    Components,
+    Sums,
+    best_tuples,
+    component_sums,
+    log_evidence,
+    project,
+)
 from dichroic.observations import Observations
 from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
 
 Mixtures = dict[str, Mixture]
+Chosen = Int[Array, "n T sources"] | None  # None: one mixture in observation space, see `shared`
 _CHUNK_BYTES = 64 * 2**20
+_CHUNK_MOST = 512
+_UNSEEN = 1e-7  # ε: the information about a component that counts as none
 
 
 class Statistics(eqx.Module):
-    """Sums over observations: the log evidence, and its gradients `N`, `G`, `½ H` per source."""
+    """The E-step: the log evidence of all observations, and the sums of every source."""
 
-    log_evidence: Float[Array, ""]
-    gradients: dict[str, Components]
+    log_evidence: Float[Array | np.ndarray, ""] | float
+    sums: dict[str, Sums]
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        merged = dict(self.gradients)
-        for name, g in other.gradients.items():
-            merged[name] = jax.tree.map(np.add, merged[name], g) if name in merged else g
+        merged = dict(self.sums)
+        for name, s in other.sums.items():
+            merged[name] = jax.tree.map(np.add, merged[name], s) if name in merged else s
         return Statistics(self.log_evidence + other.log_evidence, merged)
 
 
-def statistics(
-    mixtures: Mixtures, views: Sequence[Observations], *, max_tuples: int = DEFAULT_MAX_TUPLES
-) -> Statistics:
-    """The E-step over all `views`: the log evidence and its gradients for every source they see.
+def em_lap(
+    mixtures: Mixtures,
+    views: Sequence[Observations],
+    names: Sequence[str],
+    config: MixtureConfig,
+) -> tuple[Mixtures, float]:
+    """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
 
-    Also for sources that are not to be updated: their gradients cost next to nothing, and XLA fuses the
-    sums over tuples better when none is left out.
+    Returns all mixtures, and the mean log evidence before the last step.
     """
-    priors = {k: m.prior() for k, m in mixtures.items()}
+    chosen = [choose(mixtures, obs, config) for obs in views]
+    share = max(len(set(names) & set(obs.sources)) for obs in views)
+    before, value = None, -math.inf
+    for _ in range(config.steps):
+        found = statistics(mixtures, views, chosen)
+        fell = before is not None and float(found.log_evidence) < value - 1e-6 * abs(value)
+        if fell and before is not None:
+            mixtures, found = before
+        value = float(found.log_evidence)
+        before = None if fell else (mixtures, found)
+        new = {n: _update(mixtures[n], found.sums[n], config, fell, share) for n in names}
+        mixtures = {**mixtures, **new}
+    return mixtures, value / sum(obs.count for obs in views)
+
+
+def _update(m: Mixture, sums: Sums, config: MixtureConfig, fell: bool, share: int) -> Mixture:
+    floor = config.floor * float(m.scale) ** 2
+    return maximise(
+        m, sums, floor=floor, shrinkage=config.shrinkage, textbook=fell, damping=1 / share
+    )
+
+
+def choose(mixtures: Mixtures, obs: Observations, config: MixtureConfig) -> Chosen:
+    """The `config.active_tuples` most probable tuples of components for each observation."""
+    priors = {k: mixtures[k].prior() for k in obs.sources}
+    if _one_mixture(priors, obs, config.max_tuples):
+        return None
+    return _view_tuples(priors, obs, config.max_tuples, config.active_tuples)
+
+
+def statistics(
+    mixtures: Mixtures, views: Sequence[Observations], chosen: Sequence[Chosen]
+) -> Statistics:
+    """The E-step over all `views`, on the tuples `chosen` for the observations of each."""
     parts = []
-    for obs in views:
-        seen = {k: priors[k] for k in obs.sources}
-        if _one_mixture(seen, obs, max_tuples):
-            parts.append(Statistics(*shared_statistics(seen, obs)))
+    for obs, index in zip(views, chosen, strict=True):
+        priors = {k: mixtures[k].prior() for k in obs.sources}
+        if index is None:
+            parts.append(Statistics(*shared_statistics(priors, obs)))
         else:
-            parts.append(_view_statistics(seen, obs, max_tuples))
+            parts.append(_view_statistics(priors, obs, index))
     return sum(parts[1:], parts[0])
 
 
@@ -64,14 +125,13 @@ def mean_log_evidence(
     mixtures: Mixtures, views: Sequence[Observations], *, max_tuples: int = DEFAULT_MAX_TUPLES
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
-    priors = {k: m.prior() for k, m in mixtures.items()}
     total = 0.0
     for obs in views:
-        seen = {k: priors[k] for k in obs.sources}
-        if _one_mixture(seen, obs, max_tuples):
-            total += shared_log_evidence(seen, obs)
+        priors = {k: mixtures[k].prior() for k in obs.sources}
+        if _one_mixture(priors, obs, max_tuples):
+            total += shared_log_evidence(priors, obs)
         else:
-            total += float(_view_log_evidence(seen, obs, max_tuples))
+            total += float(_view_log_evidence(priors, obs, max_tuples))
     return total / sum(obs.count for obs in views)
 
 
@@ -81,82 +141,145 @@ def _one_mixture(priors: dict[str, Components], obs: Observations, max_tuples: i
 
 
 def _count(priors: dict[str, Components]) -> int:
-    return int(np.prod([c.log_weights.size for c in priors.values()]))
+    return math.prod(c.log_weights.size for c in priors.values())
 
 
 @eqx.filter_jit
-def _view_statistics(priors, obs, max_tuples) -> Statistics:
-    evidence = lambda p, chunk: _chunk_log_evidence(p, chunk, max_tuples)
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, priors))
-    return Statistics(*_accumulate(jax.value_and_grad(evidence), priors, obs, zero, max_tuples))
+def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
+    rows, shared = split(obs)
+
+    def one(row: Observations) -> Array:
+        y, matrices, cov_noise = eqx.combine(row, shared).system()
+        views = [project(priors[k], a) for k, a in matrices.items()]
+        return best_tuples(y, views, cov_noise, count=active, max_tuples=max_tuples)
+
+    which, _ = _chunks(obs.count, min(_count(priors), max_tuples) * obs.size**2)
+    index = jax.lax.map(lambda i: jax.vmap(one)(jax.tree.map(lambda a: a[i], rows)), which)
+    return index.reshape(-1, *index.shape[2:])[: obs.count]
+
+
+@eqx.filter_jit
+def _view_statistics(priors, obs, chosen) -> Statistics:
+    def one(row: Observations, index: Array) -> tuple[Array, dict[str, Sums]]:
+        y, matrices, cov_noise = row.system()
+        sources = [priors[k] for k in matrices]
+        value, sums = component_sums(y, list(matrices.values()), cov_noise, sources, index)
+        return value, dict(zip(matrices, sums, strict=True))
+
+    squares = sum(c.covariances.size for c in priors.values())
+    return Statistics(*_total(one, obs, chosen, chosen.shape[1] * obs.size**2 + squares))
 
 
 @eqx.filter_jit
 def _view_log_evidence(priors, obs, max_tuples) -> Array:
-    evidence = lambda p, chunk: _chunk_log_evidence(p, chunk, max_tuples)
-    return _accumulate(evidence, priors, obs, jnp.zeros(()), max_tuples)
-
-
-def _chunk_log_evidence(priors: dict[str, Components], chunk: tuple, max_tuples: int) -> Array:
-    """`Σ_i w_i log p(y_i)` over a chunk `(rows, shared, w)`."""
-    rows, shared, w = chunk
-
-    def one(row: Observations) -> Array:
-        y, matrices, cov_noise = eqx.combine(row, shared).system()
+    def one(row: Observations, _) -> Array:
+        y, matrices, cov_noise = row.system()
         sources = [priors[k] for k in matrices]
         return log_evidence(y, list(matrices.values()), cov_noise, sources, max_tuples=max_tuples)
 
-    return w @ jax.vmap(one)(rows)
+    return _total(one, obs, None, min(_count(priors), max_tuples) * obs.size**2)
 
 
-def _accumulate(function, priors, obs: Observations, zero, max_tuples: int):
-    """The sum of `function(priors, chunk)` over chunks of observations that fit in memory."""
-    per_observation = 16 * min(_count(priors), max_tuples) * obs.size**2
-    size = int(np.clip(_CHUNK_BYTES // per_observation, 1, obs.count))
-    count = -(-obs.count // size)
+def _total(function: Callable, obs: Observations, extra: Any, numbers: int) -> Any:
+    """`Σ_i function(observation i, extra[i])`, each in memory for a few times `numbers` numbers."""
     rows, shared = split(obs)
-    take = jnp.minimum(jnp.arange(count * size), obs.count - 1).reshape(count, size)
-    weight = (jnp.arange(count * size) < obs.count).astype(obs.y.dtype).reshape(count, size)
+    evaluate = lambda row, e: function(eqx.combine(row, shared), e)
+    pick = lambda index: jax.tree.map(lambda a: a[index], (rows, extra))
 
     def body(total, chunk):
         index, w = chunk
-        part = function(priors, (jax.tree.map(lambda a: a[index], rows), shared, w))
-        return jax.tree.map(jnp.add, total, part), None
+        parts = jax.vmap(evaluate)(*pick(index))
+        return jax.tree.map(lambda t, p: t + jnp.tensordot(w, p, 1), total, parts), None
 
-    return jax.lax.scan(body, zero, (take, weight))[0]
+    result = jax.eval_shape(evaluate, *pick(0))
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), result)
+    return jax.lax.scan(body, zero, _chunks(obs.count, numbers))[0]
 
 
-def maximise(mixture: Mixture, gradient: Components, *, floor: float, shrinkage: float) -> Mixture:
-    """The M-step of one source, in float64: see the formulas above.
+def _chunks(count: int, numbers: int) -> tuple[Int[Array, "c size"], Float[Array, "c size"]]:
+    """Indices of `count` observations in chunks that fit in memory, and their weights: 0 for padding."""
+    size = int(np.clip(_CHUNK_BYTES // (16 * numbers), 1, min(count, _CHUNK_MOST)))
+    index = jnp.arange(-(-count // size) * size).reshape(-1, size)
+    return jnp.minimum(index, count - 1), (index < count).astype(float)
+
+
+def maximise(
+    mixture: Mixture,
+    sums: Sums,
+    *,
+    floor: float,
+    shrinkage: float = 0.0,
+    damping: float = 1.0,
+    textbook: bool = False,
+) -> Mixture:
+    """The M-step of one source, in float64: see the formulas above; `textbook` picks the first pair.
 
     Eigenvalues are kept above `floor`; `shrinkage` is the number of pseudo-observations that pull each
-    covariance towards the mean of all. Components with next to no observations
-    left stay as they are, with their small weight.
+    covariance towards the mean of all; `damping` scales the step of the means, where several sources
+    that are seen together move at once. Components with next to no observations left stay as
+    they are, with their small weight.
     """
-    to64 = lambda a: np.asarray(a, np.float64)
-    n, g, h = to64(gradient.log_weights), to64(gradient.means), 2 * to64(gradient.covariances)
-    mean, cov = to64(mixture.means), to64(mixture.covariances())
+    n, g, s, w = (np.asarray(a, np.float64) for a in jax.tree.leaves(sums))
+    mean, cov = (np.asarray(a, np.float64) for a in (mixture.means, mixture.covariances()))
     n = np.maximum(n, 0)
     alive = n > 1e-2
-    safe = np.where(alive, n, 1)
-    delta = np.einsum("kij,kj->ki", cov, g) / safe[:, None]
-    new = cov + cov @ (0.5 * (h + h.swapaxes(1, 2))) @ cov / safe[:, None, None]
-    new -= delta[:, :, None] * delta[:, None, :]
+    share = np.where(alive, n, 1)[:, None, None]
+    g, s, w = g[..., None] / share, s / share, w / share
+    delta, new = _textbook_step(cov, g, s, w) if textbook else _step(cov, g, s, w, damping)
     pooled = np.einsum("k,kij->ij", n / n.sum(), new)
-    pull = (shrinkage / (shrinkage + safe))[:, None, None]
-    new = _lift((1 - pull) * new + pull * pooled, floor)
+    pull = shrinkage / (shrinkage + share)
+    new = _power((1 - pull) * new + pull * pooled, 1, floor)
     keep = alive[:, None]
     return Mixture.from_moments(
         np.maximum(n, 1e-6 * n.sum()),
-        np.where(keep, mean + delta, mean).reshape(-1, *mixture.shape),
+        np.where(keep, mean + delta[..., 0], mean).reshape(-1, *mixture.shape),
         np.where(keep[..., None], new, cov),
         shape=mixture.shape,
     )
 
 
-def _lift(cov: np.ndarray, floor: float) -> np.ndarray:
-    values, vectors = np.linalg.eigh(0.5 * (cov + cov.swapaxes(1, 2)))
-    return np.einsum("kir,kr,kjr->kij", vectors, np.maximum(values, floor), vectors)
+def _textbook_step(c, g, s, w):
+    delta = c @ g
+    return delta, c + c @ (s - w) @ c - delta @ _t(delta)
+
+
+def _step(c, g, s, w, damping):
+    unseen = _UNSEEN * np.eye(c.shape[-1])
+    root = _power(c, 0.5)
+    left = root @ _power(root @ w @ root + unseen, -0.5)
+    still = s - (2 * damping - damping**2) * g @ _t(g)
+    return damping * left @ (_t(left) @ g), left @ (root @ still @ root + unseen) @ _t(left)
+
+
+def _t(a: np.ndarray) -> np.ndarray:
+    return a.swapaxes(1, 2)
+
+
+def _power(a: np.ndarray, exponent: float | int, floor: float = 1e-300) -> np.ndarray:
+    """`a^exponent` of symmetric matrices, with eigenvalues lifted to `floor`."""
+    values, vectors = np.linalg.eigh(0.5 * (a + _t(a)))
+    return (vectors * np.maximum(values, floor)[:, None] ** exponent) @ _t(vectors)
+
+
+def initial_gaussian(name: str, views: Sequence[Observations], group: Sequence[str]) -> Mixture:
+    """An isotropic Gaussian with the variance that explains the power of the views, shared equally."""
+    powers, shape = [], None
+    for obs in views:
+        if name in obs.sources:
+            shape = obs.operators[name].in_shape
+            some = take(obs, np.arange(min(obs.count, 64)))
+            gain = sum(_mean_gain(some, n) for n in obs.sources if n in group)
+            power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
+            powers.append(power / max(gain, 1e-30))
+    assert shape is not None
+    return gaussian(np.zeros(shape), max(min(powers), 1e-30) * np.eye(math.prod(shape)))
+
+
+def _mean_gain(obs: Observations, name: str) -> float:
+    """`tr(A Aᵀ)`, the mean over observations."""
+    rows, shared = split(obs)
+    norm = lambda r: jnp.sum(eqx.combine(r, shared).system()[1][name] ** 2)
+    return float(jnp.mean(jax.vmap(norm)(rows)))
 
 
 def split_components(mixture: Mixture, components: int) -> Mixture:
@@ -165,9 +288,9 @@ def split_components(mixture: Mixture, components: int) -> Mixture:
     A component `N(μ, C)` with principal axis `λ u uᵀ` becomes `N(μ ± √(λ/2) u, C − ½ λ u uᵀ)`, which
     keeps its mean and covariance.
     """
-    weights = np.exp(np.asarray(mixture.log_weights, np.float64))
-    means = np.asarray(mixture.means, np.float64)
-    cov = np.asarray(mixture.covariances(), np.float64)
+    weights = np.exp(np.array(mixture.log_weights, np.float64))
+    means = np.array(mixture.means, np.float64)
+    cov = np.array(mixture.covariances(), np.float64)
     parents = np.argsort(-weights)[: max(0, components - weights.size)]
     values, vectors = np.linalg.eigh(cov[parents])
     axis = np.sqrt(values[:, -1:] / 2) * vectors[:, :, -1]

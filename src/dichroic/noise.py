@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dichroic.batching import param
+from dichroic.batching import param, split
 
 
 class Noise(eqx.Module):
@@ -102,7 +102,7 @@ class Masked(Noise):
         return self.mask * self.noise.sample(key, size)
 
     def observed(self, size: int) -> Array:
-        return self.mask
+        return self.mask * self.noise.observed(size)
 
 
 class JointNoise(Noise):
@@ -128,3 +128,11 @@ class JointNoise(Noise):
         return jnp.concatenate(
             [noise.observed(m) for noise, m in zip(self.noises, self.sizes, strict=True)]
         )
+
+
+def observed_entries(noise: Noise, size: int) -> Float[Array, "rows obs"]:
+    """1 where an entry was observed: `(n, size)`, or `(1, size)` if the noise is shared."""
+    rows, shared = split(noise)
+    if not jax.tree.leaves(rows):
+        return jnp.asarray(noise.observed(size))[None]
+    return jax.vmap(lambda r: eqx.combine(r, shared).observed(size))(rows)

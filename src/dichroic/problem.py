@@ -6,26 +6,26 @@ Everything is checked here (by parts, in `checks`), before any work starts; `joi
 the views into the `Observations` that the rest of the package computes with.
 """
 
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 
 from dichroic.batching import row_counts, take
 from dichroic.checks import (
-    check_finite,
     check_noise,
+    check_operator,
+    check_real,
     check_rows,
     check_same_shape,
     flat_noise,
     values_and_mask,
 )
 from dichroic.errors import DataError, ShapeError
-from dichroic.noise import JointNoise, Masked, Noise
+from dichroic.fingerprint import fingerprint
+from dichroic.noise import JointNoise, Masked, Noise, observed_entries
 from dichroic.observations import Observations
 from dichroic.operators import Operator, Shape, Stack, Zero
 from dichroic.operators.base import as_shape
@@ -89,6 +89,22 @@ class View:
         """The shape of one observation."""
         return tuple(np.shape(self.observations)[1:])
 
+    @property
+    def noise_model(self) -> Noise:
+        """The noise model, over the flattened observation."""
+        return flat_noise(self.noise, self.shape, self.label)
+
+    @property
+    def chosen(self) -> np.ndarray | None:
+        """`held_out` as booleans, where it is given."""
+        return None if self.held_out is None else np.asarray(self.held_out, bool)
+
+    def observed(self) -> np.ndarray:
+        """True where an entry was observed: `(n, *shape)`, or `(1, *shape)` if shared by all."""
+        y, mask, _, noise = self._checked
+        seen = np.asarray(observed_entries(noise, y.shape[1])) > 0
+        return (seen if mask is None else seen & mask).reshape(-1, *self.shape)
+
     def select(self, index: Any) -> "View":
         """The view restricted to the observations `index` (a slice or an integer array)."""
         mask = self.mask
@@ -96,7 +112,7 @@ class View:
             mask = np.asarray(mask)[index]
         noise = self.noise
         if not isinstance(noise, (int, float)):
-            noise = take(flat_noise(noise, self.count, self.shape, self.label), index)
+            noise = take(self.noise_model, index)
         return View(
             np.asarray(self.observations)[index],
             {k: take(op, index) for k, op in self.operators.items()},
@@ -109,8 +125,14 @@ class View:
         )
 
     def prepare(self) -> Observations:
-        """Check the view by itself and turn it into `Observations`; raises a `DichroicError`."""
-        return _prepare(self)
+        """The view, checked by itself, as `Observations`; raises a `DichroicError`."""
+        y, mask, operators, noise = self._checked
+        return Observations(y, operators, noise if mask is None else Masked(noise, mask))
+
+    @cached_property
+    def _checked(self) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
+        """Values, mask, operators and noise for `prepare`: checked and copied once per view."""
+        return _check_alone(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,18 +194,12 @@ class Problem:
         return list(groups.values())
 
     def fingerprint(self) -> str:
-        """A hash of everything stated: names, shapes, observations, operators, noise, masks."""
-        digest = hashlib.sha256()
-        for source in self.sources:
-            digest.update(repr((source.name, source.shape)).encode())
-        for view in self.views:
-            parts = (view.observations, dict(view.operators), view.noise, view.mask)
-            leaves, structure = jax.tree.flatten(parts)
-            layout = re.sub(r" at 0x[0-9a-f]+", "", str(structure))
-            digest.update(repr((view.name, view.group, layout)).encode())
-            for leaf in leaves:
-                _update(digest, leaf)
-        return digest.hexdigest()
+        """A hash of everything stated that a fit depends on: all but the truth."""
+        stated = [
+            (v.name, v.group, v.observations, v.operators, v.noise, v.mask, v.chosen)
+            for v in self.views
+        ]
+        return fingerprint((self.sources, stated))
 
 
 def sees(view: View, source: str) -> bool:
@@ -215,7 +231,7 @@ def _check_group(views: Sequence[View]) -> None:
             f"co-observed views (group {views[0].group!r}) need the same number of observations, "
             f"got {counts}"
         )
-    chosen = [np.asarray(v.held_out, bool) for v in views if v.held_out is not None]
+    chosen = [v.chosen for v in views if v.chosen is not None]
     if any(not np.array_equal(chosen[0], other) for other in chosen[1:]):
         raise DataError(f"co-observed views (group {views[0].group!r}) differ in held_out")
 
@@ -228,6 +244,11 @@ def check_view(view: View, shapes: Mapping[str, Shape]) -> None:
                 f"{view.label} has an operator for {name!r}, which is no source; "
                 f"the sources are {', '.join(shapes)}"
             )
+        if not isinstance(op, Operator):
+            raise DataError(
+                f"{view.label}, source {name!r}: an operator of type {type(op).__name__}; expected "
+                "one such as Dense(matrix)"
+            )
         check_same_shape(
             op.in_shape,
             shapes[name],
@@ -238,14 +259,16 @@ def check_view(view: View, shapes: Mapping[str, Shape]) -> None:
             raise DataError(f"{view.label} has a truth for {name!r}, which is no source")
         want = (view.count, *shapes[name])
         check_same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
+        check_real(x, f"{view.label}, source {name!r}: a truth")
     if view.held_out is not None:
+        check_real(view.held_out, f"{view.label}: held_out")
         check_same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
         if np.all(view.held_out):
             raise DataError(f"{view.label}: held_out leaves no observation to learn from")
     view.prepare()
 
 
-def _prepare(view: View) -> Observations:
+def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
     operators = {k: op for k, op in view.operators.items() if not isinstance(op, Zero)}
     if not operators:
         raise DataError(f"{view.label} sees no source; give it an operator for at least one")
@@ -262,12 +285,11 @@ def _prepare(view: View) -> Observations:
             "the observations have",
         )
         check_rows(row_counts(op), view.count, f"{view.label}: the operator of source {name!r}")
-        check_finite(op, f"{view.label}, source {name!r}: the operator")
-    noise = flat_noise(view.noise, view.count, view.shape, view.label)
+        check_operator(op, f"{view.label}, source {name!r}")
+    noise = view.noise_model
     check_rows(row_counts(noise), view.count, f"{view.label}: the noise")
     check_noise(noise, view.label)
-    y, mask = values_and_mask(view.observations, view.mask, view.label)
-    return Observations(y, operators, noise if mask is None else Masked(noise, mask))
+    return *values_and_mask(view.observations, view.mask, view.label), operators, noise
 
 
 def _check_names(problem: Problem) -> None:
@@ -279,29 +301,23 @@ def _check_names(problem: Problem) -> None:
             raise DataError(f"two {kind}s are called {twice[0]!r}; names must differ")
 
 
-def _update(digest: Any, leaf: Any) -> None:
-    array = np.ascontiguousarray(leaf)
-    digest.update(repr((array.shape, str(array.dtype))).encode())
-    digest.update(array.tobytes())
-
-
 def holdout(views: Sequence[View], fraction: float, seed: int) -> tuple[list[View], list[View]]:
     """Split the observations of (co-observed) `views`: `(training, held out)`, the same for each.
 
-    By the `held_out` of a view that has one, else at random: `fraction` of them, at least one.
+    By the `held_out` of a view that has one, else at random: `fraction` of them, at least one, and
+    all but one at most.
     """
     n = views[0].count
-    chosen = [np.asarray(v.held_out, bool) for v in views if v.held_out is not None]
+    chosen = [v.chosen for v in views if v.chosen is not None]
     if chosen:
         mask = chosen[0]
     else:
         order = np.random.default_rng(seed).permutation(n)
-        mask = order < (max(1, round(fraction * n)) if n > 1 else 0)
+        mask = order < min(max(1, round(fraction * n)), n - 1)
     train, test = np.flatnonzero(~mask), np.flatnonzero(mask)
     return [v.select(train) for v in views], [v.select(test) for v in views]
 
 
 def missing_fraction(view: View) -> float:
     """The fraction of entries of `view` that are missing."""
-    noise = view.prepare().noise
-    return 1 - float(np.mean(noise.mask)) if isinstance(noise, Masked) else 0.0
+    return 1 - float(np.mean(view.observed()))

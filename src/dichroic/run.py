@@ -147,7 +147,8 @@ def check_same(path: Path, problem: Problem, config: FitConfig) -> None:
     check_version(saved.get("format_version"), path / "run.json")
     if saved["fingerprint"] != problem.fingerprint():
         raise RunError(
-            f"{path} holds a run of another problem (its observations, operators, noise or names differ); "
+            f"{path} holds a run of another problem (its names, observations, operators, noise, masks or held-out "
+            "observations differ); "
             "choose another folder"
         )
     before = FitConfig.from_dict(saved["config"]).to_dict()

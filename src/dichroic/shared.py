@@ -4,7 +4,7 @@ Then the view is one mixture in observation space, with a component per tuple `t
 components: means `m_t = Σ_β A_β μ_kβ` and covariances `C_t = Σ + Σ_β A_β C_kβ A_βᵀ = L_t L_tᵀ`, factorised
 once for all observations, in float64. With `z = L_t⁻¹ (y − m_t)` and the responsibilities `r_t`,
 
-    N_t = Σ_i r_t,   G_t = L_t⁻ᵀ Σ_i r_t z,   H_t = L_t⁻ᵀ (Σ_i r_t z zᵀ − N_t I) L_t⁻¹,
+    Σ r = Σ_i r_t,   Σ r v = L_t⁻ᵀ Σ_i r_t z,   Σ r v vᵀ = L_t⁻ᵀ (Σ_i r_t z zᵀ) L_t⁻¹,   Σ r P = Σ_i r_t C_t⁻¹,
 
 and a component of one source has the sums over the tuples it is in, taken back by `A_βᵀ`.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dichroic.batching import split
-from dichroic.evidence import Components
+from dichroic.evidence import Components, Sums
 from dichroic.observations import Observations
 
 _CHUNK_BYTES = 96 * 2**20
@@ -34,19 +34,18 @@ def shared_log_evidence(priors: dict[str, Components], obs: Observations) -> flo
 
 def shared_statistics(
     priors: dict[str, Components], obs: Observations
-) -> tuple[float, dict[str, Components]]:
-    """`Σ_i log p(y_i)`, and its gradients `N`, `G`, `½ H` for every source."""
+) -> tuple[float, dict[str, Sums]]:
+    """`Σ_i log p(y_i)`, and the sums of every source."""
     view = _View(priors, obs)
-    value, n, g, h = 0.0, 0.0, 0.0, 0.0
+    value, n, g, s = 0.0, 0.0, 0.0, 0.0
     for chunk in view.chunks(obs):
         v, *sums = _sums(*chunk)
-        dn, dg, dh = (np.asarray(a, np.float64) for a in sums)
-        value, n, g, h = value + float(v), n + dn, g + dg, h + dh
+        dn, dg, ds = (np.asarray(a, np.float64) for a in sums)
+        value, n, g, s = value + float(v), n + dn, g + dg, s + ds
     root = view.inverse_root
-    h = h - n[:, None, None] * np.eye(h.shape[-1])
-    g = np.einsum("tji,tj->ti", root, g)
-    h = root.swapaxes(1, 2) @ h @ root
-    return value, view.gradients(n, g, h)
+    back = root.swapaxes(1, 2)
+    g = np.einsum("tij,tj->ti", back, g)
+    return value, view.collect(n, g, back @ s @ root, n[:, None, None] * (back @ root))
 
 
 class _View:
@@ -84,13 +83,13 @@ class _View:
             y = seen * obs.y[np.minimum(index, obs.count - 1)]
             yield y, weight, root, shift, constant
 
-    def gradients(self, n, g, h) -> dict[str, Components]:
+    def collect(self, n, g, s, p) -> dict[str, Sums]:
         """Sums over the tuples of each component, taken back to the sources."""
         out = {}
-        for s, (name, a) in enumerate(self.matrices.items()):
-            others = tuple(i for i in range(len(self.sizes)) if i != s)
+        for i, (name, a) in enumerate(self.matrices.items()):
+            others = tuple(j for j in range(len(self.sizes)) if j != i)
             own = lambda v, o=others: v.reshape(*self.sizes, *v.shape[1:]).sum(axis=o)
-            out[name] = Components(own(n), own(g) @ a, 0.5 * (a.T @ own(h) @ a))
+            out[name] = Sums(own(n), own(g) @ a, a.T @ own(s) @ a, a.T @ own(p) @ a)
         return out
 
 

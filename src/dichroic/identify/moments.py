@@ -19,6 +19,7 @@ import numpy as np
 
 from dichroic.batching import row_counts, split, take
 from dichroic.identify.probe import half
+from dichroic.noise import observed_entries
 from dichroic.observations import Observations
 from dichroic.problem import Source
 
@@ -154,12 +155,8 @@ def _patterns(obs: Observations, unknowns: int, rng: np.random.Generator) -> _Pa
 
 
 def _observed(obs: Observations, index: np.ndarray) -> np.ndarray:
-    """`(len(index), M)`, or `(1, M)` if it is the same for all: 1 where an entry was observed."""
-    noise = take(obs.noise, index)
-    rows, shared = split(noise)
-    if not jax.tree.leaves(rows):
-        return np.asarray(noise.observed(obs.size))[None]
-    return np.asarray(jax.vmap(lambda r: eqx.combine(r, shared).observed(obs.size))(rows))
+    """`(len(index), M)`, or `(1, M)` if the noise is shared: 1 where an entry was observed."""
+    return np.asarray(observed_entries(take(obs.noise, index), obs.size))
 
 
 def _columns(

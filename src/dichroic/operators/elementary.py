@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from dichroic.batching import as_float, flagged, param
+from dichroic.batching import as_float, as_jax, flagged, param
 from dichroic.errors import ShapeError
 from dichroic.operators.base import Operator, Shape, as_shape
 
@@ -171,7 +171,7 @@ class Function(Operator):
         per_observation: bool = False,
     ):
         self.fn, self.in_shape, self.per_observation = fn, as_shape(in_shape), per_observation
-        self.params = jax.tree.map(jnp.asarray, params)
+        self.params = jax.tree.map(as_jax, params)
         one = jax.tree.map(lambda a: a[0], self.params) if per_observation else self.params
         x = jax.ShapeDtypeStruct(self.in_shape, jnp.zeros(()).dtype)
         self.out_shape = jax.eval_shape(lambda x: self._call(x, one), x).shape

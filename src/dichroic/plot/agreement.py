@@ -13,9 +13,12 @@ from dichroic.plot.canvas import DARK, GREY, STYLES, colour, label, legend, new_
 def data_fit(chi2: np.ndarray, entries: int | None) -> Any:
     """The histogram of χ² per entry, and its density if all draws are calibrated."""
     values = chi2[np.isfinite(chi2)]
-    high = max(2.0, float(np.percentile(values, 99.5)) * 1.05) if values.size else 2.0
     figure = new_figure(5.2, 2.9)
     axis = tidy(figure.subplots(), "χ² per observed entry, of every draw", "density")
+    if not values.size:
+        axis.text(0.5, 0.5, "no χ² is finite", transform=axis.transAxes, ha="center")
+        return figure
+    high = max(2.0, float(np.percentile(values, 99.5)) * 1.05)
     bins = np.linspace(0, high, 51).tolist()
     axis.hist(np.clip(values, 0, high), bins=bins, density=True, color=GREY, label="draws")
     if entries:
@@ -25,9 +28,7 @@ def data_fit(chi2: np.ndarray, entries: int | None) -> Any:
         )
         axis.set_ylim(top=1.05 * axis.dataLim.y1 if entries > 2 else 3)
     axis.axvline(1, color="#D55E00", lw=1.5, label="1")
-    axis.axvline(
-        values.mean() if values.size else np.nan, color="black", ls="--", lw=1.2, label="mean"
-    )
+    axis.axvline(values.mean(), color="black", ls="--", lw=1.2, label="mean")
     legend(axis)
     return figure
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import sem
 
 from dichroic import plot
 from dichroic.config import FitConfig, settings
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.metrics import coverage, rank_histogram
-from dichroic.problem import View, joint_observations, sees
+from dichroic.problem import View, sees
 from dichroic.report.markup import duration, esc, table
 from dichroic.report.page import Page
 from dichroic.report.scores import Held
@@ -78,9 +79,7 @@ def _what_shown(shape: Sequence[int], what: str) -> str:
 
 def _visible(view: View) -> np.ndarray:
     """The observations, NaN where they are missing."""
-    seen = np.asarray(joint_observations([view]).noise.observed(int(np.prod(view.shape))))
-    seen = seen.reshape(-1, *view.shape) > 0
-    return np.where(seen, np.asarray(view.observations, float), np.nan)
+    return np.where(view.observed(), np.asarray(view.observations, float), np.nan)
 
 
 def _separated(page: Page, source: str) -> str:
@@ -136,8 +135,8 @@ def _data_fit(page: Page) -> str:
     rows = []
     for h in page.held:
         chi2, entries = h.result.chi2, _visible_entries(h)
-        error = float(chi2.mean(axis=0).std()) / np.sqrt(chi2.shape[1])
-        rows.append([h.name, f"{chi2.mean():.3f}", f"{error:.3f}", f"{np.median(chi2):.3f}"])
+        error = f"{sem(chi2.mean(axis=0)):.3f}" if chi2.shape[1] > 1 else "–"
+        rows.append([h.name, f"{chi2.mean():.3f}", error, f"{np.median(chi2):.3f}"])
         ideal = " The curve is its distribution for a correct model." if entries else ""
         text += page.figure(f"chi2-{h.name}", plot.data_fit(chi2, entries), f"{h.name}.{ideal}")
     return text + table(["view", "mean χ² per entry", "standard error", "median"], rows)

@@ -1,8 +1,8 @@
 """Arrays in files: `.npz`, `.npy`, HDF5 and zarr, by references such as `file.npz:key`."""
 
 import re
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,30 @@ def _inline(value: Any) -> np.ndarray:
 def _read(path: Path, kind: str, key: str | None) -> np.ndarray:
     if not path.exists():
         raise DataError(no_file(path))
-    try:
+    with _reading(path):
         return _numeric(_READERS[kind](path, key), f"{path.name}:{key}" if key else path.name)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Let whatever a reader raises inside, at a damaged file, name the file."""
+    try:
+        yield
     except DichroicError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read {path.name!r}: {error}") from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"cannot read {path.name!r}: {reason}") from error
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an `.npz` file by name, while it is open; errors name the file."""
+    with _reading(path), path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(f"{path.name!r} holds a single array, as .npy files do: rename it")
+        yield archive
 
 
 def _entry(path: Path, key: str | None, names: Sequence[str]) -> str:
@@ -96,24 +114,28 @@ def _entry(path: Path, key: str | None, names: Sequence[str]) -> str:
         raise DataError(
             f"{path.name!r}: say which array, '{path.name}:key'; {available('', names)}"
         )
-    if key.strip("/") not in [name.strip("/") for name in names]:
+    same = [name for name in names if name.strip("/") == key.strip("/")]
+    if not same:
         raise DataError(f"no {key!r} in {path.name!r}; {available(key, names)}")
-    return key
+    return key if key in same else same[0]
 
 
 # One reader for every kind of file.
 
 
 def _read_npz(path: Path, key: str | None) -> np.ndarray:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        return archive[_entry(path, key, archive.files)]
+    with open_npz(path) as archive:
+        return archive[_entry(path, key, list(archive))]
 
 
 def _read_npy(path: Path, key: str | None) -> np.ndarray:
     if key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
     with path.open("rb") as file:
-        return np.load(file, allow_pickle=False)
+        array = np.load(file, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path.name!r} is an archive of arrays, as .npz files are: rename it")
+    return array
 
 
 def _read_hdf5(path: Path, key: str | None) -> np.ndarray:

@@ -10,9 +10,9 @@ import numpy as np
 from dichroic.batching import row_counts
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError
-from dichroic.noise import Masked, Noise
+from dichroic.noise import Noise
 from dichroic.problem import Problem, View, check_view, sees
-from dichroic.statement.arrays import no_file
+from dichroic.statement.arrays import no_file, open_npz
 from dichroic.statement.parts import NOISES
 from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
 from dichroic.statement.view import VIEW_KEYS, build_view
@@ -78,7 +78,7 @@ def _npz_table(path: Path, names: Sequence[str], spot: Spot) -> dict[str, Any]:
     """The view in an `.npz` file, in the form of a YAML file's."""
     noises = [f"noise/{kind}" for kind in NOISES if kind != "low_rank"]
     per_source = [f"{what}/{name}" for what in ("operator", "truth") for name in names]
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(spot))
         values = {key: archive[key] for key in archive}
     table: dict[str, Any] = {"operators": {}, "truth": {}}
@@ -123,10 +123,8 @@ def _donor_mask(donor: View) -> Any:
 def _donor_noise(donor: View) -> Noise | float:
     if isinstance(donor.noise, (int, float)):
         return donor.noise
-    noise = donor.prepare().noise
-    noise = noise.noise if isinstance(noise, Masked) else noise
-    _check_shared(noise, "noise", donor, "'noise' in an .npz")
-    return noise
+    _check_shared(donor.noise_model, "noise", donor, "'noise' in an .npz")
+    return donor.noise_model
 
 
 def _check_shared(tree: Any, what: str, donor: View, hint: str) -> None:

@@ -14,7 +14,7 @@ from dichroic.errors import ConfigError, ShapeError
 from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Noise
 from dichroic.operators import Operator, Shape
 from dichroic.statement.spots import Spot, known_table, naming, require
-from dichroic.statement.values import as_number, parse_count, parse_shape, short
+from dichroic.statement.values import as_number, is_integer, parse_count, parse_shape, short
 
 ops: Any = operators  # type checkers do not see the constructors that equinox derives
 
@@ -29,6 +29,8 @@ def build_operator(spec: Any, in_shape: Shape, out_shape: Shape | None, spot: Sp
 def build_noise(spec: Any, spot: Spot) -> Noise | float:
     """The noise model of `spec`, or the number that `spec` is: a standard deviation."""
     number = as_number(spec)
+    if number is not None and not math.isfinite(number):
+        raise ConfigError(f"{spot}: the standard deviation must be finite, got {short(spec)}")
     if number is not None:
         return number
     if isinstance(spec, (np.ndarray, np.generic, jax.Array)):
@@ -71,7 +73,7 @@ def _arguments(args: Any, main: str, others: Sequence[str], spot: Spot) -> dict[
 
 
 def _identity(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
-    if args:
+    if args is not None:
         raise ConfigError(f"identity takes no arguments, got {short(args)}")
     return ops.Identity(in_shape)
 
@@ -107,7 +109,7 @@ def _block_average(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Sp
     axes = values.get("axes")
     if axes is not None:
         axes = tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
-        if not all(isinstance(a, int) for a in axes):
+        if not all(map(is_integer, axes)):
             raise ConfigError(f"axes: expected a list of integers, got {short(values['axes'])}")
     return ops.BlockAverage(in_shape, parse_count(values["factor"], "factor"), axes=axes)
 

@@ -34,7 +34,8 @@ def load_problem(path: str | Path) -> tuple[Problem, dict[str, Any]]:
     views = [_problem_view(k, v, shapes, here.at(k)) for k, v in specs.items()]
     with naming(spot):
         problem = Problem(sources, views, str(Path(path).resolve()))
-    return problem, as_table(table.get("fit") or {}, spot.at("fit"))
+    section = table.get("fit")
+    return problem, {} if section is None else as_table(section, spot.at("fit"))
 
 
 def _sources(value: Any, spot: Spot) -> list[Source]:

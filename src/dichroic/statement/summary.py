@@ -66,10 +66,9 @@ def _kind_name(op: Any) -> str:
 
 
 def _noise_kind(view: View) -> str:
-    if isinstance(view.noise, (int, float)):
-        return "isotropic"
-    noise = view.prepare().noise
-    noise = noise.noise if isinstance(noise, Masked) else noise
+    noise = view.noise_model
+    while isinstance(noise, Masked):
+        noise = noise.noise
     return _snake(type(noise).__name__.removesuffix("Noise")) + _marker(noise)
 
 

@@ -19,17 +19,22 @@ def as_number(value: Any) -> float | None:
     return None
 
 
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer, which true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def parse_shape(value: Any) -> Shape:
     """`value`, an integer or a list of them, as a shape."""
     dims = value if isinstance(value, (list, tuple)) else [value]
-    if not dims or not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
+    if not dims or not all(map(is_integer, dims)):
         raise ConfigError(f"expected a shape such as [8, 8], got {short(value)}")
     return as_shape(tuple(dims))
 
 
 def parse_count(value: Any, what: str) -> int:
     """`value`, which must be a positive integer; an error calls it `what`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ConfigError(f"{what}: expected a positive integer, got {short(value)}")
     return value
 

@@ -1,0 +1,467 @@
+"""EM of mixtures against the textbook update, tuple by tuple, in float64 NumPy."""
+
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+from scipy.linalg import block_diag
+
+from dichroic import mixture_em, shared
+from dichroic.batching import take
+from dichroic.config import MixtureConfig
+from dichroic.denoise import Mixture, gaussian
+from dichroic.evidence import Sums
+from dichroic.mixture_em import (
+    choose,
+    em_lap,
+    maximise,
+    mean_log_evidence,
+    split_components,
+    statistics,
+)
+from dichroic.noise import DenseNoise, Isotropic, Masked
+from dichroic.observations import Observations
+from dichroic.operators import Dense, Identity
+from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+ALL = MixtureConfig(active_tuples=4096)
+
+
+def spd(rng, dim):
+    root = rng.normal(size=(dim, dim))
+    return root @ root.T / dim + 0.2 * np.eye(dim)
+
+
+def mixture(rng, count, dim):
+    return Mixture.from_moments(
+        rng.dirichlet(np.full(count, 5.0)),
+        rng.normal(size=(count, dim)),
+        [spd(rng, dim) for _ in range(count)],
+    )
+
+
+def draws(rng, m, n):
+    weights, means, covs = parameters(m)
+    roots = np.linalg.cholesky(covs)
+    k = rng.choice(weights.size, p=weights / weights.sum(), size=n)
+    return means[k] + np.einsum("nij,nj->ni", roots[k], rng.normal(size=(n, m.dim)))
+
+
+def case(rng, counts=(3, 2), *, kind, n=40, dims=(3, 2), size=3):
+    """Mixtures `a`, `b` and `n` observations of their sum, of one of the kinds of operators and noise."""
+    mixtures = {k: mixture(rng, c, d) for k, c, d in zip("ab", counts, dims, strict=False)}
+    rows = () if kind.startswith("shared") else (n,)
+    ops = {k: rng.normal(size=(*rows, size, m.dim)) for k, m in mixtures.items()}
+    noise = DenseNoise(0.1 * spd(rng, size))
+    if kind == "per observation":
+        noise = Isotropic(rng.uniform(0.2, 0.5, size=n))
+    if kind == "shared mask":
+        noise = Masked(noise, np.arange(size) != 1)
+    if kind == "masks":
+        seen = rng.uniform(size=(n, size)) < 0.7
+        seen[:, 0] |= ~seen.any(axis=1)
+        noise = Masked(noise, seen)
+    y = sum(np.einsum("...md,...d->...m", a, draws(rng, mixtures[k], n)) for k, a in ops.items())
+    y += 0.3 * rng.normal(size=y.shape)
+    return mixtures, Observations(y, {k: Dense(a) for k, a in ops.items()}, noise)
+
+
+def rows_of(obs):
+    """`(observed, y, matrices, Σ)` of each observation, missing entries left out."""
+    for i in range(obs.count):
+        row = jax.tree.map(np.asarray, take(jax.tree.map(np.asarray, obs), i))
+        masked = isinstance(row.noise, Masked)
+        seen = row.noise.mask > 0 if masked else np.ones(obs.size, bool)
+        noise = row.noise.noise if masked else row.noise
+        cov = noise.covariance if isinstance(noise, DenseNoise) else noise.std**2 * np.eye(obs.size)
+        matrices = {k: op.matrix[seen] for k, op in row.operators.items()}
+        yield seen, row.y[seen], matrices, cov[np.ix_(seen, seen)]
+
+
+def parameters(m):
+    return np.exp(np.asarray(m.log_weights)), np.asarray(m.means), np.asarray(m.covariances())
+
+
+def moments(weights, means, covs):
+    mean = weights @ means
+    centred = means - mean
+    return mean, np.tensordot(weights, covs, 1) + (weights[:, None] * centred).T @ centred
+
+
+def brute_force(mixtures, obs):
+    """By conditioning on each observation, tuple by tuple: `Σ log p(y)`, and for every source the sums
+    of the E-step and the EM update."""
+    theta = {k: parameters(mixtures[k]) for k in obs.sources}
+    index = list(itertools.product(*(range(len(w)) for w, _, _ in theta.values())))
+    zeros = lambda w, m, c: [0 * w, 0 * m, 0 * c, 0 * c, 0 * m, 0 * c]
+    sums = {k: zeros(*v) for k, v in theta.items()}
+    total = 0.0
+    for _, y, matrices, noise in rows_of(obs):
+        a = np.concatenate([matrices[k] for k in theta], axis=1)
+        scores, found = [], []
+        for t in index:
+            parts = [[v[j] for v in theta[k]] for k, j in zip(theta, t, strict=True)]
+            mean = np.concatenate([m for _, m, _ in parts])
+            cov = block_diag(*[c for _, _, c in parts])
+            cov_y = noise + a @ cov @ a.T
+            inverse = np.linalg.inv(cov_y)
+            u, information = a.T @ inverse @ (y - a @ mean), a.T @ inverse @ a
+            scores.append(
+                sum(np.log(w) for w, _, _ in parts)
+                + stats.multivariate_normal(a @ mean, cov_y).logpdf(y)
+            )
+            found.append((u, information, mean + cov @ u, cov - cov @ information @ cov))
+        total += special.logsumexp(scores)
+        for t, r, (u, information, mean, cov) in zip(
+            index, special.softmax(scores), found, strict=True
+        ):
+            end = 0
+            for own, j in zip(sums.values(), t, strict=True):
+                part = slice(end, end + own[1].shape[1])
+                end, m = part.stop, mean[part]
+                for sum_, term in zip(
+                    own,
+                    (1, u[part], np.outer(u[part], u[part]), information[part, part], m,
+                     cov[part, part] + np.outer(m, m)),
+                    strict=True,
+                ):  # fmt: skip
+                    sum_[j] += r * term
+    update = {}
+    for k, (n, _, _, _, first, second) in sums.items():
+        means = first / n[:, None]
+        covs = second / n[:, None, None] - means[:, :, None] * means[:, None, :]
+        update[k] = (n / n.sum(), means, covs)
+    return total, {k: own[:4] for k, own in sums.items()}, update
+
+
+def e_step(mixtures, views, config=ALL):
+    return statistics(mixtures, views, [choose(mixtures, obs, config) for obs in views])
+
+
+def em_step(mixtures, views, *, floor=1e-12, textbook=True, **options):
+    """The mixtures after one EM step, and the mean log evidence before it."""
+    found = e_step(mixtures, views)
+    updated = {
+        k: maximise(m, found.sums[k], floor=floor, textbook=textbook, **options)
+        for k, m in mixtures.items()
+    }
+    return updated, float(found.log_evidence) / sum(obs.count for obs in views)
+
+
+def assert_close(mixture, expect, **tolerance):
+    for got, want in zip(parameters(mixture), expect, strict=True):
+        np.testing.assert_allclose(got, want, **tolerance)
+
+
+def assert_same_sums(got, want, **tolerance):
+    for a, b in zip(jax.tree.leaves(got), want, strict=True):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [
+        ("per observation", (1,)),
+        ("per observation", (3, 2)),
+        ("masks", (3, 2)),
+        ("shared", (3, 2)),
+        ("shared mask", (3, 2)),
+    ],
+)
+def test_an_em_step_is_the_textbook_update(kind, counts, rng):
+    mixtures, obs = case(rng, counts, kind=kind)
+    _, sums, update = brute_force(mixtures, obs)
+    found = e_step(mixtures, [obs])
+    updated, _ = em_step(mixtures, [obs])
+    for k in mixtures:
+        assert_same_sums(found.sums[k], sums[k], rtol=1e-8, atol=1e-8)
+        assert_close(updated[k], update[k], atol=1e-9)
+
+
+def test_a_step_in_single_precision_is_close_to_the_textbook_update(rng):
+    mixtures, obs = case(rng, kind="per observation")
+    _, _, update = brute_force(mixtures, obs)
+    with jax.enable_x64(False):
+        single = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+        updated, _ = em_step(single(mixtures), [single(obs)])
+    for k in mixtures:
+        assert_close(updated[k], update[k], atol=1e-4)
+
+
+def test_two_views_add_up(rng):
+    """Source `a` is seen by both views, `b` by the second: sums over observations add."""
+    mixtures, both = case(rng, kind="per observation")
+    _, alone = case(rng, (3,), kind="shared")
+    found = e_step(mixtures, [alone, both])
+    parts = [e_step({"a": mixtures["a"]}, [alone]), e_step(mixtures, [both])]
+    np.testing.assert_allclose(found.log_evidence, sum(float(p.log_evidence) for p in parts))
+    for name, expect in (("a", parts), ("b", parts[1:])):
+        leaves = [jax.tree.leaves(p.sums[name]) for p in expect]
+        total = [sum(np.asarray(a) for a in same) for same in zip(*leaves, strict=True)]
+        assert_same_sums(found.sums[name], total, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["per observation", "shared"])
+def test_the_evidence_is_that_of_scipy_and_its_mean_is_over_all_observations(kind, rng):
+    mixtures, obs = case(rng, kind=kind)
+    views = [obs, Observations(obs.y[:1], obs.operators, obs.noise)][: 1 + (kind == "shared")]
+    totals = [brute_force(mixtures, v)[0] for v in views]
+    expect = sum(totals) / sum(v.count for v in views)
+    np.testing.assert_allclose(mean_log_evidence(mixtures, views), expect, rtol=1e-10)
+    np.testing.assert_allclose(em_step(mixtures, views)[1], expect, rtol=1e-10)
+
+
+def test_shared_and_general_e_steps_agree(rng):
+    mixtures, obs = case(rng, kind="shared mask")
+    assert is_shared(obs)
+    assert choose(mixtures, obs, ALL) is None
+    priors = {k: m.prior() for k, m in mixtures.items()}
+    value, sums = shared_statistics(priors, obs)
+    every = np.tile(list(itertools.product(range(3), range(2))), (obs.count, 1, 1))
+    general = mixture_em._view_statistics(priors, obs, jnp.asarray(every))
+    for k, expect in general.sums.items():
+        assert_same_sums(sums[k], jax.tree.leaves(expect), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(value, general.log_evidence, rtol=1e-10)
+    np.testing.assert_allclose(shared_log_evidence(priors, obs), value, rtol=1e-12)
+    # A missing entry counts as a standard normal number that is zero.
+    missing = sum(int((~seen).sum()) for seen, *_ in rows_of(obs))
+    scipy = brute_force(mixtures, obs)[0] + missing * stats.norm.logpdf(0)
+    np.testing.assert_allclose(value, scipy, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["per observation", "masks"])
+def test_views_with_anything_per_observation_are_not_shared(kind, rng):
+    assert not is_shared(case(rng, (1,), kind=kind)[1])
+
+
+def test_the_most_probable_tuples_are_chosen(rng):
+    """Each observation's own: those with the highest joint probability of tuple and data."""
+    mixtures, obs = case(rng, kind="per observation")
+    chosen = np.asarray(choose(mixtures, obs, MixtureConfig(active_tuples=2)))
+    assert chosen.shape == (40, 2, 2)
+    index = list(itertools.product(range(3), range(2)))
+    (wa, ma, ca), (wb, mb, cb) = (parameters(mixtures[k]) for k in "ab")
+    for (_, y, a, noise), found in zip(rows_of(obs), chosen, strict=True):
+        scores = [
+            np.log(wa[i] * wb[j])
+            + stats.multivariate_normal(
+                a["a"] @ ma[i] + a["b"] @ mb[j],
+                noise + a["a"] @ ca[i] @ a["a"].T + a["b"] @ cb[j] @ a["b"].T,
+            ).logpdf(y)
+            for i, j in index
+        ]
+        best = [index[i] for i in np.argsort(scores)[:-3:-1]]
+        assert {tuple(t) for t in found.tolist()} == set(best)
+
+
+@pytest.mark.parametrize("kind", ["shared", "per observation"])
+def test_observations_are_summed_over_chunks(kind, rng, monkeypatch):
+    """37 observations in chunks of 8: the last is padded, and padding counts for nothing."""
+    mixtures, obs = case(rng, kind=kind, n=37)
+    module, per_observation = (shared, 4 * 6 * 3) if kind == "shared" else (mixture_em, 16 * 6 * 9)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * per_observation)
+    total, _, update = brute_force(mixtures, obs)
+    updated, evidence = em_step(mixtures, [obs])
+    np.testing.assert_allclose(evidence, total / 37, rtol=1e-10)
+    np.testing.assert_allclose(mean_log_evidence(mixtures, [obs]), evidence, rtol=1e-10)
+    for k in mixtures:
+        assert_close(updated[k], update[k], atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["shared", "per observation"])
+def test_textbook_steps_never_lower_the_evidence(kind, rng):
+    mixtures, obs = case(rng, kind=kind)
+    evidences = []
+    for _ in range(40):
+        mixtures, evidence = em_step(mixtures, [obs])
+        evidences.append(evidence)
+    assert np.diff(evidences).min() > -1e-10
+    assert evidences[-1] > evidences[0] + 0.1
+
+
+@pytest.mark.parametrize("kind", ["shared", "per observation"])
+def test_laps_reach_a_higher_evidence_than_as_many_textbook_steps(kind, rng):
+    start, obs = case(rng, kind=kind)
+    config = MixtureConfig(steps=5, active_tuples=6, floor=1e-8)
+    mixtures, evidences = start, []
+    for _ in range(8):
+        mixtures, evidence = em_lap(mixtures, [obs], ["a", "b"], config)
+        evidences.append(evidence)
+    assert np.diff(evidences).min() > -1e-5
+    slow = start
+    for _ in range(40):
+        slow, _ = em_step(slow, [obs])
+    ours, theirs = (mean_log_evidence(m, [obs]) for m in (mixtures, slow))
+    assert ours > theirs
+    assert ours >= evidences[-1] - 1e-5
+
+
+def test_a_lap_of_some_sources_leaves_the_others(rng):
+    mixtures, obs = case(rng, kind="shared")
+    updated, _ = em_lap(mixtures, [obs], ["b"], MixtureConfig(steps=2))
+    assert updated["a"] is mixtures["a"]
+    assert not np.allclose(updated["b"].means, mixtures["b"].means)
+
+
+@pytest.mark.parametrize("textbook", [True, False])
+def test_with_little_noise_a_step_is_that_of_scikit_learn(textbook, rng):
+    sklearn = pytest.importorskip("sklearn.mixture")
+    start, truth = mixture(rng, 3, 2), mixture(rng, 3, 2)
+    x = draws(rng, truth, 500)
+    weights, means, covs = parameters(start)
+    theirs = sklearn.GaussianMixture(
+        3,
+        max_iter=1,
+        reg_covar=0,
+        weights_init=weights,
+        means_init=means,
+        precisions_init=np.linalg.inv(covs),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has not converged, and says so
+        theirs.fit(x)
+    obs = Observations(x, {"a": Identity(2)}, Isotropic(1e-5))
+    updated, _ = em_step({"a": start}, [obs], textbook=textbook)
+    expect = theirs.weights_, theirs.means_, theirs.covariances_
+    assert_close(updated["a"], expect, atol=2e-6)
+
+
+def test_the_step_of_the_mean_is_generalised_least_squares(rng):
+    """Given the covariance, the best mean is (Σ AᵀPA)⁻¹ Σ AᵀPy, found in one step; damping shortens it."""
+    mixtures, obs = case(rng, (1,), kind="per observation")
+    _, (mean,), (cov,) = parameters(mixtures["a"])
+    left, right = np.zeros((3, 3)), np.zeros(3)
+    for _, y, a, noise in rows_of(obs):
+        p = a["a"].T @ np.linalg.inv(noise + a["a"] @ cov @ a["a"].T)
+        left, right = left + p @ a["a"], right + p @ y
+    best = np.linalg.solve(left, right)
+    for damping in (1.0, 0.5):
+        updated, _ = em_step(mixtures, [obs], textbook=False, damping=damping)
+        expect = mean + damping * (best - mean)
+        np.testing.assert_allclose(updated["a"].means[0], expect, rtol=1e-5)
+
+
+@pytest.mark.parametrize("textbook", [True, False])
+def test_a_variance_that_should_be_zero_falls_at_the_stated_rate(textbook):
+    """One number with variance c seen n times in noise σ², where the data have just variance σ²: then
+    `S = W c̃` with `W = 1 / (c + σ²)`, and c falls as σ² / laps, or as σ² / √(2 laps) by the textbook."""
+    c, noise, n, laps = 1.0, 0.04, 100, 400
+    for _ in range(laps):
+        w = n / (c + noise)
+        sums = Sums(*(np.asarray(a, float) for a in (
+            [n], [[0.0]], [[[w * noise / (c + noise)]]], [[[w]]]
+        )))  # fmt: skip
+        m = gaussian(np.zeros(1), [[c]])
+        c = float(maximise(m, sums, floor=1e-12, textbook=textbook).covariances()[0, 0, 0])
+    expect = noise / np.sqrt(2 * laps) if textbook else noise / laps
+    np.testing.assert_allclose(c, expect, rtol=0.1)
+
+
+def test_both_kinds_of_steps_rest_at_a_maximum(rng):
+    m = Mixture.from_moments([1, 2], np.array([[-2.0, 0], [2, 1]]), [spd(rng, 2), spd(rng, 2)])
+    y = draws(rng, m, 200) + 0.3 * rng.normal(size=(200, 2))
+    obs = Observations(y, {"a": Identity(2)}, Isotropic(0.3))
+    for _ in range(60):
+        m = em_step({"a": m}, [obs], textbook=False)[0]["a"]
+    assert np.linalg.eigvalsh(m.covariances()).min() > 0.01, "an inner maximum"
+    for textbook in (True, False):
+        again = em_step({"a": m}, [obs], textbook=textbook)[0]["a"]
+        assert_close(again, parameters(m), atol=1e-5)
+
+
+def test_two_gaussians_in_contrastive_views_are_recovered_within_the_sampling_error(rng):
+    """With moments S₁ = A + Σ and S₂ = A + B + Σ, an entry of S₁ or S₂ − S₁ scatters as
+    √((S_ii S_jj + S_ij²) / n); maximum likelihood is at least as good for large n."""
+    n, noise, dim = 4000, 0.3, 3
+    cov = {"a": spd(rng, dim), "b": spd(rng, dim)}
+    mean = {"a": rng.normal(size=dim), "b": rng.normal(size=dim)}
+    draw = lambda k: rng.multivariate_normal(mean[k], cov[k], size=n)
+    eye = Identity(dim)
+    y = draw("a"), draw("a") + draw("b")
+    y = [v + noise * rng.normal(size=v.shape) for v in y]
+    views = [
+        Observations(y[0], {"a": eye}, Isotropic(noise)),
+        Observations(y[1], {"a": eye, "b": eye}, Isotropic(noise)),
+    ]
+    found = {k: gaussian(np.zeros(dim), np.eye(dim)) for k in cov}
+    for _ in range(10):
+        found, _ = em_lap(found, views, ["a", "b"], MixtureConfig())
+    s1 = cov["a"] + noise**2 * np.eye(dim)
+    s2 = s1 + cov["b"]
+    scatter = lambda s: (np.outer(np.diag(s), np.diag(s)) + s**2) / n
+    variance = {"a": (scatter(s1), s1 / n), "b": (scatter(s1) + scatter(s2), (s1 + s2) / n)}
+    for k, (of_cov, of_mean) in variance.items():
+        _, (m,), (c,) = parameters(found[k])
+        assert np.all(np.abs(c - cov[k]) < 4 * np.sqrt(of_cov))
+        assert np.all(np.abs(m - mean[k]) < 4 * np.sqrt(np.diag(of_mean)))
+
+
+@pytest.mark.parametrize("precision", ["single", "double"])
+@pytest.mark.parametrize("components", [3, 4, 6, 9])
+def test_splitting_keeps_the_moments_and_the_maximum(components, precision, rng):
+    with jax.enable_x64(precision == "double"):
+        before = mixture(rng, 3, 3)
+        after = split_components(before, components)
+    weights, means, covs = parameters(after)
+    assert weights.size == min(components, 6)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6)
+    old = parameters(before)
+    for ours, theirs in zip(moments(weights, means, covs), moments(*old), strict=True):
+        close(ours, theirs)
+    # The heaviest are split, each into two of half its weight that keep its own moments.
+    split = np.argsort(-old[0])[: weights.size - 3]
+    close(weights[split], old[0][split] / 2)
+    close(weights[3:], old[0][split] / 2)
+    for parent, child in zip(split, range(3, weights.size), strict=True):
+        apart = 0.5 * (means[child] - means[parent])
+        close(means[child] - apart, old[1][parent])
+        close(covs[child], covs[parent])
+        close(covs[child] + np.outer(apart, apart), old[2][parent])
+        close(apart @ apart, np.linalg.eigvalsh(old[2][parent])[-1] / 2)
+    assert np.linalg.eigvalsh(covs).min() > 0
+
+
+def test_shrinkage_is_pseudo_observations_of_the_mean_covariance(rng):
+    mixtures, obs = case(rng, (3,), kind="shared")
+    sums = e_step(mixtures, [obs]).sums["a"]
+    n = np.asarray(sums.count)
+    plain = parameters(maximise(mixtures["a"], sums, floor=1e-12, shrinkage=0.0))
+    pooled = np.einsum("k,kij->ij", plain[0], plain[2])
+    for shrinkage in (5.0, 1e9):
+        got = parameters(maximise(mixtures["a"], sums, floor=1e-12, shrinkage=shrinkage))
+        share = n[:, None, None] / (n[:, None, None] + shrinkage)
+        np.testing.assert_allclose(got[0], plain[0], atol=1e-12)
+        np.testing.assert_allclose(got[1], plain[1], atol=1e-12)
+        np.testing.assert_allclose(got[2], share * plain[2] + (1 - share) * pooled, atol=1e-9)
+
+
+def test_the_floor_lifts_small_eigenvalues_only(rng):
+    mixtures, obs = case(rng, (3,), kind="shared")
+    sums = e_step(mixtures, [obs]).sums["a"]
+    plain = parameters(maximise(mixtures["a"], sums, floor=1e-12, shrinkage=0.0))[2]
+    values, vectors = np.linalg.eigh(plain)
+    floor = np.median(values)
+    got = parameters(maximise(mixtures["a"], sums, floor=floor, shrinkage=0.0))[2]
+    lifted = np.einsum("kir,kr,kjr->kij", vectors, np.maximum(values, floor), vectors)
+    np.testing.assert_allclose(got, lifted, atol=1e-12)
+
+
+def test_a_component_without_observations_stays_with_next_to_no_weight(rng):
+    alive = mixture(rng, 2, 3)
+    _, means, covs = parameters(alive)
+    far, cov = np.full(3, 1e3), spd(rng, 3)
+    start = Mixture.from_moments([1, 1, 1], [*means, far], [*covs, cov])
+    _, obs = case(rng, (2,), kind="shared")
+    for _ in range(3):
+        updated, _ = em_step({"a": start}, [obs], shrinkage=2.0)
+        weights, means, covs = parameters(updated["a"])
+        np.testing.assert_allclose(weights[2], 1e-6, rtol=1e-3)
+        np.testing.assert_allclose(means[2], far)
+        np.testing.assert_allclose(covs[2], cov, atol=1e-12)
+        start = updated["a"]

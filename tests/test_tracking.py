@@ -1,0 +1,112 @@
+"""The metrics file through kills and resumes, and what the console shows."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dichroic.tracking import Console, MetricsFile, Silent, Tracker, read_metrics
+
+LAP = {"lap": 3, "phase": "mixture", "sources": "a+b", "components": 4, "seconds": 1.25}
+
+
+def test_laps_come_back_in_order(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl")
+    rows = [{"lap": i, "score": i / 7, "what": "ü"} for i in range(5)]
+    for row in rows:
+        file.append(row)
+    assert read_metrics(tmp_path / "m.jsonl") == rows
+    assert file.length == (tmp_path / "m.jsonl").stat().st_size
+
+
+def test_a_resumed_run_forgets_the_laps_after_its_checkpoint(tmp_path):
+    path = tmp_path / "m.jsonl"
+    file = MetricsFile(path)
+    file.append({"lap": 1})
+    known = file.length
+    file.append({"lap": 2})
+    file.append({"lap": 3})
+    resumed = MetricsFile(path, length=known)
+    assert read_metrics(path) == [{"lap": 1}]
+    resumed.append({"lap": 2, "again": True})
+    assert read_metrics(path) == [{"lap": 1}, {"lap": 2, "again": True}]
+    assert resumed.length == path.stat().st_size
+    MetricsFile(path)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("torn", ['{"lap": 3, "sco', '{"lap": 3, "a": "', "{", '{"lap": 3}x'])
+def test_a_torn_last_line_is_left_out(torn, tmp_path):
+    path = tmp_path / "m.jsonl"
+    MetricsFile(path).append({"lap": 1})
+    with open(path, "a") as f:
+        f.write('{"lap": 2}\n' + torn)
+    assert read_metrics(path) == [{"lap": 1}, {"lap": 2}]
+
+
+def test_numbers_of_any_kind_become_plain_json(tmp_path):
+    """NaN and infinities are no JSON; they become null."""
+    path = tmp_path / "m.jsonl"
+    MetricsFile(path).append(
+        {
+            "nan": float("nan"),
+            "inf": -np.inf,
+            "numpy": np.float32(0.5),
+            "int": np.int64(7),
+            "jax": jnp.asarray(2.5),
+            "jax nan": jnp.asarray(np.nan),
+            "array": np.array(1.5),
+            "bool": np.True_,
+            "none": None,
+        }
+    )
+    strict = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert strict == {
+        "nan": None,
+        "inf": None,
+        "numpy": 0.5,
+        "int": 7,
+        "jax": 2.5,
+        "jax nan": None,
+        "array": 1.5,
+        "bool": True,
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize("tracker", [Silent(), Console()])
+def test_trackers_follow_the_protocol(tracker):
+    assert isinstance(tracker, Tracker)
+    assert not isinstance(object(), Tracker)
+
+
+def test_the_console_prints_one_line_per_scored_lap(capsys):
+    console = Console()
+    console.progress("a: 4 components", 1, 12)
+    console.lap({**LAP, "log_evidence": -3.0})
+    console.progress("a: 4 components", 12, 12)
+    console.lap({**LAP, "log_evidence": -2.5, "heldout_log_evidence": -2.71828})
+    console.lap(
+        {
+            "phase": "diffusion",
+            "sources": "a",
+            "evidence_bound": -1.5,
+            "loss_a": 0.25,
+            "seconds": 9.0,
+        }
+    )
+    console.lap({"phase": "diffusion", "sources": "a", "loss_a": 0.5, "seconds": 10.0})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "[   1.2 s] mixture a+b × 4: log_evidence -2.5  heldout_log_evidence -2.718",
+        "[   9.0 s] diffusion a: evidence_bound -1.5  loss_a 0.25",
+    ]
+
+
+def test_silence_is_silent(capsys):
+    silent = Silent()
+    silent.progress("a", 1, 2)
+    silent.lap({**LAP, "heldout_log_evidence": -1.0})
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,97 @@
+"""Score matching: what the loss is for exact denoisers, and that training finds them."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dichroic.config import DiffusionConfig
+from dichroic.denoise import Mixture, Preconditioned, gaussian
+from dichroic.nn import Mlp
+from dichroic.train import score_matching_loss, train_denoiser
+
+DIM, SIGMA_MIN = 2, 1e-2
+CONFIG = DiffusionConfig(steps=800, batch_size=256, learning_rate=3e-3, ema=0.99)
+
+build = eqx.filter_jit(lambda key: Mlp((DIM,), width=32, depth=1, key=key))
+
+
+def untrained(base, seed=0):
+    return Preconditioned(base, build(jax.random.key(seed)))
+
+
+@eqx.filter_jit
+def loss(denoiser, x, key):
+    return score_matching_loss(denoiser, x, key, sigma_min=SIGMA_MIN)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+def test_the_loss_of_the_exact_denoiser_of_white_data_is_one(scale):
+    """The error has variance `σ² s² / (σ² + s²)` per entry, the inverse of the weight: each term of the
+    mean is a χ² of one degree of freedom, with variance 2."""
+    rng, n = np.random.default_rng(0), 50_000
+    denoiser = untrained(gaussian(np.full(DIM, 3 * scale), scale**2 * np.eye(DIM)))
+    x = jnp.asarray(scale * (3 + rng.normal(size=(n, DIM))))
+    value = float(loss(denoiser, x, jax.random.key(1)))
+    assert abs(value - 1) < 4 * np.sqrt(2 / (n * DIM))
+
+
+BIMODAL = Mixture.from_moments(
+    [1, 2], np.array([[-1.0, 0.5], [1.0, -0.3]]), [0.02 * np.eye(2), 0.05 * np.eye(2)]
+)
+
+
+@eqx.filter_jit
+def _error(denoiser, exact, x, key):
+    """Mean square distance to the exact denoiser, relative to its own mean square error."""
+    sigma = exact.scale * jnp.geomspace(0.05, 2.0, x.shape[0])
+    noised = x + sigma[:, None] * jax.random.normal(key, x.shape)
+    best = jax.vmap(exact)(noised, sigma)
+    return jnp.sum((jax.vmap(denoiser)(noised, sigma) - best) ** 2) / jnp.sum((best - x) ** 2)
+
+
+def error(denoiser, exact, x):
+    return float(_error(denoiser, exact, jnp.asarray(x), jax.random.key(3)))
+
+
+def test_training_finds_the_exact_denoiser_from_a_gaussian_twice_too_wide():
+    exact, seen = BIMODAL, []
+    start = untrained(gaussian(np.zeros(2), 4 * float(exact.scale) ** 2 * np.eye(2)))
+    x = np.asarray(jax.jit(jax.vmap(exact.sample))(jax.random.split(jax.random.key(2), 8192)))
+    trained, last = train_denoiser(
+        start,
+        x,
+        jax.random.key(4),
+        config=CONFIG,
+        sigma_min=SIGMA_MIN,
+        progress=lambda *at: seen.append(at),
+    )
+    before, after = error(start, exact, x), error(trained, exact, x)
+    assert before > 0.2
+    assert after < before / 10
+    # A lower error is a lower loss, and the loss reported is that of the last block: χ² again, so that
+    # means over 8192 and 25600 points differ by a few √(1 / 8192).
+    losses = [float(loss(d, jnp.asarray(x), jax.random.key(5))) for d in (start, trained)]
+    assert losses[1] < losses[0]
+    assert abs(last / losses[1] - 1) < 5 / np.sqrt(len(x))
+    assert seen == [(i, 800) for i in range(100, 801, 100)]
+    assert jax.tree.all(jax.tree.map(np.array_equal, trained.base, start.base))
+
+
+def test_the_same_key_trains_the_same_network_bit_for_bit(rng):
+    start = untrained(gaussian(np.zeros(DIM), np.eye(DIM)))
+    x = rng.normal(size=(100, DIM)).astype(np.float32)
+    config, seen = dataclasses.replace(CONFIG, steps=40), []
+    progress = lambda *at: seen.append(at)
+    train = lambda: train_denoiser(
+        start, x, jax.random.key(0), config=config, sigma_min=SIGMA_MIN, progress=progress
+    )
+    (first, loss), (again, loss_again) = train(), train()
+    assert loss == loss_again
+    leaves = lambda d: jax.tree.leaves(d.network)
+    assert all(map(np.array_equal, leaves(first), leaves(again)))
+    assert not any(map(np.array_equal, leaves(first), leaves(start)))
+    assert seen == [(40, 40)] * 2, "also a block shorter than the others is counted"
