@@ -131,15 +131,16 @@ def test_held_out_digits_are_others_than_the_training_ones():
 
 
 @pytest.mark.usefixtures("sklearn")
-def test_a_tenth_of_the_digits_is_kept_for_stopping():
-    view = digits.digits_over_patches(count=4000, seed=1)[1]
+@pytest.mark.parametrize(("count", "used"), [(10, 10), (1000, 1000), (1400, 1400), (4000, 1437)])
+def test_a_tenth_of_the_digits_is_kept_for_stopping(count, used):
+    view = digits.digits_over_patches(count=count, seed=1)[1]
     assert digits.digits_over_patches(count=50, seed=1, held_out=True)[1].held_out is None
     kept, held = (
         {a.tobytes() for a in view.truth["digit"][m]} for m in (~view.held_out, view.held_out)
     )
     assert not kept & held
-    assert len(kept) + len(held) == 1437
-    assert abs(len(held) - 143.7) < 1
+    assert len(kept) + len(held) == used
+    assert abs(len(held) - used / 10) < 1
 
 
 @pytest.mark.usefixtures("sklearn")

@@ -36,6 +36,17 @@ def test_a_resumed_run_forgets_the_laps_after_its_checkpoint(tmp_path):
     assert path.read_bytes() == b""
 
 
+@pytest.mark.parametrize("found", [None, "", '{"lap": 1}\n', '{"lap": 1}\n{"lap"'])
+def test_a_file_shorter_than_its_checkpoint_goes_on_after_its_last_line(found, tmp_path):
+    path = tmp_path / "m.jsonl"
+    if found is not None:
+        path.write_text(found)
+    file = MetricsFile(path, length=1000)
+    file.append({"lap": 9})
+    assert read_metrics(path) == [{"lap": 1}] * bool(found) + [{"lap": 9}]
+    assert file.length == path.stat().st_size
+
+
 @pytest.mark.parametrize("torn", ['{"lap": 3, "sco', '{"lap": 3, "a": "', "{", '{"lap": 3}x'])
 def test_a_torn_last_line_is_left_out(torn, tmp_path):
     path = tmp_path / "m.jsonl"

@@ -81,17 +81,43 @@ def test_training_finds_the_exact_denoiser_from_a_gaussian_twice_too_wide():
     assert jax.tree.all(jax.tree.map(np.array_equal, trained.base, start.base))
 
 
+SHORT = dataclasses.replace(CONFIG, steps=40)
+
+
+def train(start, x, seed=0, **options):
+    key, config = jax.random.key(seed), dataclasses.replace(SHORT)
+    return train_denoiser(start, x, key, config=config, sigma_min=SIGMA_MIN, **options)
+
+
 def test_the_same_key_trains_the_same_network_bit_for_bit(rng):
     start = untrained(gaussian(np.zeros(DIM), np.eye(DIM)))
-    x = rng.normal(size=(100, DIM)).astype(np.float32)
-    config, seen = dataclasses.replace(CONFIG, steps=40), []
-    progress = lambda *at: seen.append(at)
-    train = lambda: train_denoiser(
-        start, x, jax.random.key(0), config=config, sigma_min=SIGMA_MIN, progress=progress
+    x, seen = rng.normal(size=(100, DIM)).astype(np.float32), []
+    (first, loss), (again, loss_again) = (
+        train(start, x, progress=lambda *at: seen.append(at)) for _ in range(2)
     )
-    (first, loss), (again, loss_again) = train(), train()
     assert loss == loss_again
     leaves = lambda d: jax.tree.leaves(d.network)
     assert all(map(np.array_equal, leaves(first), leaves(again)))
     assert not any(map(np.array_equal, leaves(first), leaves(start)))
     assert seen == [(40, 40)] * 2, "also a block shorter than the others is counted"
+
+
+def test_a_training_like_one_before_compiles_nothing(rng):
+    """Neither the values of the data nor those of the denoiser or the key are part of the program."""
+    starts = [untrained(gaussian(np.full(DIM, i), (1 + i) * np.eye(DIM)), seed=i) for i in range(2)]
+    data, compiled = rng.normal(size=(2, 100, DIM)).astype(np.float32), []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + len(starts))(1.0)
+        assert compiled, "compilations are heard of"
+        train(starts[0], data[0])
+        compiled.clear()
+        train(starts[1], data[1], seed=1)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled

@@ -6,6 +6,7 @@ A problem file's `fit:` section and the command line's `--mixture.components 32`
 import contextlib
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -18,68 +19,91 @@ from dichroic.errors import ConfigError
 SamplerName = Literal["auto", "ancestral", "ddpm", "ddim", "heun", "predictor-corrector"]
 
 
+def _count(default: int) -> Any:
+    """A number that is at least 1 (others are at least 0)."""
+    return field(default=default, metadata={"least": 1})
+
+
+def _fraction(default: float) -> Any:
+    return field(default=default, metadata={"below": 1})
+
+
+class _Ranged:
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            least, below = f.metadata.get("least", 0), f.metadata.get("below", math.inf)
+            if isinstance(value, (int, float)) and not least <= value < below:
+                most = f" and below {below}" if math.isfinite(below) else ""
+                raise ConfigError(f"{f.name}: must be at least {least}{most}, got {value!r}")
+
+
 @dataclass(frozen=True)
-class MixtureConfig:
+class MixtureConfig(_Ranged):
     """The closed-form start: expectation-maximisation of mixtures of Gaussians."""
 
-    components: int = 64  # per source, reached by doubling from one
-    gaussian_laps: int = 20  # laps of the single Gaussian that everything starts from
-    laps: int = 3  # laps at each size
-    final_laps: int = 10  # laps at the last size
-    steps: int = 5  # EM steps of a lap, on the tuples of components chosen at its start
-    active_tuples: int = 16  # tuples of components kept per observation, the most probable
-    max_tuples: int = 4096  # tuples looked at to choose them, before a beam is used
+    components: int = _count(64)  # per source, reached by doubling from one
+    gaussian_laps: int = _count(20)  # laps of the single Gaussian that everything starts from
+    laps: int = _count(3)  # laps at each size
+    final_laps: int = _count(10)  # laps at the last size
+    steps: int = _count(5)  # EM steps of a lap, on the tuples of components chosen at its start
+    active_tuples: int = _count(16)  # tuples of components kept per observation, the most probable
+    max_tuples: int = _count(4096)  # tuples looked at to choose them, before a beam is used
     shrinkage: float = 0.0  # pseudo-observations pulling each covariance to the mean
     floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(_Ranged):
     """Diffusion laps: posterior draws of the training data, then score matching on them."""
 
     laps: int = 4
-    steps: int = 2000  # training steps per source and lap
-    batch_size: int = 512
+    steps: int = _count(2000)  # training steps per source and lap
+    batch_size: int = _count(512)
     learning_rate: float = 1e-3
-    ema: float = 0.999
-    width: int = 128
-    depth: int = 3
+    ema: float = _fraction(0.999)
+    width: int = _count(128)
+    depth: int = _count(3)
     covariance: Literal["jacobian", "base"] = "base"
     patience: int = 2  # laps without a better held-out bound before stopping
-    evidence_steps: int = 64  # DDPM steps of the held-out evidence bound
-    evidence_observations: int = 1024  # held-out observations it is computed on, at most per view
+    evidence_steps: int = _count(64)  # DDPM steps of the held-out evidence bound
+    evidence_observations: int = _count(1024)  # held-out observations it uses, at most per view
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(_Ranged):
     """How draws are made with learned priors (mixture priors are drawn from exactly)."""
 
     name: SamplerName = "auto"
-    steps: int = 32
+    steps: int = _count(32)
     schedule: Literal["geometric", "karras"] = "geometric"
     sigma_min: float = 1e-3  # in units of each source's standard deviation
     sigma_max: float = 30.0
     solver: Literal["auto", "exact", "cg"] = "auto"
-    max_tuples: int = 256
+    max_tuples: int = _count(256)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ConfigError(
+                "sigma_min: must be positive and below sigma_max, "
+                f"got {self.sigma_min!r} and {self.sigma_max!r}"
+            )
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(_Ranged):
     """All settings of a fit."""
 
     seed: int = 0
-    holdout: float = 0.1  # fraction of each view kept for stopping and scoring
+    holdout: float = _fraction(0.1)  # fraction of each view kept for stopping and scoring
     order: tuple[tuple[str, ...], ...] | None = None  # groups of sources, learned in turn
     polish: int = 4  # mixture laps over all sources and views together after the last group
-    batch_size: int = 1024  # observations sampled at once
+    batch_size: int = _count(1024)  # observations sampled at once
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-
-    def __post_init__(self):
-        if not 0 <= self.holdout < 1:
-            raise ConfigError(f"holdout: must be at least 0 and below 1, got {self.holdout!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain values."""
@@ -92,12 +116,14 @@ class FitConfig:
 
     def replace(self, flat: Mapping[str, Any]) -> "FitConfig":
         """With the settings of `flat`, by dotted name (`mixture.components`), replaced."""
+        check_keys(flat, settings(), "settings")
         values = self.to_dict()
         for name, value in flat.items():
-            section, target = values, name.split(".")
-            for part in target[:-1]:
-                section = section.get(part, {})
-            section[target[-1]] = value
+            *path, last = name.split(".")
+            section = values
+            for part in path:
+                section = section[part]
+            section[last] = value
         return type(self).from_dict(values, where="settings")
 
 
@@ -149,12 +175,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(_convert(options[0], v, where) for v in value)
         raise ConfigError(f"{where}: expected a list, got {value!r}")
-    return _number(kind, value, where)
+    return _plain(kind, value, where)
 
 
-def _number(kind: type, value: Any, where: str) -> Any:
-    if kind is str and isinstance(value, str):
-        return value
+def _plain(kind: type, value: Any, where: str) -> Any:
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise ConfigError(f"{where}: expected text, got {value!r}")
     number = value
     if kind is float and isinstance(value, str):  # YAML reads 1e-3 as a string
         with contextlib.suppress(ValueError):
@@ -165,6 +193,4 @@ def _number(kind: type, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: must be finite, got {value!r}")
     if kind is int and number != int(number):
         raise ConfigError(f"{where}: expected int, got {value!r}")
-    if number < 0:
-        raise ConfigError(f"{where}: must not be negative, got {value!r}")
     return kind(number)

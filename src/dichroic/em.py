@@ -88,7 +88,7 @@ def prepare(problem: Problem, config: FitConfig) -> Data:
         truth.append(_truth(held if held[0].count else kept))
         names.append("+".join(v.name for v in views))
     order = config.order or learning_order(train)
-    _check_order(order, problem.names)
+    _check_order(order, problem.names, dict(zip(names, train, strict=True)))
     return Data(tuple(train), tuple(test), tuple(truth), tuple(names), order)
 
 
@@ -114,12 +114,26 @@ def learning_order(views: Sequence[Observations]) -> tuple[tuple[str, ...], ...]
         known |= set(group)
 
 
-def _check_order(order: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+def _check_order(
+    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, Observations]
+) -> None:
     listed = [name for group in order for name in group]
-    if sorted(listed) != sorted(names):
+    if sorted(listed) != sorted(names) or not all(order):
         raise ConfigError(
-            f"fit.order lists {listed}; it must list every source exactly once: {list(names)}"
+            f"fit.order lists {[list(group) for group in order]}; it must list every source exactly "
+            f"once, in groups of one or more: {list(names)}"
         )
+    for i, group in enumerate(order):
+        usable = set(group).union(*order[:i])
+        for name in group:
+            later = {k: set(v.sources) - usable for k, v in views.items() if name in v.sources}
+            if all(later.values()):
+                why = "; ".join(f"{k}: {', '.join(sorted(s))}" for k, s in later.items())
+                raise ConfigError(
+                    f"fit.order: {name!r} cannot be learned where it stands, since every view that "
+                    f"sees it also sees sources that come later ({why}); put those before it, or in "
+                    "one group with it"
+                )
 
 
 def advance(

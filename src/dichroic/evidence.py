@@ -32,11 +32,15 @@ DEFAULT_MAX_TUPLES = 4096
 
 
 class Components(eqx.Module):
-    """A mixture of Gaussians over one flattened source: normalised log weights, means, covariances."""
+    """A mixture of Gaussians over one flattened source: normalised log weights, means, covariances.
+
+    `roots`, where they are known, are matrices with `R_k R_kᵀ = V_k`: draws then factorise nothing.
+    """
 
     log_weights: Float[Array, " K"]
     means: Float[Array, "K dim"]
     covariances: Float[Array, "K dim dim"]
+    roots: Float[Array, "K dim dim"] | None = None
 
     @property
     def mean(self) -> Float[Array, " dim"]:
@@ -53,9 +57,12 @@ class Components(eqx.Module):
     def draw(self, key: PRNGKeyArray) -> Float[Array, " dim"]:
         """One draw."""
         a, b = jax.random.split(key)
-        k = jax.random.categorical(a, self.log_weights)
-        z = jax.random.normal(b, self.means.shape[1:])
-        return self.means[k] + psd_factor(self.covariances[k]) @ z
+        return self.draw_component(jax.random.categorical(a, self.log_weights), b)
+
+    def draw_component(self, k: Int[Array, ""], key: PRNGKeyArray) -> Float[Array, " dim"]:
+        """One draw from component `k`."""
+        root = psd_factor(self.covariances[k]) if self.roots is None else self.roots[k]
+        return self.means[k] + root @ jax.random.normal(key, self.means.shape[1:])
 
     def collapse(self) -> "Components":
         """The one Gaussian with the same mean and covariance (moment matching)."""
@@ -272,12 +279,8 @@ def posterior_draw(
     index, scores = tuples(y, views, cov_noise, max_tuples=max_tuples)
     chosen = index[jax.random.categorical(key_tuple, scores)]
     covs = [c.covariances[k] for c, k in zip(sources, chosen, strict=True)]
-    means = [c.means[k] for c, k in zip(sources, chosen, strict=True)]
     cov_y = sum((v.covariances[k] for v, k in zip(views, chosen, strict=True)), cov_noise)
-    x = [
-        m + psd_factor(v) @ jax.random.normal(k, m.shape)
-        for m, v, k in zip(means, covs, keys, strict=True)
-    ]
+    x = [c.draw_component(k, b) for c, k, b in zip(sources, chosen, keys, strict=True)]
     eta = noise_root @ jax.random.normal(key_noise, y.shape)
     residual = y - eta - sum((a @ u for a, u in zip(matrices, x, strict=True)), jnp.zeros_like(y))
     root, _ = inverse_cholesky(cov_y)

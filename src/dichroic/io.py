@@ -79,7 +79,7 @@ def check_version(found: Any, path: str | Path) -> None:
 
 def write_tensors(path: str | Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     """Write arrays and JSON-able `meta` as one safetensors file; returns the hash of the file."""
-    arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+    arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     header = {
         "format_version": str(FORMAT_VERSION),
         "meta": json.dumps(meta),
@@ -111,7 +111,7 @@ def _digest(arrays: Mapping[str, np.ndarray], meta: str) -> str:
     for name in sorted(arrays):
         a = arrays[name]
         digest.update(f"{name} {a.shape} {a.dtype}".encode())
-        digest.update(np.ascontiguousarray(a).tobytes())
+        digest.update(a.tobytes())
     return digest.hexdigest()
 
 
@@ -185,8 +185,13 @@ def load_model(folder: str | Path) -> tuple[dict[str, Denoiser], dict[str, Any]]
     path = Path(folder) / "model.json"
     info = read_json(path)
     check_version(info.pop("format_version", None), path)
-    denoisers = {}
-    for name, entry in info.pop("sources", {}).items():
+    sources, denoisers = info.pop("sources", None), {}
+    if not isinstance(sources, dict):
+        raise FormatError(f"{path} is damaged: it has no table of sources")
+    for name, entry in sources.items():
+        known = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(known.get(k), str) for k in ("file", "sha256")):
+            raise FormatError(f"{path} is damaged: source {name!r} has no file with its hash")
         file = Path(folder) / Path(entry["file"]).name
         if not file.is_file():
             raise FormatError(f"{path} names {file.name}, which is missing from its folder")

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _UNROLLED = 4
+_BLOCK = 16
+_RECURSIVE = 32
 _MOST_SCALING = 1.69770248526  # ½ α (3 − α²) = 0.1: without it, rounding errors grow as eps / l
 
 
@@ -37,9 +39,10 @@ def psd_factor(
 
 
 def _cholesky(a: Array, least: Array | None = None) -> tuple[Array, Array, Array]:
-    """`(L, L⁻¹, log det a)`, recursive on 2 × 2 blocks; pivots are kept above rounding, `least`.
+    """`(L, L⁻¹, log det a)`; pivots are kept above rounding, `least`.
 
-    The number of operations that XLA compiles grows linearly with the size: for up to a few hundred.
+    Up to 32 rows by recursion on 2 × 2 blocks, which XLA compiles in a time that grows with the size; beyond,
+    a loop over blocks of 16 calls that, which it compiles once.
     """
     n = a.shape[-1]
     if least is None:
@@ -48,6 +51,8 @@ def _cholesky(a: Array, least: Array | None = None) -> tuple[Array, Array, Array
         least = jax.lax.stop_gradient(finfo.eps * largest + finfo.tiny)
     if n <= _UNROLLED:
         return _cholesky_scalar(a, least)
+    if n > _RECURSIVE:
+        return _cholesky_loop(a, least)
     h = _UNROLLED * (-(-n // (2 * _UNROLLED)))
     low1, inv1, logdet1 = _cholesky(a[..., :h, :h], least)
     side = a[..., h:, :h] @ jnp.swapaxes(inv1, -1, -2)
@@ -56,6 +61,34 @@ def _cholesky(a: Array, least: Array | None = None) -> tuple[Array, Array, Array
     low = _lower_blocks(low1, side, low2)
     inverse = _lower_blocks(inv1, -(inv2 @ side) @ inv1, inv2)
     return low, inverse, logdet1 + logdet2
+
+
+def _cholesky_loop(a: Array, least: Array) -> tuple[Array, Array, Array]:
+    """Eliminates blocks of rows from `(a | I)` one by one; padded by an identity to whole blocks."""
+    n, batch = a.shape[-1], a.shape[:-2]
+    blocks = -(-n // _BLOCK)
+    m = blocks * _BLOCK
+    eye = jnp.eye(m, dtype=a.dtype)
+    padding = [(0, 0)] * len(batch) + [(0, m - n)] * 2
+    a = jnp.pad(a, padding) + jnp.where(jnp.arange(m) >= n, eye, 0)
+    cut = lambda x, j, axis: jax.lax.dynamic_slice_in_dim(x, j * _BLOCK, _BLOCK, axis)
+    put = lambda x, part, j, axis: jax.lax.dynamic_update_slice_in_dim(x, part, j * _BLOCK, axis)
+
+    def body(j: Array, carry: tuple) -> tuple:
+        rest, low, inverse, logdet = carry
+        column = cut(rest, j, -1)
+        low_j, inv_j, logdet_j = _cholesky(cut(column, j, -2), least)
+        below = (jnp.arange(m) >= (j + 1) * _BLOCK)[:, None]
+        panel = jnp.where(below, column @ jnp.swapaxes(inv_j, -1, -2), 0)
+        rows = inv_j @ cut(inverse, j, -2)
+        rest = rest - panel @ jnp.swapaxes(panel, -1, -2)
+        low = put(low, put(panel, low_j, j, -2), j, -1)
+        inverse = put(inverse - panel @ rows, rows, j, -2)
+        return rest, low, inverse, logdet + logdet_j
+
+    start = a, jnp.zeros_like(a), jnp.broadcast_to(eye, a.shape), jnp.zeros(batch, a.dtype)
+    _, low, inverse, logdet = jax.lax.fori_loop(0, blocks, body, start)
+    return low[..., :n, :n], inverse[..., :n, :n], logdet
 
 
 def _lower_blocks(a: Array, b: Array, c: Array) -> Array:

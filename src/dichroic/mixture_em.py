@@ -262,16 +262,17 @@ def _power(a: np.ndarray, exponent: float | int, floor: float = 1e-300) -> np.nd
 
 
 def initial_gaussian(name: str, views: Sequence[Observations], group: Sequence[str]) -> Mixture:
-    """An isotropic Gaussian with the variance that explains the power of the views, shared equally."""
-    powers, shape = [], None
-    for obs in views:
-        if name in obs.sources:
-            shape = obs.operators[name].in_shape
-            some = take(obs, np.arange(min(obs.count, 64)))
-            gain = sum(_mean_gain(some, n) for n in obs.sources if n in group)
-            power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
-            powers.append(power / max(gain, 1e-30))
-    assert shape is not None
+    """An isotropic Gaussian with the variance that explains the power of the views, shared equally.
+
+    At least one of `views` sees it: see `dichroic.em.prepare`.
+    """
+    seeing, powers = [obs for obs in views if name in obs.sources], []
+    for obs in seeing:
+        some = take(obs, np.arange(min(obs.count, 64)))
+        gain = sum(_mean_gain(some, n) for n in obs.sources if n in group)
+        power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
+        powers.append(power / max(gain, 1e-30))
+    shape = seeing[0].operators[name].in_shape
     return gaussian(np.zeros(shape), max(min(powers), 1e-30) * np.eye(math.prod(shape)))
 
 

@@ -280,15 +280,14 @@ def draw_posterior(
     """
     denoisers = {k: denoisers[k] for k in observations.sources}
     n = observations.count
-    parts, done = [], 0
+    parts = []
     for d in range(n_draws):
         for start, chunk, index in chunks(observations, batch_size, first_index):
             keys = observation_keys(key, jnp.asarray(d), index)
             out = _draw_lanes(denoisers, *chunk, keys, sampler or Exact(), options)
             parts.append(jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out))
-            done += min(batch_size, n - start)
             if progress:
-                progress(min(done, n * n_draws), n * n_draws)
+                progress(d * n + min(start + index.size, n), n * n_draws)
     return _gather(parts, n_draws, n)
 
 

@@ -65,13 +65,17 @@ class Console:
 
 
 class MetricsFile:
-    """Metrics as JSON lines; `length` is what a checkpoint remembers, so that a resumed run goes on there."""
+    """Metrics as JSON lines; `length` is what a checkpoint remembers, so that a resumed run goes on there.
+
+    Where the file has become shorter than that, it goes on after its last complete line.
+    """
 
     def __init__(self, path: str | Path, *, length: int = 0) -> None:
         self._path = Path(path)
-        with open(self._path, "ab") as f:
-            f.truncate(length)
-        self.length = length
+        with open(self._path, "a+b") as f:
+            f.seek(0)
+            self.length = f.read(length).rfind(b"\n") + 1
+            f.truncate(self.length)
 
     def append(self, metrics: dict[str, Any]) -> None:
         """Append one line and flush it to the disk."""

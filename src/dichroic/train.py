@@ -29,7 +29,10 @@ def score_matching_loss(
     *,
     sigma_min: float,
 ) -> Float[Array, ""]:
-    """The weighted loss above on a batch, per entry, with fresh noise; 1 for a useless denoiser."""
+    """The weighted loss above on a batch, per entry, with fresh noise.
+
+    On average 1 for the exact denoiser of white Gaussian data.
+    """
     key_sigma, key_noise = jax.random.split(key)
     s = denoiser.scale
     low, high = np.log(sigma_min), np.log(_TOP)
@@ -50,16 +53,12 @@ def train_denoiser(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Preconditioned, float]:
     """The denoiser with its network trained on `samples`, and the mean loss of the last block."""
-    schedule = optax.cosine_decay_schedule(config.learning_rate, max(config.steps, 1), alpha=0.05)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     weights, frozen = eqx.partition(denoiser.network, eqx.is_inexact_array)
-    carry = (weights, weights, optimiser.init(weights))
+    carry = (weights, weights, _optimiser(config).init(weights))
     data, loss = jnp.asarray(samples), float("nan")
     for start in range(0, config.steps, _BLOCK):
         steps = jnp.arange(start, min(start + _BLOCK, config.steps))
-        carry, losses = _train_block(
-            carry, frozen, denoiser, data, key, steps, optimiser, config, sigma_min
-        )
+        carry, losses = _train_block(carry, frozen, denoiser, data, key, steps, config, sigma_min)
         loss = float(jnp.mean(losses))
         if progress:
             progress(int(steps[-1]) + 1, config.steps)
@@ -67,8 +66,15 @@ def train_denoiser(
     return eqx.tree_at(lambda d: d.network, denoiser, network), loss
 
 
+def _optimiser(config: DiffusionConfig) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps, alpha=0.05)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
 @eqx.filter_jit
-def _train_block(carry, frozen, denoiser, data, key, steps, optimiser, config, sigma_min):
+def _train_block(carry, frozen, denoiser, data, key, steps, config, sigma_min):
+    optimiser = _optimiser(config)  # as an argument, its new functions would compile all anew
+
     def loss_of(weights, batch, k):
         d = eqx.tree_at(lambda d: d.network, denoiser, eqx.combine(weights, frozen))
         return score_matching_loss(d, batch, k, sigma_min=sigma_min)

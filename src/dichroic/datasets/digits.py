@@ -4,7 +4,7 @@ The 8 × 8 digits of scikit-learn (UCI ML hand-written digits) are added to 8 ×
 bundled photographs, all in units of full range: `background` alone in one view, `background + digit`
 in the other, with white noise. Training uses the left four fifths of the photographs and the first
 1,437 digits; held-out observations use the rest of both. Where there are more observations than digits,
-each digit is reused with other backgrounds, and a tenth of the digits is kept for stopping.
+each digit is reused with other backgrounds. A tenth of the digits is kept for stopping.
 """
 
 import numpy as np
@@ -47,12 +47,15 @@ def patches(rng: np.random.Generator, count: int, *, held_out: bool) -> np.ndarr
 def digits_over_patches(
     *, count: int, seed: int, held_out: bool = False, noise: float = 0.02
 ) -> tuple[View, View]:
-    """The views `background` and `mixture`, `count` observations each, with their truth."""
+    """The views `background` and `mixture`, `count` observations each, with their truth.
+
+    For training, the last tenth of the digits used is marked as held out.
+    """
     rng = np.random.default_rng([int(held_out), seed])
     images = load_digit_images()
     pool = images[TRAIN_DIGITS:] if held_out else images[:TRAIN_DIGITS]
     which = rng.permutation(np.arange(count) % len(pool))
-    digit = pool[which]
+    digit, used = pool[which], min(count, len(pool))
     alone, behind = (patches(rng, count, held_out=held_out) for _ in range(2))
     noisy = lambda x: (x + noise * rng.normal(size=x.shape)).astype(np.float32)
     eye = Identity((SIZE, SIZE))
@@ -64,7 +67,7 @@ def digits_over_patches(
             noise,
             "mixture",
             truth={"background": behind, "digit": digit},
-            held_out=None if held_out else which >= 0.9 * len(pool),
+            held_out=None if held_out else which >= 0.9 * used,
         ),
     )
 

@@ -51,11 +51,19 @@ class Mixture(Denoiser):
         """From weights `(K,)`, means `(K, *shape)` and covariances `(K, D, D)`.
 
         With `rank`, each covariance keeps its `rank` leading directions and the mean of the other
-        eigenvalues as a floor (probabilistic PCA). Raises if a covariance is not PSD.
+        eigenvalues as a floor (probabilistic PCA). Raises `DataError` if a number is not finite, a
+        weight negative or all of them zero, or a covariance not PSD.
         """
         weights, means = np.asarray(weights, float), np.asarray(means, float)
         shape = means.shape[1:] if shape is None else shape
         covariances = np.asarray(covariances, float)
+        for what, a in (("weight", weights), ("mean", means), ("covariance", covariances)):
+            if not np.all(np.isfinite(a)):
+                raise DataError(f"Mixture: a {what} is not finite")
+        if weights.min(initial=0) < 0 or not weights.sum() > 0:
+            raise DataError(
+                f"Mixture: weights must be positive numbers or zero, not all zero; got {weights}"
+            )
         k, dim = weights.size, int(np.prod(shape))
         if means.size != k * dim or covariances.shape != (k, dim, dim):
             raise ShapeError(
@@ -70,8 +78,10 @@ class Mixture(Denoiser):
         rank = dim if rank is None else min(rank, dim)
         rest = values[:, : dim - rank]
         floor = rest.mean(axis=1) if rank < dim else np.zeros(k)
+        with np.errstate(divide="ignore"):  # a weight of zero
+            log_weights = np.log(weights / weights.sum())
         return cls(
-            log_weights=np.log(weights / weights.sum()),
+            log_weights=log_weights,
             means=means.reshape(k, dim),
             basis=vectors[:, :, dim - rank :],
             variances=np.maximum(values[:, dim - rank :] - floor[:, None], 0),
@@ -96,6 +106,11 @@ class Mixture(Denoiser):
         outer = jnp.einsum("kir,kr,kjr->kij", self.basis, values, self.basis)
         return outer + floor[:, None, None] * jnp.eye(self.dim)
 
+    def _root(self, values: Array, floor: Array) -> Array:
+        """The symmetric root of `_spectral`."""
+        low = jnp.sqrt(floor)
+        return self._spectral(jnp.sqrt(values + floor[:, None]) - low[:, None], low)
+
     @property
     def location(self) -> Float[Array, "*shape"]:
         return (jnp.exp(self.log_weights) @ self.means).reshape(self.shape)
@@ -108,25 +123,34 @@ class Mixture(Denoiser):
 
     def prior(self) -> Components:
         """The prior itself as components."""
-        return Components(self.log_weights, self.means, self.covariances())
+        roots = self._root(self.variances, self.floor)
+        return Components(self.log_weights, self.means, self.covariances(), roots)
+
+    def _gains(self, sigma: Array) -> tuple[Array, Array]:
+        """`(r, g)` with `C_k (C_k + σ² I)⁻¹ = U_k diag(r) U_kᵀ + g I`.
+
+        No difference is taken: at high noise `1 − σ² / (λ + σ²)` would be rounded away.
+        """
+        if self.full_rank:
+            along = self.variances + self.floor[:, None]
+            return along / (along + sigma**2), jnp.zeros_like(self.floor)
+        rest = self.floor + sigma**2
+        extra = self.variances / (self.variances + rest[:, None]) * (sigma**2 / rest)[:, None]
+        return extra, self.floor / rest
 
     def _shrink(self, x_t: Array, sigma: Array) -> tuple[Array, Array]:
         """Per component: log weight given `x_t` (not normalised), and the posterior mean `m_k`."""
         noised = self.variances + self.floor[:, None] + sigma**2
-        gain = 1 - sigma**2 / noised
+        extra, g = self._gains(sigma)
         d = x_t.ravel() - self.means
         z = jnp.einsum("kir,ki->kr", self.basis, d)
         log_density = -0.5 * jnp.sum(z * z / noised + jnp.log(noised), -1)
-        if self.full_rank:
-            return self.log_weights + log_density, self.means + jnp.einsum(
-                "kir,kr->ki", self.basis, gain * z
-            )
-        rest = self.floor + sigma**2
-        outside = jnp.maximum(jnp.sum(d * d, -1) - jnp.sum(z * z, -1), 0)
-        missing = self.dim - self.variances.shape[1]
-        log_density += -0.5 * (outside / rest + missing * jnp.log(rest))
-        g = 1 - sigma**2 / rest
-        inside = jnp.einsum("kir,kr->ki", self.basis, (gain - g[:, None]) * z)
+        if not self.full_rank:
+            rest = self.floor + sigma**2
+            outside = jnp.maximum(jnp.sum(d * d, -1) - jnp.sum(z * z, -1), 0)
+            missing = self.dim - self.variances.shape[1]
+            log_density += -0.5 * (outside / rest + missing * jnp.log(rest))
+        inside = jnp.einsum("kir,kr->ki", self.basis, extra * z)
         return self.log_weights + log_density, self.means + g[:, None] * d + inside
 
     def __call__(self, x_t: Array, sigma: Array) -> Array:
@@ -135,22 +159,20 @@ class Mixture(Denoiser):
 
     def components(self, x_t: Array, sigma: Array) -> Components:
         scores, means = self._shrink(x_t, sigma)
-        noised = self.variances + self.floor[:, None] + sigma**2
-        g = self.floor / (self.floor + sigma**2)
-        gain = 1 - sigma**2 / noised - g[:, None]
-        return Components(jax.nn.log_softmax(scores), means, sigma**2 * self._spectral(gain, g))
+        gains = self._gains(sigma)
+        covariances, roots = sigma**2 * self._spectral(*gains), sigma * self._root(*gains)
+        return Components(jax.nn.log_softmax(scores), means, covariances, roots)
 
     def covariance_map(self, x_t: Array, sigma: Array) -> tuple[Array, LinearMap]:
         scores, means = self._shrink(x_t, sigma)
         w = jax.nn.softmax(scores)
         mean = w @ means
-        noised = self.variances + self.floor[:, None] + sigma**2
-        g = self.floor / (self.floor + sigma**2)
-        gain = w[:, None] * (1 - sigma**2 / noised - g[:, None])
+        extra, g = self._gains(sigma)
+        extra = w[:, None] * extra
         centred = means - mean
 
         def covariance(u: Array) -> Array:
-            z = gain * jnp.einsum("kir,i->kr", self.basis, u)
+            z = extra * jnp.einsum("kir,i->kr", self.basis, u)
             within = jnp.einsum("kir,kr->i", self.basis, z) + (w @ g) * u
             return sigma**2 * within + (w * (centred @ u)) @ centred
 

@@ -62,4 +62,4 @@ class Preconditioned(Denoiser):
             return super().components(x_t, sigma)
         c = self.base.components(x_t, sigma)
         moved = c.means + self.correction(x_t, sigma).ravel()
-        return Components(c.log_weights, moved, c.covariances)
+        return Components(c.log_weights, moved, c.covariances, c.roots)
