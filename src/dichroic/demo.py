@@ -59,9 +59,9 @@ def digits(seed: int, *, quick: bool = False) -> Demo:
     config = FitConfig(seed=seed, polish=0).replace(
         {
             "mixture.components": 4 if quick else 16,
-            "mixture.laps": 15,
-            "mixture.final_laps": 15,
-            "mixture.shrinkage": 50.0,
+            "mixture.laps": 2,
+            "mixture.final_laps": 3,
+            "mixture.shrinkage": 150.0,
             "diffusion.laps": 0,
         }
     )

@@ -49,8 +49,8 @@ def fit(
     belongs to another problem or other settings.
     """
     tracker = tracker or Silent()
-    folder = None if out is None else RunFolder.open(Path(out), problem, config, resume=resume)
     data = prepare(problem, config)
+    folder = None if out is None else RunFolder.open(Path(out), problem, config, resume=resume)
     state = State() if folder is None else folder.state
     rows = [] if folder is None else read_metrics(folder.path / "metrics.jsonl")
     try:
