@@ -85,10 +85,10 @@ class SamplerConfig(_Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not 0 < self.sigma_min < 1 < self.sigma_max:
             raise ConfigError(
-                "sigma_min: must be positive and below sigma_max, "
-                f"got {self.sigma_min!r} and {self.sigma_max!r}"
+                "sigma_min: must be positive and below 1, and sigma_max above 1 (the scale of a "
+                f"source), got {self.sigma_min!r} and {self.sigma_max!r}"
             )
 
 

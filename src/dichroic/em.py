@@ -299,9 +299,8 @@ def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> Pr
         return denoiser
     assert isinstance(denoiser, Mixture)
     c = config.diffusion
-    return Preconditioned(
-        denoiser, Mlp(denoiser.shape, c.width, c.depth, key=key), covariance=c.covariance
-    )
+    make = eqx.filter_jit(lambda k: Mlp(denoiser.shape, c.width, c.depth, key=k))
+    return Preconditioned(denoiser, make(key), covariance=c.covariance)
 
 
 def draw(

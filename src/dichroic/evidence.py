@@ -69,13 +69,16 @@ class Components(eqx.Module):
         return Components(jnp.zeros(1), self.mean[None], self.covariance[None])
 
 
-def project(components: Components, matrix: Float[Array, "obs dim"]) -> Components:
-    """The mixture of `A x` when `x` follows `components`."""
-    return Components(
-        components.log_weights,
-        components.means @ matrix.T,
-        _sandwich(matrix, components.covariances),
-    )
+def project(
+    components: Components,
+    matrix: Float[Array, "obs dim"],
+    seen: Float[Array, " obs"] | None = None,
+) -> Components:
+    """The mixture of `A x` when `x` follows `components`, 0 where `seen` is."""
+    means, covs = components.means @ matrix.T, _sandwich(matrix, components.covariances)
+    if seen is not None:
+        means, covs = seen * means, seen[:, None] * seen * covs
+    return Components(components.log_weights, means, covs)
 
 
 def _sandwich(a: Float[Array, "m d"], v: Float[Array, "K d d"]) -> Float[Array, "K m m"]:
@@ -177,10 +180,14 @@ def log_evidence(
     cov_noise: Float[Array, "obs obs"],
     sources: Sequence[Components],
     *,
+    seen: Float[Array, " obs"] | None = None,
     max_tuples: int = DEFAULT_MAX_TUPLES,
 ) -> Float[Array, ""]:
-    """`log p(y)`: exact up to `max_tuples` tuples of components, a lower bound by a beam beyond."""
-    views = [project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    """`log p(y)`: exact up to `max_tuples` tuples of components, a lower bound by a beam beyond.
+
+    `seen` marks missing entries, where `y` is 0 and `cov_noise` that of independent unit noise.
+    """
+    views = [project(c, a, seen) for c, a in zip(sources, matrices, strict=True)]
     if y.size <= SMALL and np.prod([v.log_weights.size for v in views]) <= max_tuples:
         return grid_log_evidence(y, cov_noise, [_triple(v) for v in views])
     return jax.nn.logsumexp(tuples(y, views, cov_noise, max_tuples=max_tuples)[1])
@@ -198,22 +205,20 @@ class Sums(eqx.Module):
     scatter: Float[Array | np.ndarray, "K dim dim"]
     information: Float[Array | np.ndarray, "K dim dim"]
 
-    @classmethod
-    def zeros(cls, components: int, dim: int) -> "Sums":
-        """All zero."""
-        square = jnp.zeros((components, dim, dim))
-        return cls(jnp.zeros(components), jnp.zeros((components, dim)), square, square)
+    def pull_back(self, matrix: Float[Array, "obs dim"]) -> "Sums":
+        """The sums of a source from those of its projection by `matrix`."""
+        squares = _sandwich(matrix.T, self.scatter), _sandwich(matrix.T, self.information)
+        return Sums(self.count, self.force @ matrix, *squares)
 
 
 def component_sums(
     y: Float[Array, " obs"],
-    matrices: Sequence[Float[Array, "obs _"]],
+    views: Sequence[Components],
     cov_noise: Float[Array, "obs obs"],
-    sources: Sequence[Components],
+    seen: Float[Array, " obs"],
     index: Int[Array, "T sources"],
 ) -> tuple[Float[Array, ""], list[Sums]]:
-    """`log p(y)` over the tuples `index`, and the sums of every source for this one observation."""
-    views = [project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    """`log p(y)` over the tuples `index`, and the sums of every projected mixture (with `A = I`)."""
     picked = [jax.tree.map(lambda a, k=k: a[k], v) for v, k in zip(views, index.T, strict=True)]
     residual = y - sum((v.means for v in picked[1:]), picked[0].means)
     root, logdet = inverse_cholesky(sum((v.covariances for v in picked), cov_noise))
@@ -221,16 +226,12 @@ def component_sums(
     scores = sum((v.log_weights for v in picked), -0.5 * (jnp.sum(z * z, -1) + logdet))
     value = jax.nn.logsumexp(scores)
     r = jnp.exp(scores - value)
+    root = root * seen
     v = jnp.einsum("tji,tj->ti", root, z)
     terms = r, r[:, None] * v, _outer(r, v), r[:, None, None] * (jnp.swapaxes(root, 1, 2) @ root)
-
-    def own(k: Array, c: Components, a: Array) -> Sums:
-        size = c.log_weights.size
-        n, g, s, p = (jnp.zeros((size, *t.shape[1:])).at[k].add(t) for t in terms)
-        return Sums(n, g @ a, _sandwich(a.T, s), _sandwich(a.T, p))
-
-    per_source = [own(*ks) for ks in zip(index.T, sources, matrices, strict=True)]
-    return value - 0.5 * y.size * np.log(2 * np.pi), per_source
+    own = lambda k, size: Sums(*(jnp.zeros((size, *t.shape[1:])).at[k].add(t) for t in terms))
+    sums = [own(k, v.log_weights.size) for k, v in zip(index.T, views, strict=True)]
+    return value - 0.5 * y.size * np.log(2 * np.pi), sums
 
 
 def _outer(r: Float[Array, " T"], v: Float[Array, "T obs"]) -> Float[Array, "T obs obs"]:
@@ -243,13 +244,14 @@ def posterior_means(
     cov_noise: Float[Array, "obs obs"],
     sources: Sequence[Components],
     *,
+    seen: Float[Array, " obs"] | None = None,
     max_tuples: int = DEFAULT_MAX_TUPLES,
 ) -> tuple[list[Float[Array, " _"]], Float[Array, ""]]:
-    """`E[x_β | y]` of every source, and `log p(y)`."""
+    """`E[x_β | y]` of every source, and `log p(y)`; `seen` as for `log_evidence`."""
 
     def objective(wm):
         swapped = [Components(w, m, c.covariances) for (w, m), c in zip(wm, sources, strict=True)]
-        return log_evidence(y, matrices, cov_noise, swapped, max_tuples=max_tuples)
+        return log_evidence(y, matrices, cov_noise, swapped, seen=seen, max_tuples=max_tuples)
 
     value, grads = jax.value_and_grad(objective)([(c.log_weights, c.means) for c in sources])
     means = [
@@ -267,6 +269,7 @@ def posterior_draw(
     key: PRNGKeyArray,
     *,
     noise_root: Float[Array, "obs obs"],
+    seen: Float[Array, " obs"] | None = None,
     max_tuples: int = DEFAULT_MAX_TUPLES,
 ) -> tuple[list[Float[Array, " _"]], Float[Array, ""]]:
     """One exact joint draw of `x_β | y` of every source, and `log p(y)`; `noise_root` is `Σ^½`.
@@ -275,14 +278,15 @@ def posterior_draw(
     drawn from that tuple's prior (pathwise conditioning, Wilson et al., JMLR 22, 2021).
     """
     key_tuple, key_noise, *keys = jax.random.split(key, 2 + len(sources))
-    views = [project(c, a) for c, a in zip(sources, matrices, strict=True)]
+    views = [project(c, a, seen) for c, a in zip(sources, matrices, strict=True)]
     index, scores = tuples(y, views, cov_noise, max_tuples=max_tuples)
     chosen = index[jax.random.categorical(key_tuple, scores)]
     covs = [c.covariances[k] for c, k in zip(sources, chosen, strict=True)]
     cov_y = sum((v.covariances[k] for v, k in zip(views, chosen, strict=True)), cov_noise)
     x = [c.draw_component(k, b) for c, k, b in zip(sources, chosen, keys, strict=True)]
     eta = noise_root @ jax.random.normal(key_noise, y.shape)
-    residual = y - eta - sum((a @ u for a, u in zip(matrices, x, strict=True)), jnp.zeros_like(y))
+    residual = y - sum((a @ u for a, u in zip(matrices, x, strict=True)), eta)
+    residual = residual if seen is None else seen * residual
     root, _ = inverse_cholesky(cov_y)
     v = root.T @ (root @ residual)
     draws = [u + c @ (a.T @ v) for u, c, a in zip(x, covs, matrices, strict=True)]

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dichroic.batching import split, take
+from dichroic.batching import row_counts, split, take
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture, gaussian
 from dichroic.evidence import (
@@ -48,7 +48,9 @@ from dichroic.observations import Observations
 from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
 
 Mixtures = dict[str, Mixture]
-Chosen = Int[Array, "n T sources"] | None  # None: one mixture in observation space, see `shared`
+Chosen = (
+    Int[Array, "_ _ _"] | None
+)  # (n, T, sources); None: one mixture in observation space, see `shared`
 _CHUNK_BYTES = 64 * 2**20
 _CHUNK_MOST = 512
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
@@ -149,9 +151,8 @@ def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
     rows, shared = split(obs)
 
     def one(row: Observations) -> Array:
-        y, matrices, cov_noise = eqx.combine(row, shared).system()
-        views = [project(priors[k], a) for k, a in matrices.items()]
-        return best_tuples(y, views, cov_noise, count=active, max_tuples=max_tuples)
+        y, views, cov_noise, _ = _projected(priors, eqx.combine(row, shared))
+        return best_tuples(y, list(views.values()), cov_noise, count=active, max_tuples=max_tuples)
 
     which, _ = _chunks(obs.count, min(_count(priors), max_tuples) * obs.size**2)
     index = jax.lax.map(lambda i: jax.vmap(one)(jax.tree.map(lambda a: a[i], rows)), which)
@@ -160,22 +161,36 @@ def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
 
 @eqx.filter_jit
 def _view_statistics(priors, obs, chosen) -> Statistics:
-    def one(row: Observations, index: Array) -> tuple[Array, dict[str, Sums]]:
-        y, matrices, cov_noise = row.system()
-        sources = [priors[k] for k in matrices]
-        value, sums = component_sums(y, list(matrices.values()), cov_noise, sources, index)
-        return value, dict(zip(matrices, sums, strict=True))
+    """Where operators are shared, sums are taken back to the sources once, not per observation."""
+    shared = not row_counts(obs.operators)
+    back = lambda sums, ops: {k: s.pull_back(ops[k].as_matrix()) for k, s in sums.items()}
 
-    squares = sum(c.covariances.size for c in priors.values())
-    return Statistics(*_total(one, obs, chosen, chosen.shape[1] * obs.size**2 + squares))
+    def one(row: Observations, index: Array) -> tuple[Array, dict[str, Sums]]:
+        y, views, cov_noise, seen = _projected(priors, row)
+        value, sums = component_sums(y, list(views.values()), cov_noise, seen, index)
+        named = dict(zip(views, sums, strict=True))
+        return value, named if shared else back(named, row.operators)
+
+    entries = obs.size**2 if shared else sum(d**2 for d in obs.dims.values())
+    numbers = (
+        chosen.shape[1] * obs.size**2 + sum(c.means.shape[0] for c in priors.values()) * entries
+    )
+    value, sums = _total(one, obs, chosen, numbers)
+    return Statistics(value, back(sums, obs.operators) if shared else sums)
+
+
+def _projected(priors, row: Observations) -> tuple[Array, dict[str, Components], Array, Array]:
+    """`Observations.parts` with the mixture of `A_β x_β` in place of `A_β`."""
+    y, matrices, cov_noise, seen = row.parts()
+    return y, {k: project(priors[k], a, seen) for k, a in matrices.items()}, cov_noise, seen
 
 
 @eqx.filter_jit
 def _view_log_evidence(priors, obs, max_tuples) -> Array:
     def one(row: Observations, _) -> Array:
-        y, matrices, cov_noise = row.system()
-        sources = [priors[k] for k in matrices]
-        return log_evidence(y, list(matrices.values()), cov_noise, sources, max_tuples=max_tuples)
+        y, matrices, cov_noise, seen = row.parts()
+        sources, a = [priors[k] for k in matrices], list(matrices.values())
+        return log_evidence(y, a, cov_noise, sources, seen=seen, max_tuples=max_tuples)
 
     return _total(one, obs, None, min(_count(priors), max_tuples) * obs.size**2)
 

@@ -49,11 +49,20 @@ class Observations(eqx.Module):
 
     # One observation (no leading axis) from here on.
 
+    def parts(self) -> tuple[Array, dict[str, Array], Array, Array]:
+        """`(y, {β: A_β}, Σ, seen)` as dense arrays; `seen` is 1 where an entry was observed, else 0.
+
+        `y` is 0 where missing, and `Σ` there that of independent unit noise. `A_β` is whole, so that it
+        stays shared by observations with other missing entries.
+        """
+        seen = self.noise.observed(self.size)
+        matrices = {name: op.as_matrix() for name, op in self.operators.items()}
+        return seen * self.y, matrices, self.noise.as_matrix(self.size), seen
+
     def system(self) -> tuple[Array, dict[str, Array], Array]:
         """`(y, {β: A_β}, Σ)` as dense arrays, with the rows of missing entries taken out."""
-        seen = self.noise.observed(self.size)
-        matrices = {name: seen[:, None] * op.as_matrix() for name, op in self.operators.items()}
-        return seen * self.y, matrices, self.noise.as_matrix(self.size)
+        y, matrices, cov_noise, seen = self.parts()
+        return y, {name: seen[:, None] * a for name, a in matrices.items()}, cov_noise
 
     def apply(self, x: dict[str, Array]) -> Float[Array, " obs"]:
         """`Σ_β A_β x_β`, 0 where missing."""

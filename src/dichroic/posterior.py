@@ -73,6 +73,7 @@ class Posterior(eqx.Module):
     y: Float[Array, " obs"]
     matrices: dict[str, Float[Array, "obs _"]]
     cov_noise: Float[Array, "obs obs"]
+    seen: Float[Array, " obs"]
     noise_root: Float[Array, "obs obs"]
     max_tuples: int = eqx.field(static=True)
 
@@ -84,7 +85,7 @@ class Posterior(eqx.Module):
         max_tuples: int = DEFAULT_MAX_TUPLES,
     ):
         self.denoisers = {k: denoisers[k] for k in observation.sources}
-        self.y, self.matrices, self.cov_noise = observation.system()
+        self.y, self.matrices, self.cov_noise, self.seen = observation.parts()
         self.noise_root = psd_factor(self.cov_noise)
         self.max_tuples = max_tuples
 
@@ -101,7 +102,11 @@ class Posterior(eqx.Module):
         """An exact draw of `x_β | y`, when every prior is a mixture: no diffusion is needed."""
         given = {k: d.prior() for k, d in self.denoisers.items() if isinstance(d, Mixture)}
         x, _ = posterior_draw(
-            *self._problem(given), key, noise_root=self.noise_root, max_tuples=self.max_tuples
+            *self._problem(given),
+            key,
+            noise_root=self.noise_root,
+            seen=self.seen,
+            max_tuples=self.max_tuples,
         )
         return {k: u.reshape(self.denoisers[k].shape) for k, u in zip(given, x, strict=True)}
 
@@ -112,7 +117,7 @@ class Posterior(eqx.Module):
         given = {k: d.components(x_t[k], sigma[k]) for k, d in self.denoisers.items()}
         if self.max_tuples == 1:
             given = {k: c.collapse() for k, c in given.items()}
-        x, log_evidence = how(*self._problem(given), max_tuples=self.max_tuples)
+        x, log_evidence = how(*self._problem(given), seen=self.seen, max_tuples=self.max_tuples)
         return Estimate(
             mean={k: u.reshape(x_t[k].shape) for k, u in zip(given, x, strict=True)},
             prior={k: c.mean.reshape(x_t[k].shape) for k, c in given.items()},

@@ -145,13 +145,12 @@ def check_same(path: Path, problem: Problem, config: FitConfig) -> None:
     """Raise `RunError` unless the run in `path` is of this problem with these settings."""
     saved = read_json(path / "run.json")
     check_version(saved.get("format_version"), path / "run.json")
-    if saved["fingerprint"] != problem.fingerprint():
+    if saved.get("fingerprint") != problem.fingerprint():
         raise RunError(
-            f"{path} holds a run of another problem (its names, observations, operators, noise, masks or held-out "
-            "observations differ); "
-            "choose another folder"
+            f"{path} holds a run of another problem (its names, observations, operators, noise, masks or "
+            "held-out observations differ); choose another folder"
         )
-    before = FitConfig.from_dict(saved["config"]).to_dict()
+    before = FitConfig.from_dict(saved.get("config"), where=f"{path}/run.json").to_dict()
     changed = [
         f"{k}: {a!r} before, {b!r} now"
         for k, a, b in _differences(before, config.to_dict())

@@ -163,7 +163,7 @@ class Separator:
                 f"{path} has no model yet: its fit has not learned every source; resume it"
             )
         denoisers, info = load_model(folder)
-        separator = cls(problem, FitConfig.from_dict(info["config"], where=str(folder)))
+        separator = cls(problem, FitConfig.from_dict(info.get("config"), where=f"{folder}: config"))
         separator.denoisers = denoisers
         return separator
 
