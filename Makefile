@@ -27,14 +27,17 @@ check: $(VENV)/.ready  ## format, lint, types, import order, tests
 	$(BIN)/lint-imports
 	$(MAKE) test
 
-bench: $(VENV)/.ready  ## accuracy and time of the E-step and of the demo's problems
+bench: $(VENV)/.ready  ## samplers against the analytic posterior; our M-step against the textbook's
 	$(BIN)/python benchmarks/estep.py
+	$(BIN)/python benchmarks/mixture_em.py
 
-lowest:                ## the tests with the oldest dependencies that pyproject.toml admits
+LOWEST_TESTS ?= tests/test_operators.py tests/test_posterior.py tests/test_statement.py tests/test_run.py \
+	tests/test_io.py tests/test_report.py
+lowest:                ## what touches dependencies most, with the oldest that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet uv
 	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable . --group test
-	DICHROIC_TYPECHECK=0 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -W default
+	DICHROIC_TYPECHECK=0 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -W default $(LOWEST_TESTS)
 
 lock:                  ## pin every dependency for a reproducible set-up
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 pyproject.toml --group dev --no-header --no-annotate --output-file requirements.lock

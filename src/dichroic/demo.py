@@ -71,12 +71,12 @@ def digits(seed: int, *, quick: bool = False) -> Demo:
 DEMOS = {"manifolds": manifolds, "digits": digits}
 
 
-def run_demo(out: Path, *, seed: int = 0, quick: bool = False, resume: bool = True) -> None:
+def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> None:
     """Fit, separate, score and report each problem; runs and draws are kept below `out`."""
     for name, make in DEMOS.items():
         demo, folder = make(seed, quick=quick), out / name
         print(f"\n{demo.title}\n", flush=True)
-        separator = Separator(demo.problem, demo.config).fit(folder, resume=resume)
+        separator = Separator(demo.problem, demo.config).fit(folder, resume=True)
         result = separator.separate(demo.test, n_draws=DRAWS, seed=seed)
         result.save(folder / "heldout-draws.npz")
         save_npz(folder / "heldout-truth.npz", demo.test.truth)
