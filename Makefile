@@ -31,8 +31,8 @@ bench: $(VENV)/.ready  ## samplers against the analytic posterior; our M-step ag
 	$(BIN)/python benchmarks/estep.py
 	$(BIN)/python benchmarks/mixture_em.py
 
-LOWEST_TESTS ?= tests/test_operators.py tests/test_posterior.py tests/test_statement.py tests/test_run.py \
-	tests/test_io.py tests/test_report.py
+LOWEST_TESTS ?= tests/test_operators.py tests/test_posterior.py tests/test_statement.py tests/test_io.py \
+	tests/test_report.py
 lowest:                ## what touches dependencies most, with the oldest that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet uv

@@ -59,7 +59,8 @@ def arrays(tmp_path):
             file[f"group/{name}"] = value
     group = zarr.open_group(tmp_path / "data.zarr", mode="w")
     for name, value in values.items():
-        group.create_array(f"group/{name}", data=value)
+        array = group.create_array(f"group/{name}", shape=value.shape, dtype=value.dtype)
+        array[...] = value
     zarr.save_array(tmp_path / "one.zarr", values["y1"])
     return {**values, "psf": psf}
 
