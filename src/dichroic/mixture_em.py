@@ -8,14 +8,14 @@ missing data, is then (Xu and Jordan, Neural Computation 8, 1996)
     μ ← μ + C g,   C ← C + C (S − g gᵀ − W) C.
 
 It never lowers the evidence, but hardly moves a component that is thinner than what the noise resolves:
-a variance c that should be 0 falls as σ² / √(2 laps). The M-step here has the same fixed points (g = 0,
+a variance c that should be 0 falls as σ² / √(2 steps). The M-step here has the same fixed points (g = 0,
 S = W), is the same for complete data (W = C⁻¹), and does not stall: with `C = L L`, `X = L W L + ε`,
 
     μ ← μ + L X⁻¹ L g,   C ← L X^{-½} (L (S − g gᵀ) L + ε) X^{-½} L.
 
 The first is exact given C (the tuple alone is missing data); the second is the fixed-point iteration for
 variance components (Anderson, Annals of Statistics 1, 1973), where a c that should be 0 falls as
-σ² / laps. `ε` keeps what no observation sees. A step that lowers the evidence is taken back, for
+σ² / steps. `ε` keeps what no observation sees. A step that lowers the evidence is taken back, for
 a textbook step.
 
 Components are grown by splitting: each becomes two, apart along its principal axis. That converges
@@ -48,9 +48,8 @@ from dichroic.observations import Observations
 from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
 
 Mixtures = dict[str, Mixture]
-Chosen = (
-    Int[Array, "_ _ _"] | None
-)  # (n, T, sources); None: one mixture in observation space, see `shared`
+# Tuples (n, T, sources) of each observation; None where a view is one mixture, see `dichroic.shared`.
+Chosen = Int[Array, "_ _ _"] | None
 _CHUNK_BYTES = 64 * 2**20
 _CHUNK_MOST = 512
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
@@ -172,9 +171,8 @@ def _view_statistics(priors, obs, chosen) -> Statistics:
         return value, named if shared else back(named, row.operators)
 
     entries = obs.size**2 if shared else sum(d**2 for d in obs.dims.values())
-    numbers = (
-        chosen.shape[1] * obs.size**2 + sum(c.means.shape[0] for c in priors.values()) * entries
-    )
+    components = sum(c.log_weights.size for c in priors.values())
+    numbers = chosen.shape[1] * obs.size**2 + components * entries
     value, sums = _total(one, obs, chosen, numbers)
     return Statistics(value, back(sums, obs.operators) if shared else sums)
 
