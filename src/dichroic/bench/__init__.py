@@ -1,0 +1,1 @@
+"""Methods compared on problems whose truth is known."""
