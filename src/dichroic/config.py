@@ -47,8 +47,8 @@ class MixtureConfig(_Ranged):
     laps: int = _count(3)  # laps at each size
     final_laps: int = _count(10)  # laps at the last size
     steps: int = _count(5)  # EM steps of a lap, on the tuples of components chosen at its start
-    active_tuples: int = _count(16)  # tuples of components kept per observation, the most probable
-    max_tuples: int = _count(4096)  # tuples looked at to choose them, before a beam is used
+    active_tuples: int = _count(16)  # tuples of components kept per observation and pair of sources
+    max_tuples: int = _count(1024)  # tuples looked at, at once, in the search for them
     shrinkage: float = 0.0  # pseudo-observations pulling each covariance to the mean
     floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops

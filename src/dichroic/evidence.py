@@ -14,9 +14,11 @@ probability of component k of one source,
 and with P = C_y⁻¹ and v = P (y − Σ_β A_β m_kβ) of each tuple, the sums of r, r Aᵀv, r Aᵀv vᵀA and r AᵀPA
 over tuples and observations are all that learning needs: see `dichroic.mixture_em`.
 
-Where a source's components are too many to enumerate, a beam keeps the most probable partial tuples.
+Where tuples are too many to enumerate, they are searched from coarse groups of components to fine.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -64,6 +66,28 @@ class Components(eqx.Module):
         root = psd_factor(self.covariances[k]) if self.roots is None else self.roots[k]
         return self.means[k] + root @ jax.random.normal(key, self.means.shape[1:])
 
+    def pick(self, k: Int[Array, " T"]) -> "Components":
+        """The components `k`, repeated as they are; an index past the last has no weight."""
+        get = lambda a, fill: a.at[k].get(mode="fill", fill_value=fill)
+        none = k >= self.log_weights.size
+        covs = get(self.covariances, 0) + none[:, None, None] * jnp.eye(self.means.shape[1])
+        return Components(get(self.log_weights, -jnp.inf), get(self.means, 0), covs)
+
+    def merge_pairs(self) -> "Components":
+        """Components 2i and 2i + 1 as one with the same moments; one left over stays as it is."""
+        size = -(-self.log_weights.size // 2)
+        if size == self.log_weights.size:
+            return self
+        both = self.pick(jnp.arange(2 * size))
+        log_w = both.log_weights.reshape(size, 2)
+        total = jax.nn.logsumexp(log_w, axis=1)
+        share = jnp.exp(log_w - total[:, None])
+        m, v = (a.reshape(size, 2, *a.shape[1:]) for a in (both.means, both.covariances))
+        mean = jnp.einsum("gp,gpi->gi", share, m)
+        off = m - mean[:, None]
+        within = jnp.einsum("gp,gpij->gij", share, v)
+        return Components(total, mean, within + jnp.einsum("gp,gpi,gpj->gij", share, off, off))
+
     def collapse(self) -> "Components":
         """The one Gaussian with the same mean and covariance (moment matching)."""
         return Components(jnp.zeros(1), self.mean[None], self.covariance[None])
@@ -106,23 +130,38 @@ def tuples(
     """The tuples of components of the projected mixtures `views` that matter for `y`.
 
     Returns their indices, and the log of weight × likelihood of each: of all of them if their number is
-    at most `max_tuples`, else of a beam of that size. For the beam, sources are added one by one, those
-    to come stand in as one Gaussian each, and the best partial tuples are kept.
+    at most `max_tuples`, else of as many found from coarse to fine. Then neighbours are merged in pairs,
+    and those in pairs again, until all tuples of groups can be looked at; the best are opened into
+    their halves, and so on down. It finds what matters if components that lie together stand together
+    (see `Mixture.ordered`). An index past the last component stands for none, with a score of −∞.
     """
-    sizes = [v.log_weights.size for v in views]
-    if np.prod(sizes) <= max_tuples:
-        index = jnp.stack([i.ravel() for i in jnp.indices(sizes)], axis=-1)
-        if y.size <= SMALL:
-            return index, grid_scores(y, cov_noise, [_triple(v) for v in views]).ravel()
-        return index, _scores(y, cov_noise, views, index)
-    index = jnp.arange(sizes[0])[:, None]
-    rest = [v.collapse() for v in views]
-    for s in range(1, len(views)):
-        index = _keep_best(y, cov_noise, views[:s], rest[s:], index, max_tuples)
-        new = jnp.tile(jnp.arange(sizes[s]), index.shape[0])[:, None]
-        index = jnp.concatenate([jnp.repeat(index, sizes[s], axis=0), new], axis=1)
-    index = _keep_best(y, cov_noise, views, [], index, max_tuples)
-    return index, _scores(y, cov_noise, views, index)
+    levels = [list(views)]
+    while math.prod(v.log_weights.size for v in levels[-1]) > max_tuples:
+        levels.append([v.merge_pairs() for v in levels[-1]])
+    index = jnp.stack(
+        [i.ravel() for i in jnp.indices([v.log_weights.size for v in levels[-1]])], axis=-1
+    )
+    scores = _grid_or_scores(y, cov_noise, levels[-1], index)
+    for coarse, fine in itertools.pairwise(reversed(levels)):
+        split = [a.log_weights.size < b.log_weights.size for a, b in zip(coarse, fine, strict=True)]
+        keep = min(max(max_tuples // 2 ** sum(split), 1), scores.size)
+        best = jax.lax.top_k(jax.lax.stop_gradient(scores), keep)[1]
+        index = _open(index[best], split)
+        scores = _scores(y, cov_noise, fine, index)
+    return index, scores
+
+
+def _grid_or_scores(y, cov_noise, views, index) -> Float[Array, " T"]:
+    if y.size <= SMALL:
+        return grid_scores(y, cov_noise, [_triple(v) for v in views]).ravel()
+    return _scores(y, cov_noise, views, index)
+
+
+def _open(index: Int[Array, "T sources"], split: Sequence[bool]) -> Int[Array, "_ sources"]:
+    """Every tuple of groups as the tuples of their halves, for the sources to `split`."""
+    halves = jnp.stack([i.ravel() for i in jnp.indices([2 if s else 1 for s in split])], axis=-1)
+    factor = jnp.array([2 if s else 1 for s in split])
+    return (factor * index[:, None] + halves).reshape(-1, len(split))
 
 
 def best_tuples(
@@ -149,14 +188,6 @@ def best_tuples(
     return jnp.stack([k[i] for k, i in zip(kept, where, strict=True)], axis=-1)
 
 
-def _keep_best(y, cov_noise, views, rest, index, count: int) -> Int[Array, "T sources"]:
-    if index.shape[0] <= count:
-        return index
-    padded = jnp.concatenate([index, jnp.zeros((index.shape[0], len(rest)), int)], axis=1)
-    score = _scores(y, cov_noise, [*views, *rest], padded)
-    return index[jax.lax.top_k(jax.lax.stop_gradient(score), count)[1]]
-
-
 def _scores(
     y: Float[Array, " obs"],
     cov_noise: Float[Array, "obs obs"],
@@ -164,7 +195,7 @@ def _scores(
     index: Int[Array, "T sources"],
 ) -> Float[Array, " T"]:
     """The log of weight × likelihood of the tuples `index`."""
-    picked = [jax.tree.map(lambda a, k=k: a[k], v) for v, k in zip(views, index.T, strict=True)]
+    picked = [v.pick(k) for v, k in zip(views, index.T, strict=True)]
     mean = sum((v.means for v in picked[1:]), picked[0].means)
     cov = sum((v.covariances for v in picked), cov_noise)
     return sum((v.log_weights for v in picked), gaussian_log_density(y - mean, cov))
@@ -219,7 +250,7 @@ def component_sums(
     index: Int[Array, "T sources"],
 ) -> tuple[Float[Array, ""], list[Sums]]:
     """`log p(y)` over the tuples `index`, and the sums of every projected mixture (with `A = I`)."""
-    picked = [jax.tree.map(lambda a, k=k: a[k], v) for v, k in zip(views, index.T, strict=True)]
+    picked = [v.pick(k) for v, k in zip(views, index.T, strict=True)]
     residual = y - sum((v.means for v in picked[1:]), picked[0].means)
     root, logdet = inverse_cholesky(sum((v.covariances for v in picked), cov_noise))
     z = jnp.einsum("tij,tj->ti", root, residual)

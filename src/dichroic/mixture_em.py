@@ -52,6 +52,7 @@ Mixtures = dict[str, Mixture]
 Chosen = Int[Array, "_ _ _"] | None
 _CHUNK_BYTES = 64 * 2**20
 _CHUNK_MOST = 512
+_MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
 
 
@@ -101,11 +102,15 @@ def _update(m: Mixture, sums: Sums, config: MixtureConfig, fell: bool, share: in
 
 
 def choose(mixtures: Mixtures, obs: Observations, config: MixtureConfig) -> Chosen:
-    """The `config.active_tuples` most probable tuples of components for each observation."""
+    """The most probable tuples of components of each observation, `config.active_tuples` for a pair.
+
+    And as many again for every further source: there are then more ways to explain an observation.
+    """
     priors = {k: mixtures[k].prior() for k in obs.sources}
-    if _one_mixture(priors, obs, config.max_tuples):
+    if _one_mixture(priors, obs):
         return None
-    return _view_tuples(priors, obs, config.max_tuples, config.active_tuples)
+    pairs = max(1, sum(c.log_weights.size > 1 for c in priors.values()) - 1)
+    return _view_tuples(priors, obs, config.max_tuples, pairs * config.active_tuples)
 
 
 def statistics(
@@ -129,16 +134,16 @@ def mean_log_evidence(
     total = 0.0
     for obs in views:
         priors = {k: mixtures[k].prior() for k in obs.sources}
-        if _one_mixture(priors, obs, max_tuples):
+        if _one_mixture(priors, obs):
             total += shared_log_evidence(priors, obs)
         else:
             total += float(_view_log_evidence(priors, obs, max_tuples))
     return total / sum(obs.count for obs in views)
 
 
-def _one_mixture(priors: dict[str, Components], obs: Observations, max_tuples: int) -> bool:
-    """Whether all observations share one mixture of at most `max_tuples` components."""
-    return is_shared(obs) and _count(priors) <= max_tuples
+def _one_mixture(priors: dict[str, Components], obs: Observations) -> bool:
+    """Whether all observations share one mixture, of no more components than can all be kept."""
+    return is_shared(obs) and _count(priors) <= _MOST_SHARED
 
 
 def _count(priors: dict[str, Components]) -> int:
@@ -318,4 +323,4 @@ def split_components(mixture: Mixture, components: int) -> Mixture:
         np.concatenate([means, child_means]).reshape(-1, *mixture.shape),
         np.concatenate([cov, child_cov]),
         shape=mixture.shape,
-    )
+    ).ordered()

@@ -121,6 +121,14 @@ class Mixture(Denoiser):
         within = jnp.sum(self.variances, -1) / self.dim + self.floor
         return jnp.sqrt(jnp.exp(self.log_weights) @ (between + within))
 
+    def ordered(self) -> "Mixture":
+        """The same mixture with components that lie together next to each other.
+
+        The means are halved along their principal axis, each half along its own, and so on.
+        """
+        order = _halved(np.asarray(self.means, np.float64), np.arange(self.log_weights.size))
+        return jax.tree.map(lambda a: a[order], self)
+
     def prior(self) -> Components:
         """The prior itself as components."""
         roots = self._root(self.variances, self.floor)
@@ -190,6 +198,15 @@ class Mixture(Denoiser):
         inside = self.basis[k] @ (jnp.sqrt(self.variances[k]) * z)
         rest = jnp.sqrt(self.floor[k]) * jax.random.normal(b, (self.dim,))
         return (self.means[k] + inside + rest).reshape(self.shape)
+
+
+def _halved(means: np.ndarray, index: np.ndarray) -> np.ndarray:
+    if index.size < 3:
+        return index
+    x = means[index] - means[index].mean(axis=0)
+    order = index[np.argsort(x @ np.linalg.svd(x, full_matrices=False)[2][0], kind="stable")]
+    middle = 2 ** int(np.ceil(np.log2(index.size))) // 2
+    return np.concatenate([_halved(means, order[:middle]), _halved(means, order[middle:])])
 
 
 def gaussian(mean: Any, covariance: Any, *, rank: int | None = None) -> Mixture:
