@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check bench lowest lock clean
+.PHONY: demo test check bench benchmarks lowest lock clean
 
 $(VENV)/.ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,7 +27,10 @@ check: $(VENV)/.ready  ## format, lint, types, import order, tests
 	$(BIN)/lint-imports
 	$(MAKE) test
 
-bench: $(VENV)/.ready  ## samplers against the analytic posterior; our M-step against the textbook's
+bench: $(VENV)/.ready  ## all methods on the paper's first problem: bench-out/table.html
+	$(BIN)/dichroic bench contrastive-2 --quick
+
+benchmarks: $(VENV)/.ready  ## samplers against the analytic posterior; our M-step against the textbook's
 	$(BIN)/python benchmarks/estep.py
 	$(BIN)/python benchmarks/mixture_em.py
 
@@ -43,4 +46,4 @@ lock:                  ## pin every dependency for a reproducible set-up
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 pyproject.toml --group dev --no-header --no-annotate --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest demo-out
+	rm -rf $(VENV) $(VENV)-lowest demo-out bench-out

@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = f"; go on with: dichroic {args.command} … --resume" if args.command == "fit" else ""
-        print(f"\ninterrupted; finished laps are kept{hint}", file=sys.stderr)
+        hint = {"fit": "; go on with: dichroic fit … --resume", "bench": "; run it again to go on"}
+        print(f"\ninterrupted; finished laps are kept{hint.get(args.command, '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -75,6 +75,16 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--draws", type=_positive, default=32)
 
+    bench = add("bench", _bench, "compare methods on problems whose answers are known")
+    bench.add_argument(
+        "problem", nargs="+", help="contrastive-2, contrastive-3, mixed-0.1, … or a problem file"
+    )
+    bench.add_argument("--methods", type=_list, metavar="A,B", help="all by default")
+    bench.add_argument("--seeds", type=_numbers, metavar="N,N", help="0,1,2; with --quick 0")
+    bench.add_argument("--out", type=Path, default=Path("bench-out"))
+    bench.add_argument("--quick", action="store_true", help="small presets, fewer observations")
+    bench.add_argument("--count", type=_positive, help="observations of each view to learn from")
+
     demo = add("demo", _demo, "fit and separate two embedded problems, with a table and reports")
     demo.add_argument("--out", type=Path, default=Path("demo-out"))
     demo.add_argument("--seed", type=int, default=0)
@@ -87,6 +97,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in _list(text)]
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -223,6 +241,26 @@ def _problem_of(run: Path) -> Any:
 
     file = read_json(run / "run.json").get("problem_file") if (run / "run.json").exists() else ""
     return load_problem(Path(file))[0] if file and Path(file).exists() else None
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import dataclasses
+    import shlex
+
+    from dichroic.bench.names import QUICK, BenchConfig
+    from dichroic.bench.runner import plan, run_bench
+    from dichroic.errors import RunError
+
+    config = QUICK if args.quick else BenchConfig()
+    if args.count:
+        config = dataclasses.replace(config, count=args.count)
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    jobs = plan(args.problem, args.methods, seeds, config)
+    command = shlex.join(["dichroic", *sys.argv[1:]])
+    failed = run_bench(jobs, args.out, command=command)
+    print(f"\n{args.out / 'table.html'}")
+    if failed:
+        raise RunError(f"{failed} of {len(jobs)} jobs failed; run the same command to try again")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -171,8 +171,13 @@ def build_posterior(
     *,
     solver: str = "auto",
     max_tuples: int = DEFAULT_MAX_TUPLES,
+    max_steps: int = 100,
 ) -> Posterior | MatrixFreePosterior:
-    """The joint posterior of one observation; `solver` is `"exact"`, `"cg"` or `"auto"` (by size)."""
+    """The joint posterior of one observation; `solver` is `"exact"`, `"cg"` or `"auto"` (by size).
+
+    `max_steps` bounds the steps of conjugate gradients.
+    """
     if choose_solver(observation, solver) == "exact":
         return Posterior(denoisers, observation, max_tuples=max_tuples)
-    return MatrixFreePosterior({k: denoisers[k] for k in observation.sources}, observation)
+    used = {k: denoisers[k] for k in observation.sources}
+    return MatrixFreePosterior(used, observation, max_steps=max_steps)

@@ -241,12 +241,16 @@ class Gibbs(eqx.Module):
     sampler: "Sampler | Exact"
     sweeps: int = eqx.field(static=True, default=16)
 
+    def start(self, denoisers: dict[str, Denoiser], obs: Observations) -> Sources:
+        """Where the first sweep starts: the prior means."""
+        return {k: denoisers[k].location for k in obs.sources}
+
     def draw(
         self, denoisers: dict[str, Denoiser], obs: Observations, key: PRNGKeyArray, **options: Any
     ) -> Draw:
         """One draw of all sources of one observation after `sweeps` sweeps."""
         names = obs.sources
-        x = {k: denoisers[k].location for k in names}
+        x = self.start(denoisers, obs)
 
         def sweep(x: Sources, i: Int[Array, ""]):
             for j, name in enumerate(names):

@@ -5,12 +5,14 @@ The synthetic problem of the paper (arXiv 2510.05205, section 5.1): source β is
     x_d(s) = Σ_{k=1..K} a_dk k^{-α_β} sin(2π (k b_dk s + c_dk)),   s, a, b, c ~ U(0, 1),
 
 with `α_β` = 3, 4, 5, `K = ⌈(10⁻³)^{-1/α}⌉` terms, each dimension scaled to [−2, 2]. An observation is
-`y = A Σ_β f_αβ x_β + η` with a fresh `A` of normalised Gaussian rows.
+`y = A Σ_β f_αβ x_β + η` with a fresh `A` of normalised Gaussian rows, or `y = Σ_β f_αβ A_β x_β + η` with
+one for each source. `quadrature` has the exact posterior.
 """
 
 import equinox as eqx
 import numpy as np
 
+from dichroic.errors import DataError
 from dichroic.operators import Dense
 from dichroic.problem import Problem, Source, View
 
@@ -45,6 +47,20 @@ class Manifold(eqx.Module):
             raw = raw + self.a[:, j] * order**-self.alpha * np.sin(2 * np.pi * phase)
         return 4 * (raw - self.low) / (self.high - self.low) - 2
 
+    def bend(self) -> np.ndarray:
+        """A bound on `|x_d''(s)|` for every `s`, `(dim,)`: `4 Σ_k |a_dk| k^{-α} (2π k b_dk)² / range`."""
+        k = np.arange(1, self.a.shape[1] + 1)
+        raw = np.sum(np.abs(self.a) * k**-self.alpha * (2 * np.pi * k * self.b) ** 2, axis=1)
+        return 4 * raw / (self.high - self.low)
+
+
+def manifold_curves(problem_seed: int, sources: int, *, dim: int = 5) -> list[Manifold]:
+    """The curves of the sources of `manifold_problem`, the first of `source1`."""
+    if not 1 <= sources <= len(SMOOTHNESS):
+        raise DataError(f"{sources} sources: curves are defined for 1 to {len(SMOOTHNESS)}")
+    rng = np.random.default_rng([0, problem_seed])
+    return [Manifold.random(rng, alpha, dim) for alpha in SMOOTHNESS[:sources]]
+
 
 def weights(sources: int, f_mix: float | None) -> np.ndarray:
     """`f_αβ`, views × sources: contrastive (view k sees sources 1…k), or mixed with `f_mix`."""
@@ -54,12 +70,22 @@ def weights(sources: int, f_mix: float | None) -> np.ndarray:
 
 
 def observe(
-    rng: np.random.Generator, x: np.ndarray, f: np.ndarray, *, obs: int = 3, noise: float = 0.01
+    rng: np.random.Generator,
+    x: np.ndarray,
+    f: np.ndarray,
+    *,
+    obs: int = 3,
+    noise: float = 0.01,
+    per_source: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(y, A)` for draws `x` `(n, sources, dim)` with weights `f` `(sources,)`: `(n, obs)`, `(n, obs, dim)`."""
-    a = rng.normal(size=(len(x), obs, x.shape[-1]))
+    """`(y, A)` for draws `x` `(n, sources, dim)` with weights `f` `(sources,)`.
+
+    `y` is `(n, obs)`; `A` is `(n, obs, dim)`, or `(n, sources, obs, dim)` if drawn `per_source`.
+    """
+    n, sources, dim = x.shape
+    a = rng.normal(size=(n, sources, obs, dim) if per_source else (n, obs, dim))
     a /= np.linalg.norm(a, axis=-1, keepdims=True)
-    mean = np.einsum("nod,nsd,s->no", a, x, f)
+    mean = np.einsum("nsod,nsd,s->no" if per_source else "nod,nsd,s->no", a, x, f)
     return mean + noise * rng.normal(size=mean.shape), a
 
 
@@ -73,24 +99,26 @@ def manifold_problem(
     obs: int = 3,
     noise: float = 0.01,
     problem_seed: int | None = None,
+    per_source: bool = False,
 ) -> Problem:
     """The contrastive (`f_mix=None`) or mixed problem, `count` observations per view, with its truth.
 
     `problem_seed` draws the manifolds (default `seed`) and `seed` the observations, so that another
-    `seed` with the same `problem_seed` gives new observations of the same sources.
+    `seed` with the same `problem_seed` gives new observations of the same sources. `per_source` draws
+    an `A` for each source of an observation instead of one for all.
     """
-    shapes_rng = np.random.default_rng([0, seed if problem_seed is None else problem_seed])
-    curves = [Manifold.random(shapes_rng, a, dim) for a in SMOOTHNESS[:sources]]
+    curves = manifold_curves(seed if problem_seed is None else problem_seed, sources, dim=dim)
     rng = np.random.default_rng([1, seed])
     views = []
     for v, f in enumerate(weights(sources, f_mix)):
         x = np.stack([curve(rng.uniform(size=count)) for curve in curves], axis=1)
-        y, a = observe(rng, x, f, obs=obs, noise=noise)
+        y, a = observe(rng, x, f, obs=obs, noise=noise, per_source=per_source)
+        operator = lambda s, f=f, a=a: Dense(f[s] * (a[:, s] if per_source else a))
         seen = [s for s in range(sources) if f[s] != 0]
         views.append(
             View(
                 y.astype(np.float32),
-                {f"source{s + 1}": Dense(f[s] * a) for s in seen},
+                {f"source{s + 1}": operator(s) for s in seen},
                 noise,
                 name=f"view{v + 1}",
                 truth={f"source{s + 1}": x[:, s].astype(np.float32) for s in seen},

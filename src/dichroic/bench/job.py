@@ -1,0 +1,174 @@
+"""One job: a problem, a method and a seed.
+
+`python -m dichroic.bench.job FOLDER` runs it alone in its process, so that times (with compilation) and peak memory are those of the method. `FOLDER/job.json` says what to do;
+the run of the fit is kept in `FOLDER/fit`, so that a job that was killed goes on.
+"""
+
+import contextlib
+import datetime
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dichroic.bench.names import LIMIT, JobSpec
+from dichroic.bench.problems import Case, build_case
+from dichroic.io import read_json, write_json
+
+HELD_OUT, RESULT, FAILED = "heldout.npz", "result.json", "failed.json"
+
+
+def run_job(folder: Path) -> dict[str, Any]:
+    """Do what `folder/job.json` says; the result, which is also written."""
+    spec = JobSpec.from_dict(read_json(folder / "job.json"))
+    case = build_case(spec.problem, spec.seed, spec.config)
+    do = _limit if spec.method == LIMIT else _fit_and_separate
+    draws, measured, method = do(spec, case, folder)
+    from dichroic.separator import save_npz
+
+    truth = _joined([h.first(x_count(d)).truth for h, d in zip(case.held, draws, strict=True)])
+    first = _joined([{k: x[0] for k, x in d.items()} for d in draws])
+    arrays = {f"truth/{k}": x for k, x in truth.items() if k in first}
+    arrays |= {f"draw/{k}": x for k, x in first.items()}
+    save_npz(folder / HELD_OUT, {k: np.asarray(x, np.float32) for k, x in arrays.items()})
+    result = {
+        "settings": spec.settings(),
+        "scores": _scores(spec, case, draws, method),
+        **measured,
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+    write_json(folder / RESULT, result)
+    return result
+
+
+def x_count(draws: dict[str, np.ndarray]) -> int:
+    """The number of observations that draws `(S, n, …)` are of."""
+    return next(iter(draws.values())).shape[1]
+
+
+def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
+    from dichroic.bench.methods import make_method
+
+    method = make_method(spec.method, case, spec.config)
+    spent = _read_seconds(folder)
+    began = time.perf_counter()
+    try:
+        method.fit(folder / "fit", resume=True, progress=True)
+    finally:
+        spent += time.perf_counter() - began
+        write_json(folder / "seconds.json", {"fit": spent})
+    draws, chi2, seconds, first = [], [], 0.0, 0.0
+    for held in case.held:
+        began = time.perf_counter()
+        method.separate(held.argument, n_draws=1, seed=spec.seed)
+        first += time.perf_counter() - began
+        began = time.perf_counter()
+        found = method.separate(held.argument, n_draws=spec.config.draws, seed=spec.seed + 1)
+        seconds += time.perf_counter() - began
+        draws.append(found.draws)
+        chi2.append(np.ravel(found.chi2))
+    number = spec.config.draws * sum(h.count for h in case.held)
+    measured = {
+        "fit_seconds": spent,
+        "first_separation_seconds": first,
+        "seconds_per_draw": seconds / number,
+        "chi2": float(np.mean(np.concatenate(chi2))),
+        "peak_memory_mib": peak_memory(),
+        "laps": len(getattr(method, "metrics", [])),
+        "gains": _gains(getattr(method, "metrics", [])),
+    }
+    return draws, measured, method
+
+
+def _gains(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the diffusion laps measured, if there were any."""
+    return [m for m in metrics if m.get("phase") == "diffusion" and "sources" in m]
+
+
+def _limit(spec: JobSpec, case: Case, folder: Path):
+    from dichroic.bench.methods import limit_draws_of
+
+    n = spec.config.limit_observations(spec.problem.sources)
+    began = time.perf_counter()
+    draws = [limit_draws_of(case, h.first(n), spec.config.draws) for h in case.held]
+    number = spec.config.draws * sum(x_count(d) for d in draws)
+    seconds = (time.perf_counter() - began) / number
+    return draws, {"seconds_per_draw": seconds, "peak_memory_mib": peak_memory()}, None
+
+
+def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[str, Any]]:
+    """Rows of scores: one per held-out view and source; distances once per source."""
+    from dichroic.bench.scores import distances, posterior_scores
+
+    rows = []
+    for held, d in zip(case.held, draws, strict=True):
+        some = held.first(x_count(d))
+        for source, found in posterior_scores(d, some.truth, case.data_range).items():
+            rows.append({"view": held.name, "source": source, **found})
+    points, seed = spec.config.points, spec.seed
+    for source, fresh in case.fresh.items():
+        for row in [r for r in rows if r["source"] == source][:1]:
+            x = np.concatenate([d[source][0] for d in draws if source in d])
+            if method is not None:  # of the limit there are too few observations
+                row["posterior"] = distances(x, fresh, points, seed)
+                prior = method.sample_prior(source, min(points, len(fresh)), seed=seed + 7)
+                row["prior"] = distances(prior, fresh, points, seed)
+    return rows
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Views concatenated along observations, by source."""
+    names = dict.fromkeys(k for part in parts for k in part)
+    return {k: np.concatenate([part[k] for part in parts if k in part]) for k in names}
+
+
+def _read_seconds(folder: Path) -> float:
+    path = folder / "seconds.json"
+    return float(read_json(path)["fit"]) if path.exists() else 0.0
+
+
+def peak_memory() -> float:
+    """The largest resident memory of this process so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def machine() -> dict[str, Any]:
+    """What the job ran on."""
+    import jax
+
+    import dichroic
+
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "system": platform.system(),
+        "device": str(jax.devices()[0].device_kind),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "dichroic": dichroic.__version__,
+    }
+
+
+def main(folder: Path) -> int:
+    """Run the job in `folder`; where it fails, `failed.json` says why."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / FAILED).unlink()
+    try:
+        run_job(folder)
+    except Exception as error:
+        traceback.print_exc()
+        write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))

@@ -1,0 +1,96 @@
+"""A method by its name: what learns from a problem, separates observations, and samples priors."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from dichroic.bench.names import BenchConfig
+from dichroic.bench.problems import Case, Held
+from dichroic.config import FitConfig
+from dichroic.separator import Separator
+
+
+class Method(Protocol):
+    """What a benchmark needs of a method; `Separator` and the fitted baselines have it."""
+
+    def fit(self, out: Any = None, *, resume: bool = False, progress: Any = True) -> Any:
+        """Learn from the problem; with `out`, keep the run there, with `resume`, go on with it."""
+        ...
+
+    def separate(self, view: Any, *, n_draws: int = 1, seed: int = 0) -> Any:
+        """A `Separation` of the observations of `view`."""
+        ...
+
+    def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
+        """`n` draws from the prior of `source`."""
+        ...
+
+
+def make_method(name: str, case: Case, config: BenchConfig) -> Method:
+    """The method called `name`, for the problem of `case`."""
+    return _FACTORIES[name](case, config)
+
+
+def _separator(case: Case, config: BenchConfig, **settings: Any) -> Separator:
+    chosen = {"seed": case.seed, **(QUICK_FIT if config.quick else {}), **settings}
+    fit = FitConfig.from_dict(case.section, where=f"{case.name.label}: fit").replace(chosen)
+    return Separator(case.problem, fit)
+
+
+QUICK_FIT: Mapping[str, Any] = {
+    "mixture.components": 32,
+    "diffusion.laps": 1,
+    "diffusion.steps": 1000,
+}
+
+
+def _mixture(case: Case, config: BenchConfig) -> Separator:
+    return _separator(case, config, **{"diffusion.laps": 0})
+
+
+def _ddprism(sampling: str) -> Callable[[Case, BenchConfig], Method]:
+    def make(case: Case, config: BenchConfig) -> Method:
+        from dichroic.baselines.ddprism import Ddprism, DdprismConfig
+
+        return Ddprism(case.problem, seed=case.seed, config=DdprismConfig.small(sampling))  # type: ignore[arg-type]
+
+    return make
+
+
+def _clvm_linear(case: Case, config: BenchConfig) -> Method:
+    from dichroic.baselines.clvm_linear import ClvmLinear
+
+    return ClvmLinear(case.problem, seed=case.seed)
+
+
+def _clvm_vae(case: Case, config: BenchConfig) -> Method:
+    from dichroic.baselines.clvm_vae import ClvmVae
+
+    return ClvmVae(case.problem, seed=case.seed)
+
+
+def _pcpca(case: Case, config: BenchConfig) -> Method:
+    from dichroic.baselines.pcpca import Pcpca
+
+    return Pcpca(case.problem, seed=case.seed)
+
+
+_FACTORIES: dict[str, Callable[[Case, BenchConfig], Method]] = {
+    "dichroic": _separator,
+    "mixture": _mixture,
+    "ddprism": _ddprism("joint"),
+    "ddprism-gibbs": _ddprism("gibbs"),
+    "clvm-linear": _clvm_linear,
+    "clvm-vae": _clvm_vae,
+    "pcpca": _pcpca,
+}
+
+
+def limit_draws_of(case: Case, held: Held, n_draws: int) -> dict[str, np.ndarray]:
+    """Draws of the exact posterior of the built-in problem of `case`, `(n_draws, n, dim)` by source."""
+    from dichroic.datasets.manifolds import manifold_curves
+    from dichroic.datasets.quadrature import limit_draws
+
+    curves = manifold_curves(case.seed, case.name.sources)
+    return limit_draws(held.views[0], curves, n_draws=n_draws, seed=case.seed)

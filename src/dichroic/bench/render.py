@@ -1,0 +1,160 @@
+"""The tables of a benchmark: on the terminal, as Markdown, as one HTML page, and as a figure."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dichroic.bench.names import LIMIT, JobSpec
+from dichroic.bench.published import PUBLISHED
+from dichroic.bench.results import Found, cell, collect, of, values
+from dichroic.io import write_atomic, write_json
+from dichroic.plot.canvas import colour, new_figure, png, tidy
+from dichroic.report.markup import document, duration, esc, section, table
+from dichroic.tables import text_table
+
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def write_tables(out: Path, jobs: Sequence[JobSpec], *, command: str = "") -> str:
+    """Write `results.json`, `table.md`, `table.html` and `table.png` in `out`; the tables as text."""
+    entries = collect(out, jobs)
+    write_json(out / "results.json", {"command": command, "jobs": entries})
+    problems = list(dict.fromkeys(e["problem"] for e in entries))
+    tables = [t for p in problems for t in _tables(p, entries)]
+    foot = footer(entries, command)
+    write_atomic(out / "table.md", (_markdown(tables) + f"\n{foot}\n").encode())
+    picture = figure(problems, entries)
+    write_atomic(out / "table.png", picture)
+    write_atomic(out / "table.html", _page(tables, foot, picture).encode())
+    texts = [f"{title}\n\n{text_table(head, rows)}" for title, head, rows in tables]
+    return "\n\n".join([*texts, foot])
+
+
+def _tables(problem: str, entries: Sequence[Found]) -> list[Table]:
+    methods = list(dict.fromkeys(e["method"] for e in entries if e["problem"] == problem))
+    sources = sorted(
+        {r["source"] for m in methods for e in of(entries, problem, m) for r in e["scores"]}
+    )
+    accuracy = [_accuracy(problem, m, sources, entries) for m in methods]
+    cost = [_cost(problem, m, entries) for m in methods]
+    head = ["method", *(f"PSNR {s}" for s in sources), "published", "to limit", "Sinkhorn post."]
+    head += ["published", "prior", "published", "PQMass post.", "prior"]
+    costs = ["method", "90% holds", "ranks p", "χ²/M", "fit", "µs per draw", "MiB"]
+    return [
+        (f"{problem}: accuracy", head, accuracy),
+        (f"{problem}: calibration and cost", costs, cost),
+    ]
+
+
+def _accuracy(
+    problem: str, method: str, sources: Sequence[str], entries: Sequence[Found]
+) -> list[str]:
+    mine, limit = of(entries, problem, method), of(entries, problem, LIMIT)
+    psnr = lambda found, s=None: values(found, lambda r: r["psnr"], s)
+    published = PUBLISHED.get(problem, {}).get(method)
+    both = [(psnr(limit, s), psnr(mine, s)) for s in sources]
+    gap = [best.mean() - own.mean() for best, own in both if len(best) and len(own)]
+    near = lambda which, what: lambda r: r.get(which, {}).get(what)
+    shown = lambda v: "–" if v is None else f"{v:g}"
+    numbers = published or (None, None, None)
+    return [
+        method + _failures(problem, method, entries),
+        *(cell(psnr(mine, s)) for s in sources),
+        shown(numbers[0]),
+        "–" if not gap else f"{np.mean(gap):.1f}",
+        cell(values(mine, near("posterior", "sinkhorn")), "{:.3f}"),
+        shown(numbers[1]),
+        cell(values(mine, near("prior", "sinkhorn")), "{:.3f}"),
+        shown(numbers[2]),
+        cell(values(mine, near("posterior", "pqmass"))),
+        cell(values(mine, near("prior", "pqmass"))),
+    ]
+
+
+def _failures(problem: str, method: str, entries: Sequence[Found]) -> str:
+    same = [e for e in entries if (e["problem"], e["method"]) == (problem, method)]
+    failed = [e["error"] for e in same if "error" in e]
+    return f" (failed: {failed[0]})" if failed else ""
+
+
+def _cost(problem: str, method: str, entries: Sequence[Found]) -> list[str]:
+    mine = of(entries, problem, method)
+    each = lambda name: np.array([e[name] for e in mine if e.get(name) is not None])
+    fit, per_draw = each("fit_seconds"), each("seconds_per_draw")
+    p = [v for e in mine for r in e["scores"] if (v := r.get("ranks_p")) is not None]
+    return [
+        method,
+        cell(100 * values(mine, lambda r: r.get("coverage")), "{:.1f}"),
+        f"{np.median(p):.2g}" if p else "–",
+        cell(each("chi2"), "{:.3f}"),
+        duration(float(fit.mean())) if len(fit) else "–",
+        f"{1e6 * per_draw.mean():.0f}" if len(per_draw) else "–",
+        f"{each('peak_memory_mib').mean():.0f}" if mine else "–",
+    ]
+
+
+def footer(entries: Sequence[Found], command: str) -> str:
+    """What the numbers are of, and what they were measured on."""
+    done = [e for e in entries if "settings" in e]
+    if not done:
+        return "Nothing is finished yet."
+    first, last = done[0]["settings"], done[-1]
+    m = last["machine"]
+    seeds = ", ".join(str(s) for s in dict.fromkeys(e["seed"] for e in done))
+    lines = [
+        f"{first['count']:,} observations of each view to learn from; {first['held_out']:,} held-out ones "
+        f"scored, {first['draws']} draws of each; seeds {seeds}. PSNR in dB of one draw. Distances of "
+        f"{first['points']:,} points; of two samples of the same distribution PQMass is 1.",
+        f"{m['cores']} cores ({m['device']}), jax {m['jax']}, dichroic {m['dichroic']}, {last['date']}. "
+        "Times contain compilation; µs per draw: separation, per held-out observation and draw, after it.",
+    ]
+    return "\n".join(lines + ([f"Command: {command}"] if command else []))
+
+
+def _markdown(tables: Sequence[Table]) -> str:
+    parts = []
+    for title, head, rows in tables:
+        line = lambda cells: "| " + " | ".join(cells) + " |"
+        body = [line(head), line(["---"] * len(head)), *map(line, rows)]
+        parts.append(f"## {title}\n\n" + "\n".join(body) + "\n")
+    return "\n".join(parts)
+
+
+def _page(tables: Sequence[Table], foot: str, picture: bytes) -> str:
+    data = base64.b64encode(picture).decode()
+    body = f'<figure><img alt="PSNR by method" src="data:image/png;base64,{data}"></figure>\n'
+    body += "".join(section(title, table(head, rows)) for title, head, rows in tables)
+    return document("Methods compared", body + f"<p><small>{esc(foot)}</small></p>\n")
+
+
+def figure(problems: Sequence[str], entries: Sequence[Found]) -> bytes:
+    """PSNR of every method: a point per seed and source; the limit and the published number as lines."""
+    fig = new_figure(7.5, 1.0 + 1.9 * len(problems))
+    axes = fig.subplots(len(problems), 1, squeeze=False)[:, 0]
+    for axis, problem in zip(axes, problems, strict=True):
+        _panel(axis, problem, entries)
+    return png(fig)
+
+
+def _panel(axis: Any, problem: str, entries: Sequence[Found]) -> None:
+    methods = [m for m in dict.fromkeys(e["method"] for e in entries) if of(entries, problem, m)]
+    sources = sorted(
+        {r["source"] for m in methods for e in of(entries, problem, m) for r in e["scores"]}
+    )
+    for i, source in enumerate(sources):
+        for row, method in enumerate(methods):
+            x = values(of(entries, problem, method), lambda r: r["psnr"], source)
+            at = row + 0.12 * (i - (len(sources) - 1) / 2)
+            first = source if row == 0 else None
+            axis.plot(x, np.full(len(x), at), "o", ms=5, color=colour(i), alpha=0.8, label=first)
+    best = PUBLISHED.get(problem, {}).get("ddprism")
+    if best:
+        axis.axvline(best.psnr, color="grey", ls=":", lw=1, label="published")
+    axis.set_yticks(range(len(methods)), methods)
+    axis.invert_yaxis()
+    tidy(axis, "PSNR in dB, one posterior draw", title=problem)
+    if methods:
+        axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,0 +1,55 @@
+"""What is finished, and its statistics over seeds."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dichroic.bench.job import FAILED, RESULT
+from dichroic.bench.names import JobSpec
+from dichroic.io import read_json
+
+Found = dict[str, Any]
+
+
+def collect(out: Path, jobs: Sequence[JobSpec]) -> list[Found]:
+    """One entry per job: its result, the error of a failed one, or nothing yet."""
+    entries = []
+    for job in jobs:
+        folder = out / job.problem.label / job.method / f"seed{job.seed}"
+        about = {"problem": job.problem.label, "method": job.method, "seed": job.seed}
+        if (folder / RESULT).exists():
+            about |= read_json(folder / RESULT)
+        elif (folder / FAILED).exists():
+            about |= read_json(folder / FAILED)
+        entries.append(about)
+    return entries
+
+
+def of(entries: Sequence[Found], problem: str, method: str) -> list[Found]:
+    """The finished entries of one method on one problem."""
+    return [
+        e for e in entries if (e["problem"], e["method"]) == (problem, method) and "scores" in e
+    ]
+
+
+def values(
+    entries: Sequence[Found], pick: Callable[[Found], float | None], source: str | None = None
+) -> np.ndarray:
+    """`pick` of the rows of scores (of `source`, or all), the mean over rows for each seed."""
+    found = []
+    for entry in entries:
+        rows = [r for r in entry["scores"] if source is None or r["source"] == source]
+        known = [v for v in map(pick, rows) if v is not None]
+        if known:
+            found.append(float(np.mean(known)))
+    return np.array(found)
+
+
+def cell(x: np.ndarray, form: str = "{:.2f}") -> str:
+    """The mean, and the standard deviation over seeds where there are several; – for none."""
+    if not len(x):
+        return "–"
+    spread = f" ± {form.format(x.std(ddof=1))}" if len(x) > 1 else ""
+    return form.format(x.mean()) + spread

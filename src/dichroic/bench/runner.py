@@ -1,0 +1,97 @@
+"""All jobs of a benchmark, those that are not done yet, each in a process of its own."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dichroic.bench.job import FAILED, RESULT
+from dichroic.bench.names import LIMIT, BenchConfig, JobSpec, parse_methods, parse_problems
+from dichroic.bench.problems import check_problem
+from dichroic.bench.render import write_tables
+from dichroic.errors import DichroicError
+from dichroic.io import read_json, write_json
+
+
+def plan(
+    problems: Sequence[str],
+    methods: Sequence[str] | None,
+    seeds: Sequence[int],
+    config: BenchConfig,
+) -> list[JobSpec]:
+    """Every job; raises a `DichroicError` at what cannot be run, before any work starts."""
+    chosen = parse_methods(methods)
+    jobs = []
+    for problem in parse_problems(problems):
+        mark = check_problem(problem)
+        for seed in seeds:
+            some = [m for m in chosen if not (m == LIMIT and problem.path)]
+            jobs += [JobSpec(problem, method, seed, config, mark) for method in some]
+    return jobs
+
+
+def folder_of(out: Path, job: JobSpec) -> Path:
+    """Where the files of `job` are."""
+    return out / job.problem.label / job.method / f"seed{job.seed}"
+
+
+def is_done(folder: Path, job: JobSpec) -> bool:
+    """Whether `folder` holds the result of `job`."""
+    try:
+        return read_json(folder / RESULT)["settings"] == job.settings()
+    except (DichroicError, KeyError):
+        return False
+
+
+def run_in_process(folder: Path) -> int:
+    """Run the job in `folder` in a process of its own; its exit status."""
+    return subprocess.run([sys.executable, "-m", "dichroic.bench.job", str(folder)]).returncode
+
+
+def run_bench(
+    jobs: Sequence[JobSpec],
+    out: Path,
+    *,
+    command: str = "",
+    run: Callable[[Path], int] = run_in_process,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run `jobs`, write the tables after each; the number of jobs that failed."""
+    failed = 0
+    for i, job in enumerate(jobs):
+        folder = folder_of(out, job)
+        label = f"[{i + 1}/{len(jobs)}] {job.problem.label}, {job.method}, seed {job.seed}"
+        if is_done(folder, job):
+            say(f"{label}: done before")
+            continue
+        say(label)
+        _prepare(folder, job)
+        if run(folder):
+            failed += 1
+            say(f"{label}: failed: {_why(folder)}")
+        write_tables(out, jobs, command=command)
+    say("\n" + write_tables(out, jobs, command=command))
+    return failed
+
+
+def _prepare(folder: Path, job: JobSpec) -> None:
+    """State the job; a fit of another job that is there (other sizes) is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(DichroicError, KeyError, TypeError):
+        if JobSpec.from_dict(read_json(folder / "job.json")).fit_settings() != job.fit_settings():
+            _remove(folder / "fit")
+            (folder / "seconds.json").unlink(missing_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    write_json(folder / "job.json", job.to_dict())
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _why(folder: Path) -> str:
+    path = folder / FAILED
+    return str(read_json(path)["error"]) if path.exists() else "the process was ended"
