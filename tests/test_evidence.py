@@ -213,11 +213,15 @@ def test_the_search_from_coarse_to_fine_finds_what_matters(size, shuffled, rng, 
 
 def test_ordered_keeps_the_mixture_and_sorts_a_line(rng):
     at = rng.permutation(37)
-    mixture = Mixture.from_moments(at + 1.0, at[:, None] * [1.0, 2.0], np.tile(np.eye(2), (37, 1, 1)))
+    mixture = Mixture.from_moments(
+        at + 1.0, at[:, None] * [1.0, 2.0], np.tile(np.eye(2), (37, 1, 1))
+    )
     ordered = mixture.ordered()
     line = np.asarray(ordered.means)[:, 0]
     assert list(line) in (list(range(37)), list(range(36, -1, -1)))
-    np.testing.assert_allclose(np.exp(ordered.log_weights), (line + 1) / (line + 1).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(ordered.log_weights), (line + 1) / (line + 1).sum(), rtol=1e-5
+    )
 
 
 def test_room_for_every_tuple_is_exact(rng, x64):

@@ -66,7 +66,7 @@ class DiffusionConfig(_Ranged):
     width: int = _count(128)
     depth: int = _count(3)
     covariance: Literal["jacobian", "base"] = "base"
-    patience: int = 2  # laps without a better held-out bound before stopping
+    patience: int = 1  # laps without a better held-out bound before stopping
     evidence_steps: int = _count(64)  # DDPM steps of the held-out evidence bound
     evidence_observations: int = _count(1024)  # held-out observations it uses, at most per view
 

@@ -1,7 +1,8 @@
 """One job: a problem, a method and a seed.
 
-`python -m dichroic.bench.job FOLDER` runs it alone in its process, so that times (with compilation) and peak memory are those of the method. `FOLDER/job.json` says what to do;
-the run of the fit is kept in `FOLDER/fit`, so that a job that was killed goes on.
+`python -m dichroic.bench.job FOLDER` runs it alone in its process, so that times (with compilation) and peak
+memory are those of the method. `FOLDER/job.json` says what to do; the run of the fit is kept in
+`FOLDER/fit`, so that a job that was killed goes on.
 """
 
 import contextlib

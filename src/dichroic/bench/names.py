@@ -45,7 +45,7 @@ class ProblemName:
 class BenchConfig:
     """The sizes of a benchmark, which its results depend on."""
 
-    count: int = 8192  # observations of each view to learn from (built-in problems)
+    count: int = 16384  # observations of each view to learn from (built-in problems)
     held_out: int = 2048  # held-out observations of each view, at most
     draws: int = 32  # posterior draws of each
     points: int = 4096  # true sources and prior samples, for distances between distributions
