@@ -1,0 +1,186 @@
+"""`dichroic bench`: jobs, resuming, scores against the saved draws, tables, errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dichroic.bench import job as jobs
+from dichroic.bench import methods
+from dichroic.bench.names import (
+    BenchConfig,
+    JobSpec,
+    parse_methods,
+    parse_problem,
+    parse_problems,
+)
+from dichroic.bench.published import PUBLISHED
+from dichroic.bench.results import cell
+from dichroic.bench.runner import folder_of, is_done, plan, run_bench
+from dichroic.cli import main
+from dichroic.errors import ConfigError, DichroicError
+from dichroic.metrics import psnr
+
+TINY = BenchConfig(count=300, held_out=60, draws=8, points=60, limit_two=5, quick=True)
+SMALL_FIT = {
+    "mixture.components": 2,
+    "mixture.gaussian_laps": 2,
+    "mixture.laps": 1,
+    "mixture.final_laps": 1,
+    "polish": 1,
+    "diffusion.laps": 0,
+}
+FIT = "{mixture: {components: 2, gaussian_laps: 2, final_laps: 1}, diffusion: {laps: 0}}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder, the jobs and the terminal's text of a small benchmark; one method of it fails."""
+    out, said = tmp_path_factory.mktemp("bench"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "QUICK_FIT", SMALL_FIT)
+        patch.setitem(methods._FACTORIES, "pcpca", lambda case, config: 1 / 0)
+        todo = plan(["mixed-0.5"], ["mixture", "limit", "pcpca"], [3], TINY)
+        failed = run_bench(todo, out, command="a command", run=jobs.main, say=said.append)
+    assert failed == 1
+    return out, todo, "\n".join(said)
+
+
+def test_scores_are_those_of_the_saved_draws(finished):
+    """For the mixed problem both views are in one array, one after the other."""
+    out, todo, _ = finished
+    folder = folder_of(out, todo[0])
+    with np.load(folder / "heldout.npz") as arrays:
+        saved = {k: arrays[k] for k in arrays}
+    assert set(saved) == {f"{a}/source{i}" for a in ("truth", "draw") for i in (1, 2)}
+    rows = json.loads((folder / "result.json").read_text())["scores"]
+    for i, view in enumerate(["view1", "view2"]):
+        part = slice(60 * i, 60 * (i + 1))
+        for source in ("source1", "source2"):
+            row = next(r for r in rows if (r["view"], r["source"]) == (view, source))
+            draw, truth = saved[f"draw/{source}"], saved[f"truth/{source}"]
+            assert draw.shape == truth.shape == (120, 5)
+            expect = psnr(draw[part], truth[part], data_range=4.0)
+            assert row["psnr"] == pytest.approx(expect, abs=1e-4)
+            assert 0 <= row["coverage"] <= 1
+
+
+def test_the_limit_is_better_and_calibrated(finished):
+    out, todo, _ = finished
+    mean = lambda job: np.mean(
+        [r["psnr"] for r in json.loads((folder_of(out, job) / "result.json").read_text())["scores"]]
+    )
+    assert mean(todo[1]) > mean(todo[0]) + 5
+
+
+def test_tables_hold_the_numbers_of_the_results(finished):
+    out, todo, said = finished
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"] == "a command"
+    mixture = next(e for e in results["jobs"] if e["method"] == "mixture")
+    score = np.mean([r["psnr"] for r in mixture["scores"] if r["source"] == "source1"])
+    for text in (said, (out / "table.md").read_text(), (out / "table.html").read_text()):
+        assert f"{score:.2f}" in text
+        assert "failed: ZeroDivisionError" in text
+        assert "300 observations of each view" in text
+    assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert max(map(len, said.splitlines())) < 400
+
+
+def test_finished_jobs_are_not_run_again(finished):
+    out, todo, _ = finished
+    stamp = (folder_of(out, todo[0]) / "result.json").stat().st_mtime_ns
+    ran = []
+    run_bench(todo[:2], out, run=lambda folder: ran.append(folder) or 0, say=lambda text: None)
+    assert not ran
+    assert (folder_of(out, todo[0]) / "result.json").stat().st_mtime_ns == stamp
+    other = plan(["mixed-0.5"], ["mixture"], [3], BenchConfig(count=301, quick=True))[0]
+    assert is_done(folder_of(out, todo[0]), todo[0])
+    assert not is_done(folder_of(out, other), other)
+
+
+@pytest.fixture
+def users(tmp_path):
+    """A user's problem without truth: a background alone, and with a signal."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 200, 3)) * [2, 1, 0.1]
+    y = x[0] + rng.normal(size=(200, 3)) * [0.1, 0.1, 1]
+    noise = lambda: 0.1 * rng.normal(size=(200, 3))
+    np.savez(tmp_path / "data.npz", alone=x[1] + noise(), both=y + noise())
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "sources: {a: {shape: [3]}, b: {shape: [3]}}\nviews:\n"
+        "  alone: {observations: 'data.npz:alone', operators: {a: identity}, noise: 0.1}\n"
+        "  both: {observations: 'data.npz:both', operators: {a: identity, b: identity}, noise: 0.1}\n"
+        f"fit: {FIT}\n"
+    )
+    return file
+
+
+def test_a_users_problem_from_the_command_line(users, tmp_path):
+    """A real run: every job in a process of its own; no truth, so no PSNR, but χ² and times."""
+    args = ["bench", str(users), "--methods", "mixture", "--seeds", "4", "--quick", "--out"]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "dichroic.cli", *args, str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mine: calibration and cost" in done.stdout
+    result = json.loads((out / "mine/mixture/seed4/result.json").read_text())
+    assert result["scores"] == []
+    assert abs(result["chi2"] - 1) < 0.3
+    assert result["peak_memory_mib"] > 50
+    assert result["machine"]["cores"] >= 1
+
+
+def test_errors_come_before_any_work(users, tmp_path, capsys):
+    for args, text in [
+        (["contrastive-9"], "no problem 'contrastive-9'; did you mean"),
+        (["mixed-1.5"], "between 0 and 1"),
+        (["nowhere.yaml"], "does not exist"),
+        (["contrastive-2", "--methods", "clvm-liner"], "did you mean 'clvm-linear'"),
+    ]:
+        assert main(["bench", *args, "--out", str(tmp_path / "none")]) == 2
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_names():
+    assert parse_problem("mixed-0.10").label == "mixed-0.1"
+    found = parse_problem("mixed-0.3-per-source")
+    assert (found.f_mix, found.per_source) == (0.3, True)
+    assert [p.label for p in parse_problems(["contrastive-2", "contrastive-2"])] == [
+        "contrastive-2"
+    ]
+    assert parse_methods(["limit", "limit"]) == ["limit"]
+    assert set(parse_methods(None)) >= set(PUBLISHED["contrastive-2"])
+    with pytest.raises(ConfigError, match="at least"):
+        BenchConfig(draws=1)
+
+
+def test_a_job_survives_as_json():
+    spec = JobSpec(parse_problem("mixed-0.5"), "mixture", 3, TINY)
+    assert JobSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_cells():
+    assert cell(np.array([])) == "–"
+    assert cell(np.array([1.234])) == "1.23"
+    assert cell(np.array([1.0, 3.0])) == "2.00 ± 1.41"
+
+
+def test_the_problem_file_is_checked_first(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("sources: {}\n")
+    with pytest.raises(DichroicError):
+        plan([str(file)], ["mixture"], [0], TINY)
+
+
+def test_coverage_of_the_limit(finished):
+    """Exact draws: 5 observations × 2 views × 2 sources, so a wide tolerance."""
+    out, todo, _ = finished
+    rows = json.loads((folder_of(out, todo[1]) / "result.json").read_text())["scores"]
+    for row in rows:
+        assert abs(row["coverage"] - 0.9) < 4 * max(row["coverage_error"], 0.08)
