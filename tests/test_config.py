@@ -110,7 +110,7 @@ COUNTS = """
     mixture.components mixture.steps mixture.laps mixture.gaussian_laps mixture.final_laps
     mixture.active_tuples mixture.max_tuples
     diffusion.steps diffusion.batch_size diffusion.width diffusion.depth
-    diffusion.evidence_steps diffusion.evidence_observations
+    diffusion.evidence_draws diffusion.evidence_observations
 """.split()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dichroic.config import FitConfig
+from dichroic.denoise import Mixture
 from dichroic.em import State, advance, learning_order, prepare
 from dichroic.errors import ConfigError
 from dichroic.io import pack
@@ -33,7 +34,7 @@ TINY = FitConfig(polish=3, batch_size=128).replace(
         "diffusion.steps": 20,
         "diffusion.width": 16,
         "diffusion.depth": 1,
-        "diffusion.evidence_steps": 8,
+        "diffusion.evidence_draws": 2,
         "diffusion.evidence_observations": 64,
     }
 )
@@ -267,21 +268,28 @@ def test_mixed_sources_are_learned_at_once():
 
 @pytest.fixture(scope="module")
 def diffused():
-    # The sampler of the evidence bound, so that one program makes all draws.
-    sampler = {"sampler.name": "ddpm", "sampler.steps": 8, "sampler.solver": "exact"}
-    config = TINY.replace({"diffusion.laps": 1, **sampler})
+    config = TINY.replace({"diffusion.laps": 1, "sampler.name": "ddpm", "sampler.steps": 8})
     return config, laps(gaussian_problem([[1]]), config)
 
 
-def test_diffusion_keeps_what_bounds_the_evidence_best(diffused):
+def test_diffusion_keeps_what_gains_evidence(diffused):
     _, (_, out) = diffused
-    assert runs([m for _, m in out]) == [("mixture", "a", 1, 4), ("diffusion", "a", None, 2)]
-    bounds = [m["evidence_bound"] for _, m in out[-2:]]
-    last = out[-1][0]
+    assert runs([m for _, m in out]) == [("mixture", "a", 1, 4), ("diffusion", "a", None, 1)]
+    (before, _), (last, metrics) = out[-2:]
+    gain, error = metrics["evidence_gain_a"], metrics["evidence_gain_error_a"]
     assert last.done
-    assert last.score == max(bounds)
-    assert type(last.current["a"]).__name__ == "Preconditioned"
-    assert (last.best["a"] is last.current["a"]) == (bounds[1] > bounds[0])
+    assert (last.best["a"] is before.best["a"]) == (gain <= 2 * error)
+    assert last.score == (gain if gain > 2 * error else 0)
+
+
+def test_a_lap_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch):
+    config = TINY.replace({"diffusion.laps": 3})
+    for gain, count in ((-1.0, 1), (0.19, 1), (0.21, 3)):
+        monkeypatch.setattr("dichroic.em.evidence_gain", lambda *a, g=gain, **k: (g, 0.1))
+        state, rows = fit(gaussian_problem([[1]]), config)
+        assert runs(rows)[-1] == ("diffusion", "a", None, count)
+        assert isinstance(state.best["a"], Mixture) == (count == 1)
+        assert state.score == pytest.approx(3 * gain if count == 3 else 0)
 
 
 def test_the_truth_changes_nothing_but_the_scores(diffused):

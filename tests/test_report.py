@@ -11,6 +11,7 @@ from dichroic.metrics import coverage, psnr
 from dichroic.operators import Identity
 from dichroic.problem import Problem, Source, View, holdout
 from dichroic.report import write_report
+from dichroic.report.markup import duration
 from dichroic.report.page import Page
 from dichroic.report.scores import Held
 from dichroic.report.sections import _data_fit
@@ -144,23 +145,31 @@ def test_the_numbers_of_the_cards_are_those_of_the_draws(reported):
             inside = coverage(result.draws[source], truth, level=0.9).value
             expected[f"coverage {source} {name}"] = f"{100 * inside:.1f}%"
     assert {k: v for k, v in reader.numbers.items() if k != "seconds"} == expected
-    assert reader.numbers["seconds"] == f"{separator.metrics[-1]['seconds']:.1f} s"
+    assert reader.numbers["seconds"] == duration(separator.metrics[-1]["seconds"])
 
 
 @pytest.mark.parametrize(
-    ("bounds", "words"),
+    ("gains", "words"),
     [
         ([], "No diffusion lap was run"),
-        ([-8.9], "no diffusion lap has ended"),
-        ([-8.9, -9.1, -8.8], "Diffusion improved"),
-        ([-8.9, -9.1], "Diffusion did not improve"),
+        ([(0.5, 0.1)], "x: improved by at least 0.500 nats per draw in the lap; the network"),
+        (
+            [(0.5, 0.1), (0.25, 0.1), (0.1, 0.1)],
+            "x: improved by at least 0.750 nats per draw in 2 of 3",
+        ),
+        ([(-0.2, 0.1), (0.1, 0.08)], "x: not improved (0.100 ± 0.080 nats at best)"),
     ],
 )
-def test_the_verdict_compares_the_laps_with_the_mixture_start(bounds, words):
+def test_the_verdict_says_what_diffusion_gained(gains, words):
     from dichroic.report.sections import _verdict
 
-    metrics = [{"phase": "mixture"}, *({"phase": "diffusion", "evidence_bound": b} for b in bounds)]
-    assert words in _verdict(metrics)
+    lap = lambda g, e: {
+        "phase": "diffusion",
+        "sources": "x",
+        "evidence_gain_x": g,
+        "evidence_gain_error_x": e,
+    }
+    assert words in _verdict([{"phase": "mixture"}, *(lap(*pair) for pair in gains)])
 
 
 def held(chi2):

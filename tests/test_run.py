@@ -27,7 +27,7 @@ SMALL = {
         "steps": 100,
         "width": 16,
         "depth": 1,
-        "evidence_steps": 8,
+        "evidence_draws": 2,
         "evidence_observations": 64,
     },
 }

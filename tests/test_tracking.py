@@ -102,7 +102,7 @@ def test_the_console_prints_one_line_per_scored_lap(capsys):
         {
             "phase": "diffusion",
             "sources": "a",
-            "evidence_bound": -1.5,
+            "evidence_gain_a": -1.5,
             "loss_a": 0.25,
             "seconds": 9.0,
         }
@@ -112,7 +112,7 @@ def test_the_console_prints_one_line_per_scored_lap(capsys):
     assert out == ""
     assert err.splitlines() == [
         "[   1.2 s] mixture a+b × 4: log_evidence -2.5  heldout_log_evidence -2.718",
-        "[   9.0 s] diffusion a: evidence_bound -1.5  loss_a 0.25",
+        "[   9.0 s] diffusion a: evidence_gain_a -1.5  loss_a 0.25",
     ]
 
 

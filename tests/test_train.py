@@ -11,7 +11,7 @@ import pytest
 from dichroic.config import DiffusionConfig
 from dichroic.denoise import Mixture, Preconditioned, gaussian
 from dichroic.nn import Mlp
-from dichroic.train import score_matching_loss, train_denoiser
+from dichroic.train import evidence_gain, score_matching_loss, train_denoiser
 
 DIM, SIGMA_MIN = 2, 1e-2
 CONFIG = DiffusionConfig(steps=800, batch_size=256, learning_rate=3e-3, ema=0.99)
@@ -121,3 +121,28 @@ def test_a_training_like_one_before_compiles_nothing(rng):
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_the_gain_is_the_difference_of_log_densities(factor):
+    """For exact denoisers of two Gaussians and draws of a third, in nats: within its standard error,
+    and the small share of the integral above the largest noise level."""
+    rng, n = np.random.default_rng(5), 4000
+    x = rng.normal(size=(2, n, DIM)) * [1.0, 0.3]
+    old, new = np.diag([1.0, 0.5]), np.diag([1.0, 0.5 * factor])
+    log_p = lambda c: -0.5 * (x**2 / np.diag(c) + np.log(np.diag(c))).sum(axis=-1)
+    expect = (log_p(new) - log_p(old)).mean()
+    pair = [gaussian(np.zeros(DIM), c) for c in (old, new)]
+    gain, error = evidence_gain(*pair, x.astype(np.float32), jax.random.key(0), sigma_min=1e-3)
+    assert abs(gain - expect) <= 4 * error + 0.01 * abs(expect)
+    assert error < 0.01
+
+
+def test_the_gain_is_nothing_for_the_same_denoiser_and_negative_for_a_worse_one():
+    x = np.asarray(jax.vmap(BIMODAL.sample)(jax.random.split(jax.random.key(2), 500)))[None]
+    same, _ = evidence_gain(BIMODAL, BIMODAL, x, jax.random.key(0), sigma_min=1e-2)
+    worse, error = evidence_gain(
+        BIMODAL, gaussian(np.zeros(DIM), np.eye(DIM)), x, jax.random.key(0), sigma_min=1e-2
+    )
+    assert same == 0
+    assert worse < -4 * error

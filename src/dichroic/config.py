@@ -66,8 +66,8 @@ class DiffusionConfig(_Ranged):
     width: int = _count(128)
     depth: int = _count(3)
     covariance: Literal["jacobian", "base"] = "base"
-    patience: int = 1  # laps without a better held-out bound before stopping
-    evidence_steps: int = _count(64)  # DDPM steps of the held-out evidence bound
+    patience: int = 1  # laps without a gain in held-out evidence before stopping
+    evidence_draws: int = _count(4)  # posterior draws of held-out observations that judge a lap
     evidence_observations: int = _count(1024)  # held-out observations it uses, at most per view
 
 

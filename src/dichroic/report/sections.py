@@ -204,18 +204,33 @@ def _describe(denoiser: Denoiser) -> str:
 
 
 def _verdict(metrics: Sequence[Mapping[str, Any]]) -> str:
-    bounds = [m["evidence_bound"] for m in metrics if m.get("evidence_bound") is not None]
-    if not bounds:
+    laps = [m for m in metrics if m.get("phase") == "diffusion"]
+    sources = sorted({name for m in laps for name in str(m.get("sources", "")).split("+")})
+    said = [line for name in sources if (line := _gains(name, laps))]
+    if not said:
         return "No diffusion lap was run: the priors are those of the closed-form start."
-    start, later = bounds[0], bounds[1:]
-    if not later:
-        return f"The mixtures have a held-out bound of {start:.4g}; no diffusion lap has ended yet."
-    laps = "the diffusion lap" if len(later) == 1 else f"the best of {len(later)} diffusion laps"
-    numbers = f"{start:.4f} nats per observation with the mixtures, {max(later):.4f} after {laps}"
-    if max(later) > start:
-        return f"Diffusion improved the held-out evidence bound: {numbers}. The networks are kept."
     return (
-        f"Diffusion did not improve the held-out evidence bound: {numbers}. The mixtures are kept."
+        "A diffusion lap is kept where it raises the evidence of held-out observations by more than "
+        "two standard errors. " + " ".join(said)
+    )
+
+
+def _gains(name: str, laps: Sequence[Mapping[str, Any]]) -> str:
+    """What the laps gained for one source."""
+    pair = lambda m: (m.get(f"evidence_gain_{name}"), m.get(f"evidence_gain_error_{name}"))
+    found = [
+        (gain, error) for gain, error in map(pair, laps) if gain is not None and error is not None
+    ]
+    kept = [gain for gain, error in found if gain > 2 * error]
+    if kept:
+        count = f"{len(kept)} of {len(found)} laps" if len(found) > 1 else "the lap"
+        return f"{name}: improved by at least {sum(kept):.3f} nats per draw in {count}; the network is kept."
+    if not found:
+        return ""
+    best, error = max(found)
+    return (
+        f"{name}: not improved ({best:.3f} ± {error:.3f} nats at best); the mixture is kept: a network "
+        "trained on its own posterior draws finds nothing that it cannot express."
     )
 
 
