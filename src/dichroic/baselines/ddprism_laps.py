@@ -88,6 +88,9 @@ class DdprismConfig:
         for name in ("tau", "limit", "unit", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: must be positive, got {getattr(self, name)!r}")
+        for name in ("ridge", "final_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: must not be negative, got {getattr(self, name)!r}")
         if not self.laps or min(self.laps) < 0 or self.gaussian_laps < 1 or self.corrections < 0:
             raise ConfigError(
                 "laps: give one number or more, none negative, and one Gaussian lap at least; got "
@@ -238,7 +241,7 @@ def expectation(
     gibbs = in_turn(obs, config)
     if gibbs:
         last = last or _zeros(obs)
-        start = {k: jnp.asarray(x) for k, x in last.items()}
+        start = {k: jnp.asarray(x, float) for k, x in last.items()}
         obs = Started(obs.y, obs.operators, obs.noise, start)
     draws = draw(denoisers, obs, key, config, steps, progress=progress)
     x = {k: a[0] for k, a in draws.x.items()}

@@ -89,9 +89,13 @@ def network_denoiser(
 ) -> Preconditioned:
     """A fresh denoiser of arrays of `shape`, preconditioned about `N(0, unit² I)`."""
     dim = int(np.prod(shape))
-    make = eqx.filter_jit(lambda k: TimeMlp(shape, width, depth, time_features, key=k))
     base = gaussian(np.zeros(shape), unit**2 * np.eye(dim))
-    return Preconditioned(base, make(key))
+    return Preconditioned(base, _fresh(tuple(shape), width, depth, time_features, key))
+
+
+@eqx.filter_jit
+def _fresh(shape: Shape, width: int, depth: int, time_features: int, key: PRNGKeyArray) -> TimeMlp:
+    return TimeMlp(shape, width, depth, time_features, key=key)
 
 
 def wide_gaussian(shape: Shape, *, rank: int, unit: float = 1.0) -> Mixture:

@@ -31,6 +31,7 @@ from dichroic.shared import is_shared
 Arrays = dict[str, np.ndarray]
 _CACHE_BYTES = 2**28
 _CHUNK_BYTES = 2**26
+_SEARCH_COUNT = 2048
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,11 @@ def gather(obs: Observations) -> Data:
     return Moments(obs) if is_shared(obs) else Rows(obs)
 
 
+def few(obs: Observations) -> Observations:
+    """The first 2048 observations, or all where their number costs nothing."""
+    return obs if is_shared(obs) else take(obs, slice(0, _SEARCH_COUNT))
+
+
 def total(parts: Sequence[Slopes]) -> Slopes:
     """The sum over parts of the data."""
     result = parts[0]
@@ -209,7 +215,7 @@ def add_curvatures(parts: Sequence[dict[str, Curvature]]) -> dict[str, Curvature
     """The sum over parts of the data, per source."""
     names = {k for part in parts for k in part}
     pick = lambda k, i: sum(part[k][i] for part in parts if k in part)
-    return {k: Curvature(pick(k, 0), pick(k, 1)) for k in names}
+    return {k: Curvature(np.asarray(pick(k, 0)), np.asarray(pick(k, 1))) for k in names}
 
 
 def _slopes(white: White, means: Arrays, factors: Arrays, s: float) -> Slopes:
@@ -322,8 +328,8 @@ def ascend(
     start: Sequence[np.ndarray],
     *,
     bounds: Sequence[tuple[float, float]] | None = None,
-    tolerance: float = 1e-8,
-    iterations: int = 1000,
+    tolerance: float,
+    iterations: int,
 ) -> Ascent:
     """Maximise `function`, which returns its value and gradient, by L-BFGS; no iterate falls.
 
