@@ -278,6 +278,8 @@ def test_a_finished_fit_is_kept_and_taken_up_again(fitted, tmp_path, monkeypatch
     monkeypatch.setattr(clvm_vae, "train", None)  # it must not train again
     again = ClvmVae(fitted.problem, width=48, steps=1600).fit(tmp_path, resume=True, progress=False)
     loaded = ClvmVae.load(tmp_path)
+    loaded.save(tmp_path)
+    again.fit(tmp_path, resume=True)
     for model in (again, loaded):
         assert model.settings == fitted.settings and model.metrics == fitted.metrics
         for k, x in model.separate(view).draws.items():

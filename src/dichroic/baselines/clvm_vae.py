@@ -97,6 +97,7 @@ class ClvmVae:
         self.metrics: list[dict[str, Any]] = []
         self.vae: Vae | None = None
         self._structure: dict[str, Any] = {}
+        self._fingerprint = ""
 
     def fit(
         self,
@@ -183,7 +184,7 @@ class ClvmVae:
             "kind": "clvm-vae",
             "settings": dataclasses.asdict(self.settings),
             "structure": self._structure,
-            "fingerprint": self.problem.fingerprint() if self.problem else "",
+            "fingerprint": self._fingerprint,
             "metrics": self.metrics,
         }
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -209,6 +210,7 @@ class ClvmVae:
         leaves = [arrays[k] for k in sorted(arrays)]
         self.vae = filled(blank(meta["structure"], found), leaves)
         self.settings, self._structure, self.metrics = found, meta["structure"], meta["metrics"]
+        self._fingerprint = meta["fingerprint"]
         return self
 
     def _train(self, problem: Problem, tracker: Tracker) -> None:
@@ -223,6 +225,7 @@ class ClvmVae:
             self.metrics.append({**row, "seconds": seconds})
             tracker.progress("clvm-vae", done, steps)
 
+        self._fingerprint = problem.fingerprint()
         vae, self._structure = initial(views, problem.shapes, self.settings)
         self.vae, bound = train(vae, views, held_out, self.settings, follow)
         tracker.lap({**self.metrics[-1], "evidence_bound": bound})

@@ -38,7 +38,7 @@ Gaussian = tuple[Float[Array, " latent"], Float[Array, "latent latent"]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a fit depends on besides the problem; the rates are those of `dichroic.baselines.clvm_vae`."""
+    """What a fit depends on besides the problem."""
 
     seed: int = 0
     latent: int = 4  # per source
