@@ -176,7 +176,8 @@ def _mixture_lap(
     best = current if better else state.best
     stale = 0 if better else state.stale + 1
     if size < c.components and stale < c.patience:
-        grown = {n: split_components(current[n], min(2 * size, c.components)) for n in names}
+        target = min(2 * size, c.components)
+        grown = {n: split_components(current[n], target).ordered() for n in names}
         grown = dataclasses.replace(
             state,
             current={**current, **grown},

@@ -323,4 +323,4 @@ def split_components(mixture: Mixture, components: int) -> Mixture:
         np.concatenate([means, child_means]).reshape(-1, *mixture.shape),
         np.concatenate([cov, child_cov]),
         shape=mixture.shape,
-    ).ordered()
+    )
