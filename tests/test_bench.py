@@ -18,7 +18,7 @@ from dichroic.bench.names import (
 )
 from dichroic.bench.published import PUBLISHED
 from dichroic.bench.results import cell
-from dichroic.bench.runner import folder_of, is_done, plan, run_bench
+from dichroic.bench.runner import is_done, plan, run_bench
 from dichroic.cli import main
 from dichroic.errors import ConfigError, DichroicError
 from dichroic.metrics import psnr
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 def test_scores_are_those_of_the_saved_draws(finished):
     """For the mixed problem both views are in one array, one after the other."""
     out, todo, _ = finished
-    folder = folder_of(out, todo[0])
+    folder = todo[0].folder(out)
     with np.load(folder / "heldout.npz") as arrays:
         saved = {k: arrays[k] for k in arrays}
     assert set(saved) == {f"{a}/source{i}" for a in ("truth", "draw") for i in (1, 2)}
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_saved_draws(finished):
 def test_the_limit_is_better_and_calibrated(finished):
     out, todo, _ = finished
     mean = lambda job: np.mean(
-        [r["psnr"] for r in json.loads((folder_of(out, job) / "result.json").read_text())["scores"]]
+        [r["psnr"] for r in json.loads((job.folder(out) / "result.json").read_text())["scores"]]
     )
     assert mean(todo[1]) > mean(todo[0]) + 5
 
@@ -91,14 +91,14 @@ def test_tables_hold_the_numbers_of_the_results(finished):
 
 def test_finished_jobs_are_not_run_again(finished):
     out, todo, _ = finished
-    stamp = (folder_of(out, todo[0]) / "result.json").stat().st_mtime_ns
+    stamp = (todo[0].folder(out) / "result.json").stat().st_mtime_ns
     ran = []
     run_bench(todo[:2], out, run=lambda folder: ran.append(folder) or 0, say=lambda text: None)
     assert not ran
-    assert (folder_of(out, todo[0]) / "result.json").stat().st_mtime_ns == stamp
+    assert (todo[0].folder(out) / "result.json").stat().st_mtime_ns == stamp
     other = plan(["mixed-0.5"], ["mixture"], [3], BenchConfig(count=301, quick=True))[0]
-    assert is_done(folder_of(out, todo[0]), todo[0])
-    assert not is_done(folder_of(out, other), other)
+    assert is_done(todo[0].folder(out), todo[0])
+    assert not is_done(other.folder(out), other)
 
 
 @pytest.fixture
@@ -181,6 +181,6 @@ def test_the_problem_file_is_checked_first(tmp_path):
 def test_coverage_of_the_limit(finished):
     """Exact draws: 5 observations × 2 views × 2 sources, so a wide tolerance."""
     out, todo, _ = finished
-    rows = json.loads((folder_of(out, todo[1]) / "result.json").read_text())["scores"]
+    rows = json.loads((todo[1].folder(out) / "result.json").read_text())["scores"]
     for row in rows:
         assert abs(row["coverage"] - 0.9) < 4 * max(row["coverage_error"], 0.08)

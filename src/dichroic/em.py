@@ -39,7 +39,7 @@ from dichroic.posterior import choose_solver
 from dichroic.problem import Problem, View, holdout, joint_observations
 from dichroic.sample import Draws, draw_posterior, make_sampler
 from dichroic.tracking import Silent, Tracker
-from dichroic.train import evidence_gain, train_denoiser
+from dichroic.train import evidence_gain, is_gain, train_denoiser
 
 Denoisers = dict[str, Denoiser]
 Metrics = dict[str, Any]
@@ -252,7 +252,7 @@ def _diffusion_lap(
             old[name], new[name], x, key_gain, sigma_min=config.sampler.sigma_min
         )
         metrics |= {f"evidence_gain_{name}": gain, f"evidence_gain_error_{name}": error}
-        if gain > 2 * error:
+        if is_gain(gain, error):
             kept[name], gained = new[name], gained + gain
     metrics |= {"sources": "+".join(old), **_scores(kept, data, range(len(data.test)), config)}
     stale = 0 if gained else state.stale + 1

@@ -202,6 +202,23 @@ class Problem:
         return fingerprint((self.sources, stated))
 
 
+def named_views(
+    view: View | str | Sequence[View], problem: Problem | None, *, what: str = "separator"
+) -> list[View]:
+    """The views that `view` stands for: itself, several, or by name one of `problem` and its group.
+
+    `what` is how the message calls the one that has no problem to look a name up in.
+    """
+    if isinstance(view, View):
+        return [view]
+    if not isinstance(view, str):
+        return list(view)
+    if problem is None:
+        raise DataError(f"this {what} has no problem to find view {view!r} in; give a View")
+    found = problem.view(view)
+    return next(group for group in problem.joint_views() if found in group)
+
+
 def sees(view: View, source: str) -> bool:
     """Whether `view` has an operator other than zero for `source`."""
     return source in view.operators and not isinstance(view.operators[source], Zero)

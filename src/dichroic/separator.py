@@ -14,10 +14,10 @@ from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import draw, predictive_chi2
 from dichroic.errors import DataError, RunError
 from dichroic.io import load_model, save_model, write_atomic
-from dichroic.problem import Problem, View, check_view, joint_observations
+from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.run import fit
 from dichroic.sample import draw_prior, make_sampler
-from dichroic.tracking import Console, Silent, Tracker
+from dichroic.tracking import Tracker, as_tracker
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Separator:
             raise RunError(
                 "this separator was loaded without a problem; Separator(problem) can fit"
             )
-        tracker = (Console() if progress else Silent()) if isinstance(progress, bool) else progress
+        tracker = as_tracker(progress)
         state, self.metrics = fit(
             self.problem, self.config, out=out, resume=resume, tracker=tracker
         )
@@ -119,7 +119,7 @@ class Separator:
         `view` is a `View`, the name of a view of the problem, or a list of co-observed views. An
         observation's draws depend on `seed` and its number (from `first_index` on) only.
         """
-        views = self._views(view)
+        views = named_views(view, self.problem)
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
         observations = joint_observations(views)
@@ -171,13 +171,3 @@ class Separator:
         if not self.denoisers:
             raise RunError("nothing is learned yet: call fit() first, or load a model")
         return self.denoisers
-
-    def _views(self, view: View | str | Sequence[View]) -> list[View]:
-        if isinstance(view, View):
-            return [view]
-        if not isinstance(view, str):
-            return list(view)
-        if self.problem is None:
-            raise DataError(f"this separator has no problem to find view {view!r} in; give a View")
-        found = self.problem.view(view)
-        return next(group for group in self.problem.joint_views() if found in group)

@@ -64,6 +64,11 @@ class Console:
         self._bar = None
 
 
+def as_tracker(progress: bool | Tracker) -> Tracker:
+    """`progress` itself, or for `True` a `Console` and for `False` silence."""
+    return (Console() if progress else Silent()) if isinstance(progress, bool) else progress
+
+
 class MetricsFile:
     """Metrics as JSON lines; `length` is what a checkpoint remembers, so that a resumed run goes on there.
 

@@ -74,6 +74,11 @@ def evidence_gain(
     return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
 
 
+def is_gain(gain: float, error: float) -> bool:
+    """Whether a gain of this standard error is believed: more than two of them above zero."""
+    return gain > 2 * error
+
+
 @eqx.filter_jit
 def _gains(old: Denoiser, new: Denoiser, x: Array, key: PRNGKeyArray, sigma_min: float) -> Array:
     key_level, key_order, key_noise = jax.random.split(key, 3)

@@ -30,10 +30,10 @@ from dichroic.em import predictive_chi2, prepare
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
 from dichroic.io import read_tensors, write_tensors
 from dichroic.observations import Observations
-from dichroic.problem import Problem, View, check_view, joint_observations
+from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.sample import LANES, Draws, chunks, lanes_width, observation_keys
 from dichroic.separator import Separation
-from dichroic.tracking import Console, Silent, Tracker
+from dichroic.tracking import Tracker, as_tracker
 
 FILE = "clvm_vae.safetensors"
 MOST_LATENT = 16
@@ -120,7 +120,7 @@ class ClvmVae:
                     f"{path.parent} already holds a model; resume, or choose another folder"
                 )
             return self._restore(path, problem=self.problem, settings=self.settings)
-        tracker = (Console() if progress else Silent()) if isinstance(progress, bool) else progress
+        tracker = as_tracker(progress)
         self._train(self.problem, tracker)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class ClvmVae:
         of those that an encoder was trained on. An observation's draws depend on `seed` and its number (from
         `first_index` on) only.
         """
-        views = self._views(view)
+        views = named_views(view, self.problem, what="model")
         vae, name = self._fitted(), "+".join(v.name for v in views)
         for v in views:
             check_view(v, {k: d.shape for k, d in vae.decoders.items()})
@@ -234,16 +234,6 @@ class ClvmVae:
         if self.vae is None:
             raise RunError("nothing is learned yet: call fit() first, or load a model")
         return self.vae
-
-    def _views(self, view: View | str | Sequence[View]) -> list[View]:
-        if isinstance(view, View):
-            return [view]
-        if not isinstance(view, str):
-            return list(view)
-        if self.problem is None:
-            raise DataError(f"this model has no problem to find view {view!r} in; give a View")
-        found = self.problem.view(view)
-        return next(group for group in self.problem.joint_views() if found in group)
 
 
 def _check_encoder(encoders: Mapping[str, Encoder], name: str, obs: Observations) -> None:

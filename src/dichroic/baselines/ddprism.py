@@ -40,10 +40,17 @@ from dichroic.em import Denoisers, learning_order, predictive_chi2
 from dichroic.errors import DataError, RunError
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.observations import Observations
-from dichroic.problem import Problem, View, check_view, holdout, joint_observations
+from dichroic.problem import (
+    Problem,
+    View,
+    check_view,
+    holdout,
+    joint_observations,
+    named_views,
+)
 from dichroic.sample import draw_prior
 from dichroic.separator import Separation
-from dichroic.tracking import Console, Silent, Tracker
+from dichroic.tracking import Tracker, as_tracker
 
 FILE = "ddprism.safetensors"
 FREE_SETTINGS = ("batch_size",)
@@ -76,7 +83,7 @@ class Ddprism:
 
         Raises `RunError` if `out` holds a fit and `resume` is not given, or that of another problem.
         """
-        tracker = (Console() if progress else Silent()) if isinstance(progress, bool) else progress
+        tracker = as_tracker(progress)
         about = self._about()
         state = State() if out is None else _open(Path(out), about, resume=resume)
         data = training_observations(self.problem)
@@ -102,7 +109,7 @@ class Ddprism:
 
         Draws beyond `±limit` are kept. Gibbs sampling starts from zero.
         """
-        views = _views(self.problem, view)
+        views = named_views(view, self.problem)
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
         obs = joint_observations(views)
@@ -129,15 +136,6 @@ class Ddprism:
         settings = {"seed": self.seed, **dataclasses.asdict(self.config)}
         settings["laps"] = list(self.config.laps)
         return {"fingerprint": self.problem.fingerprint(), "settings": settings}
-
-
-def _views(problem: Problem, view: View | str | Sequence[View]) -> list[View]:
-    if isinstance(view, View):
-        return [view]
-    if not isinstance(view, str):
-        return list(view)
-    found = problem.view(view)
-    return next(group for group in problem.joint_views() if found in group)
 
 
 def training_observations(problem: Problem) -> list[Observations]:

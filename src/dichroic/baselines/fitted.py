@@ -16,7 +16,7 @@ from dichroic.errors import ConfigError, RunError
 from dichroic.io import load_model, save_model
 from dichroic.problem import Problem
 from dichroic.separator import Separator
-from dichroic.tracking import Console, Silent, Tracker
+from dichroic.tracking import Tracker, as_tracker
 
 
 class Fitted(Separator):
@@ -58,7 +58,7 @@ class Fitted(Separator):
         """
         if self.problem is None:
             raise RunError("this baseline was loaded without a problem; give it one to fit")
-        tracker = (Console() if progress else Silent()) if isinstance(progress, bool) else progress
+        tracker = as_tracker(progress)
         self._fingerprint = self.problem.fingerprint() if out is not None else ""
         if out is not None and self._found(Path(out), resume):
             return self

@@ -43,7 +43,7 @@ from dichroic.errors import ConfigError
 from dichroic.noise import Isotropic, Masked, observed_entries
 from dichroic.observations import Observations
 from dichroic.operators import Operator
-from dichroic.problem import Problem, View, check_view, joint_observations
+from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.sample import Draws
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker
@@ -100,8 +100,8 @@ def _centred(obs: Observations, x: dict[str, jax.Array]) -> jax.Array:
 
     def one(row: Observations) -> jax.Array:
         o = eqx.combine(row, shared)
-        mean = sum((o.operators[k].mv(v).ravel() for k, v in x.items()), jnp.zeros(o.size))
-        return o.noise.observed(o.size) * (o.y - mean)
+        part = Observations(o.y, {k: o.operators[k] for k in x}, o.noise)
+        return o.noise.observed(o.size) * o.y - part.apply(x)
 
     return jax.vmap(one)(rows)
 
@@ -189,7 +189,7 @@ class Pcpca(Fitted):
         progress: Callable[[int, int], None] | None = None,
     ) -> Separation:
         """Posterior draws of every source of `view`, each by its own model; as `Separator.separate`."""
-        views = self._views(view)
+        views = named_views(view, self.problem)
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
         obs, names = joint_observations(views), list(self.denoisers)

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from dichroic.bench.names import LIMIT, JobSpec
+from dichroic.bench.methods import limit_draws_of, make_method
+from dichroic.bench.names import FAILED, HELD_OUT, LIMIT, RESULT, JobSpec
 from dichroic.bench.problems import Case, build_case
+from dichroic.bench.scores import distances, posterior_scores
 from dichroic.io import read_json, write_json
-
-HELD_OUT, RESULT, FAILED = "heldout.npz", "result.json", "failed.json"
+from dichroic.separator import save_npz
 
 
 def run_job(folder: Path) -> dict[str, Any]:
@@ -31,8 +32,6 @@ def run_job(folder: Path) -> dict[str, Any]:
     case = build_case(spec.problem, spec.seed, spec.config)
     do = _limit if spec.method == LIMIT else _fit_and_separate
     draws, measured, method = do(spec, case, folder)
-    from dichroic.separator import save_npz
-
     truth = _joined([h.first(x_count(d)).truth for h, d in zip(case.held, draws, strict=True)])
     first = _joined([{k: x[0] for k, x in d.items()} for d in draws])
     arrays = {f"truth/{k}": x for k, x in truth.items() if k in first}
@@ -55,8 +54,6 @@ def x_count(draws: dict[str, np.ndarray]) -> int:
 
 
 def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
-    from dichroic.bench.methods import make_method
-
     method = make_method(spec.method, case, spec.config)
     spent = _read_seconds(folder)
     began = time.perf_counter()
@@ -94,8 +91,6 @@ def _gains(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _limit(spec: JobSpec, case: Case, folder: Path):
-    from dichroic.bench.methods import limit_draws_of
-
     n = spec.config.limit_observations(spec.problem.sources)
     began = time.perf_counter()
     draws = [limit_draws_of(case, h.first(n), spec.config.draws) for h in case.held]
@@ -106,8 +101,6 @@ def _limit(spec: JobSpec, case: Case, folder: Path):
 
 def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[str, Any]]:
     """Rows of scores: one per held-out view and source; distances once per source."""
-    from dichroic.bench.scores import distances, posterior_scores
-
     rows = []
     for held, d in zip(case.held, draws, strict=True):
         some = held.first(x_count(d))

@@ -1,13 +1,19 @@
 """A method by its name: what learns from a problem, separates observations, and samples priors."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from dichroic.baselines.clvm_linear import ClvmLinear
+from dichroic.baselines.clvm_vae import ClvmVae
+from dichroic.baselines.ddprism import Ddprism, DdprismConfig
+from dichroic.baselines.pcpca import Pcpca
 from dichroic.bench.names import BenchConfig
 from dichroic.bench.problems import Case, Held
 from dichroic.config import FitConfig
+from dichroic.datasets.manifolds import manifold_curves
+from dichroic.datasets.quadrature import limit_draws
 from dichroic.separator import Separator
 
 
@@ -25,6 +31,9 @@ class Method(Protocol):
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws from the prior of `source`."""
         ...
+
+
+Factory = Callable[[Case, BenchConfig], Method]
 
 
 def make_method(name: str, case: Case, config: BenchConfig) -> Method:
@@ -49,48 +58,27 @@ def _mixture(case: Case, config: BenchConfig) -> Separator:
     return _separator(case, config, **{"diffusion.laps": 0})
 
 
-def _ddprism(sampling: str) -> Callable[[Case, BenchConfig], Method]:
-    def make(case: Case, config: BenchConfig) -> Method:
-        from dichroic.baselines.ddprism import Ddprism, DdprismConfig
-
-        return Ddprism(case.problem, seed=case.seed, config=DdprismConfig.small(sampling))  # type: ignore[arg-type]
-
-    return make
+def _ddprism(sampling: Literal["joint", "gibbs"]) -> Factory:
+    config = DdprismConfig.small(sampling)
+    return lambda case, _: Ddprism(case.problem, seed=case.seed, config=config)
 
 
-def _clvm_linear(case: Case, config: BenchConfig) -> Method:
-    from dichroic.baselines.clvm_linear import ClvmLinear
-
-    return ClvmLinear(case.problem, seed=case.seed)
+def _baseline(kind: type[ClvmLinear | ClvmVae | Pcpca]) -> Factory:
+    return lambda case, _: kind(case.problem, seed=case.seed)
 
 
-def _clvm_vae(case: Case, config: BenchConfig) -> Method:
-    from dichroic.baselines.clvm_vae import ClvmVae
-
-    return ClvmVae(case.problem, seed=case.seed)
-
-
-def _pcpca(case: Case, config: BenchConfig) -> Method:
-    from dichroic.baselines.pcpca import Pcpca
-
-    return Pcpca(case.problem, seed=case.seed)
-
-
-_FACTORIES: dict[str, Callable[[Case, BenchConfig], Method]] = {
+_FACTORIES: dict[str, Factory] = {
     "dichroic": _separator,
     "mixture": _mixture,
     "ddprism": _ddprism("joint"),
     "ddprism-gibbs": _ddprism("gibbs"),
-    "clvm-linear": _clvm_linear,
-    "clvm-vae": _clvm_vae,
-    "pcpca": _pcpca,
+    "clvm-linear": _baseline(ClvmLinear),
+    "clvm-vae": _baseline(ClvmVae),
+    "pcpca": _baseline(Pcpca),
 }
 
 
 def limit_draws_of(case: Case, held: Held, n_draws: int) -> dict[str, np.ndarray]:
     """Draws of the exact posterior of the built-in problem of `case`, `(n_draws, n, dim)` by source."""
-    from dichroic.datasets.manifolds import manifold_curves
-    from dichroic.datasets.quadrature import limit_draws
-
     curves = manifold_curves(case.seed, case.name.sources)
     return limit_draws(held.views[0], curves, n_draws=n_draws, seed=case.seed)

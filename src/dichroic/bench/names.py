@@ -11,6 +11,7 @@ from typing import Any
 from dichroic.errors import ConfigError
 
 FORMAT_VERSION = 1
+HELD_OUT, RESULT, FAILED = "heldout.npz", "result.json", "failed.json"  # files of a job
 LIMIT = "limit"
 METHODS = {
     "dichroic": "mixtures, then diffusion models where they do better",
@@ -92,6 +93,10 @@ class JobSpec:
             "count": self.config.count,
             "quick": self.config.quick,
         }
+
+    def folder(self, out: Path) -> Path:
+        """Where the files of the job are, below `out`."""
+        return out / self.problem.label / self.method / f"seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain values."""

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dichroic.bench.job import FAILED, RESULT
-from dichroic.bench.names import JobSpec
+from dichroic.bench.names import FAILED, RESULT, JobSpec
 from dichroic.io import read_json
 
 Found = dict[str, Any]
@@ -17,7 +16,7 @@ def collect(out: Path, jobs: Sequence[JobSpec]) -> list[Found]:
     """One entry per job: its result, the error of a failed one, or nothing yet."""
     entries = []
     for job in jobs:
-        folder = out / job.problem.label / job.method / f"seed{job.seed}"
+        folder = job.folder(out)
         about = {"problem": job.problem.label, "method": job.method, "seed": job.seed}
         if (folder / RESULT).exists():
             about |= read_json(folder / RESULT)

@@ -1,13 +1,21 @@
 """All jobs of a benchmark, those that are not done yet, each in a process of its own."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dichroic.bench.job import FAILED, RESULT
-from dichroic.bench.names import LIMIT, BenchConfig, JobSpec, parse_methods, parse_problems
+from dichroic.bench.names import (
+    FAILED,
+    LIMIT,
+    RESULT,
+    BenchConfig,
+    JobSpec,
+    parse_methods,
+    parse_problems,
+)
 from dichroic.bench.problems import check_problem
 from dichroic.bench.render import write_tables
 from dichroic.errors import DichroicError
@@ -29,11 +37,6 @@ def plan(
             some = [m for m in chosen if not (m == LIMIT and problem.path)]
             jobs += [JobSpec(problem, method, seed, config, mark) for method in some]
     return jobs
-
-
-def folder_of(out: Path, job: JobSpec) -> Path:
-    """Where the files of `job` are."""
-    return out / job.problem.label / job.method / f"seed{job.seed}"
 
 
 def is_done(folder: Path, job: JobSpec) -> bool:
@@ -60,7 +63,7 @@ def run_bench(
     """Run `jobs`, write the tables after each; the number of jobs that failed."""
     failed = 0
     for i, job in enumerate(jobs):
-        folder = folder_of(out, job)
+        folder = job.folder(out)
         label = f"[{i + 1}/{len(jobs)}] {job.problem.label}, {job.method}, seed {job.seed}"
         if is_done(folder, job):
             say(f"{label}: done before")
@@ -80,16 +83,10 @@ def _prepare(folder: Path, job: JobSpec) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(DichroicError, KeyError, TypeError):
         if JobSpec.from_dict(read_json(folder / "job.json")).fit_settings() != job.fit_settings():
-            _remove(folder / "fit")
+            shutil.rmtree(folder / "fit", ignore_errors=True)
             (folder / "seconds.json").unlink(missing_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
     write_json(folder / "job.json", job.to_dict())
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _why(folder: Path) -> str:

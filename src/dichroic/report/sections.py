@@ -16,6 +16,7 @@ from dichroic.report.markup import duration, esc, table
 from dichroic.report.page import Page
 from dichroic.report.scores import Held
 from dichroic.statement import summary_rows
+from dichroic.train import is_gain
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PRIOR_DRAWS = {"image": 24, "lines": 8, "points": 1000}
@@ -221,7 +222,7 @@ def _gains(name: str, laps: Sequence[Mapping[str, Any]]) -> str:
     found = [
         (gain, error) for gain, error in map(pair, laps) if gain is not None and error is not None
     ]
-    kept = [gain for gain, error in found if gain > 2 * error]
+    kept = [gain for gain, error in found if is_gain(gain, error)]
     if kept:
         count = f"{len(kept)} of {len(found)} laps" if len(found) > 1 else "the lap"
         return f"{name}: improved by at least {sum(kept):.3f} nats per draw in {count}; the network is kept."
