@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from dichroic.datasets import digits
-from dichroic.datasets.manifolds import Manifold, manifold_problem, observe, weights
+from dichroic.datasets.manifolds import (
+    Manifold,
+    manifold_curves,
+    manifold_problem,
+    observe,
+    weights,
+)
+from dichroic.errors import DataError
 from dichroic.operators import Dense
 
 
@@ -48,6 +55,68 @@ def test_observations_are_normalised_random_projections_with_noise():
     assert abs(residual.std() / noise - 1) < 4.5 / np.sqrt(2 * 3 * n)
     assert abs(residual.mean()) < 4.5 * noise / np.sqrt(3 * n)
     assert np.abs(np.corrcoef(residual.T) - np.eye(3)).max() < 4.5 / np.sqrt(n)
+
+
+def assert_normalised_and_isotropic(a):
+    """Rows `(n, 5)` are of length one and point anywhere: entries of mean 0 and mean square 1 / 5."""
+    np.testing.assert_allclose(np.linalg.norm(a, axis=-1), 1, rtol=1e-6)
+    assert np.abs(a.mean(axis=0)).max() < 4.5 * np.sqrt(0.2 / len(a))
+    np.testing.assert_allclose((a**2).mean(axis=0), 0.2, atol=4.5 * 0.3 / np.sqrt(len(a)))
+
+
+def test_every_source_can_have_projections_of_its_own():
+    n, noise = 4000, 0.3
+    rng = np.random.default_rng(2)
+    x, f = rng.normal(size=(n, 2, 5)), np.array([1.0, 0.4])
+    y, a = observe(rng, x, f, obs=3, noise=noise, per_source=True)
+    assert (y.shape, a.shape) == ((n, 3), (n, 2, 3, 5))
+    assert_normalised_and_isotropic(a.reshape(-1, 5))
+    # Unit vectors in 5 dimensions that are independent have products of variance 1 / 5.
+    assert abs(np.sum(a[:, 0] * a[:, 1], axis=-1).mean()) < 4.5 * np.sqrt(0.2 / (3 * n))
+    residual = y - np.einsum("nod,nd->no", a[:, 0], x[:, 0])
+    residual -= 0.4 * np.einsum("nod,nd->no", a[:, 1], x[:, 1])
+    assert abs(residual.std() / noise - 1) < 4.5 / np.sqrt(2 * 3 * n)
+
+
+@pytest.mark.parametrize("per_source", [False, True])
+@pytest.mark.parametrize("f_mix", [None, 0.3])
+def test_a_problem_states_the_projections_it_was_made_with(f_mix, per_source):
+    problem = manifold_problem(seed=3, f_mix=f_mix, count=500, noise=0.05, per_source=per_source)
+    for view, f in zip(problem.views, weights(2, f_mix), strict=True):
+        y = np.asarray(view.observations, float)
+        a = {k: np.asarray(op.matrix, float) for k, op in view.operators.items()}
+        y -= sum(np.einsum("nod,nd->no", a[k], view.truth[k]) for k in a)
+        assert abs(y.std() / 0.05 - 1) < 4.5 / np.sqrt(2 * y.size)
+        if len(a) == 2:
+            same = np.allclose(a["source1"] / f[0], a["source2"] / f[1], atol=1e-6)
+            assert same is not per_source
+            assert_normalised_and_isotropic(a["source2"].reshape(-1, 5) / f[1])
+
+
+def test_the_streams_of_random_numbers_are_the_stated_ones():
+    """Curves by the seed [0, problem_seed]; then, per view, coordinates, matrix and noise by [1, seed]."""
+    problem = manifold_problem(seed=8, problem_seed=4, count=30, dim=4, obs=2, noise=0.1)
+    curves, rng = manifold_curves(4, 2, dim=4), np.random.default_rng([1, 8])
+    again = np.random.default_rng([0, 4])
+    for curve, alpha in zip(curves, (3.0, 4.0), strict=True):
+        np.testing.assert_array_equal(curve.a, Manifold.random(again, alpha, 4).a)
+    for view, f in zip(problem.views, ([1, 0], [1, 1]), strict=True):
+        x = [curve(rng.uniform(size=30)) for curve in curves]
+        a = rng.normal(size=(30, 2, 4))
+        a /= np.linalg.norm(a, axis=-1, keepdims=True)
+        mean = np.einsum("nod,nd->no", a, f[0] * x[0] + f[1] * x[1])
+        y = mean + 0.1 * rng.normal(size=(30, 2))
+        np.testing.assert_allclose(view.observations, y, rtol=1e-6, atol=1e-6)
+        for k, operator in view.operators.items():
+            np.testing.assert_array_equal(operator.matrix, a.astype(np.float32))
+            truth = x[int(k[-1]) - 1].astype(np.float32)
+            np.testing.assert_array_equal(view.truth[k], truth)
+
+
+@pytest.mark.parametrize("sources", [0, 4])
+def test_curves_are_defined_for_up_to_three_sources(sources):
+    with pytest.raises(DataError, match="1 to 3"):
+        manifold_curves(0, sources)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ class Settings:
     steps: int = 8000
     batch_size: int = 256  # per view
     learning_rate: float = 2e-3
+    weight_decay: float = 0.1
     ema: float = 0.999
 
 

@@ -105,9 +105,11 @@ def evaluate(vae: Vae, data: Mapping[str, Datum], counts: tuple, key: PRNGKeyArr
 
 
 def optimiser(settings: Settings) -> optax.GradientTransformation:
-    """Adam with cosine decay and clipped gradients."""
+    """Adam with decoupled weight decay, cosine decay of the rate, and clipped gradients."""
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps, alpha=0.02)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=settings.weight_decay)
+    )
 
 
 @eqx.filter_jit

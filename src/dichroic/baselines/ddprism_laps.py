@@ -61,11 +61,7 @@ class DdprismConfig:
     sigma_max: float = 10.0
     gaussian_laps: int = 16
     rank: int = 2  # of the Gaussians
-    laps: tuple[int, ...] = (
-        16,
-        32,
-        64,
-    )  # diffusion laps of each group; the last number for any later
+    laps: tuple[int, ...] = (16, 32, 64)  # with networks, per group; the last for any later one
     training_steps: int = 65536  # of each lap
     training_batch: int = 1024
     learning_rate: float = 1e-3

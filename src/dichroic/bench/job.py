@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import os
 import platform
-import resource
 import sys
 import time
 import traceback
@@ -104,7 +103,8 @@ def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[st
     rows = []
     for held, d in zip(case.held, draws, strict=True):
         some = held.first(x_count(d))
-        for source, found in posterior_scores(d, some.truth, case.data_range).items():
+        limit = spec.config.limit_observations(spec.problem.sources)
+        for source, found in posterior_scores(d, some.truth, case.data_range, limit).items():
             rows.append({"view": held.name, "source": source, **found})
     points, seed = spec.config.points, spec.seed
     for source, fresh in case.fresh.items():
@@ -129,7 +129,16 @@ def _read_seconds(folder: Path) -> float:
 
 
 def peak_memory() -> float:
-    """The largest resident memory of this process so far, MiB."""
+    """The largest resident memory of this process so far, MiB.
+
+    On Linux from the kernel's mark of this program: `ru_maxrss` there starts from that of the parent.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -153,13 +162,14 @@ def machine() -> dict[str, Any]:
 
 def main(folder: Path) -> int:
     """Run the job in `folder`; where it fails, `failed.json` says why."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / FAILED).unlink()
+    (folder / FAILED).unlink(missing_ok=True)
     try:
         run_job(folder)
     except Exception as error:
         traceback.print_exc()
-        write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        settings = JobSpec.from_dict(read_json(folder / "job.json")).settings()
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        write_json(folder / FAILED, {"settings": settings, "error": why})
         return 1
     return 0
 

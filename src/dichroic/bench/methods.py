@@ -42,12 +42,23 @@ def make_method(name: str, case: Case, config: BenchConfig) -> Method:
 
 
 def _separator(case: Case, config: BenchConfig, **settings: Any) -> Separator:
-    chosen = {"seed": case.seed, **(QUICK_FIT if config.quick else {}), **settings}
-    fit = FitConfig.from_dict(case.section, where=f"{case.name.label}: fit").replace(chosen)
+    stated = FitConfig.from_dict(case.section, where=f"{case.name.label}: fit")
+    quick = {k: v for k, v in QUICK_FIT.items() if config.quick and not _states(case.section, k)}
+    fit = stated.replace({"seed": case.seed, **quick, **settings})
     return Separator(case.problem, fit)
 
 
-QUICK_FIT: Mapping[str, Any] = {
+def _states(section: Mapping[str, Any], setting: str) -> bool:
+    """Whether `section` has a value for `setting`, such as `mixture.components`."""
+    found: Any = section
+    for part in setting.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return False
+        found = found[part]
+    return True
+
+
+QUICK_FIT: Mapping[str, Any] = {  # where a problem's own file does not say otherwise
     "mixture.components": 32,
     "diffusion.laps": 1,
     "diffusion.steps": 1000,

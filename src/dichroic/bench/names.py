@@ -10,7 +10,7 @@ from typing import Any
 
 from dichroic.errors import ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HELD_OUT, RESULT, FAILED = "heldout.npz", "result.json", "failed.json"  # files of a job
 LIMIT = "limit"
 METHODS = {
@@ -51,7 +51,7 @@ class BenchConfig:
     draws: int = 32  # posterior draws of each
     points: int = 4096  # true sources and prior samples, for distances between distributions
     limit_two: int = 256  # observations whose exact posterior is computed, with two sources
-    limit_more: int = 64  # the same, with more
+    limit_more: int = 256  # the same, with more
     quick: bool = False  # the methods' small presets
 
     def __post_init__(self) -> None:

@@ -3,13 +3,14 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 
 from dichroic.bench.names import LIMIT, JobSpec
 from dichroic.bench.published import PUBLISHED
-from dichroic.bench.results import Found, cell, collect, of, values
+from dichroic.bench.results import Found, cell, collect, gap, of, values
 from dichroic.io import write_atomic, write_json
 from dichroic.plot.canvas import colour, new_figure, png, tidy
 from dichroic.report.markup import document, duration, esc, section, table
@@ -38,46 +39,54 @@ def _tables(problem: str, entries: Sequence[Found]) -> list[Table]:
     sources = sorted(
         {r["source"] for m in methods for e in of(entries, problem, m) for r in e["scores"]}
     )
-    accuracy = [_accuracy(problem, m, sources, entries) for m in methods]
-    cost = [_cost(problem, m, entries) for m in methods]
-    head = ["method", *(f"PSNR {s}" for s in sources), "published", "to limit", "Sinkhorn post."]
-    head += ["published", "prior", "published", "PQMass post.", "prior"]
-    costs = ["method", "90% holds", "ranks p", "χ²/M", "fit", "µs per draw", "MiB"]
-    return [
-        (f"{problem}: accuracy", head, accuracy),
-        (f"{problem}: calibration and cost", costs, cost),
-    ]
+    whole = ["mean"] if problem.startswith("mixed") else []  # what the paper gives for these
+    psnr = [f"PSNR {s}" for s in [*sources, *whole]]
+    distances = ["Sinkhorn post.", "published", "prior", "published", "PQMass post.", "prior"]
+    costs = ["90% holds", "ranks p", "χ²/M", "fit", "µs per draw", "MiB", "failed"]
+    heads = {
+        "accuracy": ["method", *psnr, "published", *(f"to limit {s}" for s in sources)],
+        "distributions": ["method", *distances],
+        "calibration and cost": ["method", *costs],
+    }
+    rows = {
+        "accuracy": lambda m: _accuracy(problem, m, sources, bool(whole), entries),
+        "distributions": lambda m: _distributions(problem, m, entries),
+        "calibration and cost": lambda m: _cost(problem, m, entries),
+    }
+    return [(f"{problem}: {k}", heads[k], [rows[k](m) for m in methods]) for k in heads]
 
 
 def _accuracy(
-    problem: str, method: str, sources: Sequence[str], entries: Sequence[Found]
+    problem: str, method: str, sources: Sequence[str], whole: bool, entries: Sequence[Found]
 ) -> list[str]:
     mine, limit = of(entries, problem, method), of(entries, problem, LIMIT)
-    psnr = lambda found, s=None: values(found, lambda r: r["psnr"], s)
-    published = PUBLISHED.get(problem, {}).get(method)
-    both = [(psnr(limit, s), psnr(mine, s)) for s in sources]
-    gap = [best.mean() - own.mean() for best, own in both if len(best) and len(own)]
-    near = lambda which, what: lambda r: r.get(which, {}).get(what)
-    shown = lambda v: "–" if v is None else f"{v:g}"
-    numbers = published or (None, None, None)
+    psnr = lambda r: r["psnr"]
     return [
-        method + _failures(problem, method, entries),
-        *(cell(psnr(mine, s)) for s in sources),
-        shown(numbers[0]),
-        "–" if not gap else f"{np.mean(gap):.1f}",
-        cell(values(mine, near("posterior", "sinkhorn")), "{:.3f}"),
-        shown(numbers[1]),
-        cell(values(mine, near("prior", "sinkhorn")), "{:.3f}"),
-        shown(numbers[2]),
-        cell(values(mine, near("posterior", "pqmass"))),
-        cell(values(mine, near("prior", "pqmass"))),
+        method,
+        *(cell(values(mine, psnr, s)) for s in sources),
+        *([cell(values(mine, psnr))] if whole else []),
+        _published(problem, method, 0),
+        *(cell(gap(mine, limit, [s]), "{:.1f}") for s in sources),
     ]
 
 
-def _failures(problem: str, method: str, entries: Sequence[Found]) -> str:
-    same = [e for e in entries if (e["problem"], e["method"]) == (problem, method)]
-    failed = [e["error"] for e in same if "error" in e]
-    return f" (failed: {failed[0]})" if failed else ""
+def _published(problem: str, method: str, which: int) -> str:
+    numbers = PUBLISHED.get(problem, {}).get(method)
+    return "–" if numbers is None or numbers[which] is None else f"{numbers[which]:g}"
+
+
+def _distributions(problem: str, method: str, entries: Sequence[Found]) -> list[str]:
+    mine = of(entries, problem, method)
+    near = lambda which, what: values(mine, lambda r: r.get(which, {}).get(what))
+    return [
+        method,
+        cell(near("posterior", "sinkhorn"), "{:.3f}"),
+        _published(problem, method, 1),
+        cell(near("prior", "sinkhorn"), "{:.3f}"),
+        _published(problem, method, 2),
+        cell(near("posterior", "pqmass")),
+        cell(near("prior", "pqmass")),
+    ]
 
 
 def _cost(problem: str, method: str, entries: Sequence[Found]) -> list[str]:
@@ -93,21 +102,35 @@ def _cost(problem: str, method: str, entries: Sequence[Found]) -> list[str]:
         duration(float(fit.mean())) if len(fit) else "–",
         f"{1e6 * per_draw.mean():.0f}" if len(per_draw) else "–",
         f"{each('peak_memory_mib').mean():.0f}" if mine else "–",
+        _failures(problem, method, entries) or "–",
     ]
+
+
+def _failures(problem: str, method: str, entries: Sequence[Found]) -> str:
+    """The seeds that failed; the reasons stand below the tables."""
+    same = [e for e in entries if (e["problem"], e["method"]) == (problem, method)]
+    return ", ".join(f"seed {e['seed']}" for e in same if "error" in e)
 
 
 def footer(entries: Sequence[Found], command: str) -> str:
     """What the numbers are of, and what they were measured on."""
-    done = [e for e in entries if "settings" in e]
+    done = [e for e in entries if "scores" in e]
+    failed = [
+        f"{e['problem']}, {e['method']}, seed {e['seed']} failed: {shorten(e['error'], 400)}"
+        for e in entries
+        if "error" in e
+    ]
     if not done:
-        return "Nothing is finished yet."
+        return "\n".join([*failed, "Nothing is finished yet."])
     first, last = done[0]["settings"], done[-1]
     m = last["machine"]
     seeds = ", ".join(str(s) for s in dict.fromkeys(e["seed"] for e in done))
     lines = [
+        *failed,
         f"{first['count']:,} observations of each view to learn from; {first['held_out']:,} held-out ones "
-        f"scored, {first['draws']} draws of each; seeds {seeds}. PSNR in dB of one draw. Distances of "
-        f"{first['points']:,} points; of two samples of the same distribution PQMass is 1.",
+        f"scored, {first['draws']} draws of each; seeds {seeds}. PSNR in dB of one draw; to limit: by how "
+        "much a draw from the exact posterior is better on the same observations (the first ones). "
+        f"Distances of {first['points']:,} points; of two samples of one distribution PQMass is 1.",
         f"{m['cores']} cores ({m['device']}), jax {m['jax']}, dichroic {m['dichroic']}, {last['date']}. "
         "Times contain compilation; µs per draw: separation, per held-out observation and draw, after it.",
     ]

@@ -1,5 +1,6 @@
 """What is finished, and its statistics over seeds."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dichroic.bench.names import FAILED, RESULT, JobSpec
+from dichroic.errors import DichroicError
 from dichroic.io import read_json
 
 Found = dict[str, Any]
@@ -16,14 +18,19 @@ def collect(out: Path, jobs: Sequence[JobSpec]) -> list[Found]:
     """One entry per job: its result, the error of a failed one, or nothing yet."""
     entries = []
     for job in jobs:
-        folder = job.folder(out)
         about = {"problem": job.problem.label, "method": job.method, "seed": job.seed}
-        if (folder / RESULT).exists():
-            about |= read_json(folder / RESULT)
-        elif (folder / FAILED).exists():
-            about |= read_json(folder / FAILED)
-        entries.append(about)
+        found = read_of(job, out, RESULT) or read_of(job, out, FAILED) or {}
+        entries.append(about | found)
     return entries
+
+
+def read_of(job: JobSpec, out: Path, name: str) -> Found | None:
+    """The file `name` of `job`, if it is there and was written with the settings of `job`."""
+    path = job.folder(out) / name
+    with contextlib.suppress(DichroicError, KeyError, TypeError):
+        if path.exists() and (found := read_json(path))["settings"] == job.settings():
+            return found
+    return None
 
 
 def of(entries: Sequence[Found], problem: str, method: str) -> list[Found]:
@@ -43,6 +50,21 @@ def values(
         known = [v for v in map(pick, rows) if v is not None]
         if known:
             found.append(float(np.mean(known)))
+    return np.array(found)
+
+
+def gap(entries: Sequence[Found], limit: Sequence[Found], sources: Sequence[str]) -> np.ndarray:
+    """PSNR of the limit less that of `entries` on the same observations, by seed, the mean of `sources`."""
+    best = {(e["seed"], r["view"], r["source"]): r["psnr"] for e in limit for r in e["scores"]}
+    found = []
+    for entry in entries:
+        rows = {
+            (entry["seed"], r["view"], r["source"]): r["psnr_first"]
+            for r in entry["scores"]
+            if r["source"] in sources
+        }
+        own = [best[key] - value for key, value in rows.items() if key in best]
+        found += [float(np.mean(own))] if own else []
     return np.array(found)
 
 

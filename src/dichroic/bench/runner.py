@@ -18,6 +18,7 @@ from dichroic.bench.names import (
 )
 from dichroic.bench.problems import check_problem
 from dichroic.bench.render import write_tables
+from dichroic.bench.results import read_of
 from dichroic.errors import DichroicError
 from dichroic.io import read_json, write_json
 
@@ -39,14 +40,6 @@ def plan(
     return jobs
 
 
-def is_done(folder: Path, job: JobSpec) -> bool:
-    """Whether `folder` holds the result of `job`."""
-    try:
-        return read_json(folder / RESULT)["settings"] == job.settings()
-    except (DichroicError, KeyError):
-        return False
-
-
 def run_in_process(folder: Path) -> int:
     """Run the job in `folder` in a process of its own; its exit status."""
     return subprocess.run([sys.executable, "-m", "dichroic.bench.job", str(folder)]).returncode
@@ -65,7 +58,7 @@ def run_bench(
     for i, job in enumerate(jobs):
         folder = job.folder(out)
         label = f"[{i + 1}/{len(jobs)}] {job.problem.label}, {job.method}, seed {job.seed}"
-        if is_done(folder, job):
+        if read_of(job, out, RESULT):
             say(f"{label}: done before")
             continue
         say(label)
@@ -85,7 +78,8 @@ def _prepare(folder: Path, job: JobSpec) -> None:
         if JobSpec.from_dict(read_json(folder / "job.json")).fit_settings() != job.fit_settings():
             shutil.rmtree(folder / "fit", ignore_errors=True)
             (folder / "seconds.json").unlink(missing_ok=True)
-    (folder / RESULT).unlink(missing_ok=True)
+    for name in (RESULT, FAILED):
+        (folder / name).unlink(missing_ok=True)
     write_json(folder / "job.json", job.to_dict())
 
 

@@ -12,19 +12,22 @@ LEVEL = 0.9
 
 
 def posterior_scores(
-    draws: Draws, truth: Draws, data_range: Mapping[str, float]
+    draws: Draws, truth: Draws, data_range: Mapping[str, float], first: int
 ) -> dict[str, dict[str, Any]]:
     """Scores of draws `(S, n, *shape)` against the truth `(n, *shape)`, by source.
 
-    PSNR in dB of the first draw and of the mean of all, coverage of 90% intervals and its standard
-    error, and the p-value of flat ranks (simulation-based calibration).
+    PSNR in dB of one draw (of the `first` observations too, those that the limit is known for) and of the
+    mean of all draws, coverage of 90% intervals and its standard error, and the p-value of flat ranks
+    (simulation-based calibration).
     """
-    return {k: _posterior(x, truth[k], data_range[k]) for k, x in draws.items() if k in truth}
+    known = {k: x for k, x in draws.items() if k in truth}
+    return {k: _posterior(x, truth[k], data_range[k], first) for k, x in known.items()}
 
 
-def _posterior(x: np.ndarray, truth: np.ndarray, span: float) -> dict[str, Any]:
+def _posterior(x: np.ndarray, truth: np.ndarray, span: float, first: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "psnr": psnr(x[0], truth, data_range=span),
+        "psnr_first": psnr(x[0, :first], truth[:first], data_range=span),
         "psnr_mean": psnr(x.mean(axis=0), truth, data_range=span),
         "observations": len(truth),
     }
