@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dichroic.config import FitConfig
+from dichroic.data import learning_order, prepare
 from dichroic.denoise import Mixture
-from dichroic.em import State, advance, learning_order, prepare
+from dichroic.em import State, advance
 from dichroic.errors import ConfigError
 from dichroic.io import pack
 from dichroic.mixture_em import initial_gaussian, mean_log_evidence

@@ -28,32 +28,22 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from dichroic.batching import split, take
-from dichroic.config import FitConfig
+from dichroic.config import FitConfig, MixtureConfig
+from dichroic.data import Data
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
-from dichroic.errors import ConfigError
 from dichroic.metrics.psnr import psnr
 from dichroic.mixture_em import em_lap, initial_gaussian, mean_log_evidence, split_components
 from dichroic.nn import Mlp
 from dichroic.observations import Observations, whitened_chi2
+from dichroic.operator_em import operator_lap
+from dichroic.operators.learned import Parameters
 from dichroic.posterior import choose_solver
-from dichroic.problem import Problem, View, holdout, joint_observations
 from dichroic.sample import Draws, draw_posterior, make_sampler
 from dichroic.tracking import Silent, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser
 
 Denoisers = dict[str, Denoiser]
 Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training and held-out observations, per joint view, with the truth of the latter if known."""
-
-    train: tuple[Observations, ...]
-    test: tuple[Observations, ...]
-    truth: tuple[Mapping[str, np.ndarray], ...]
-    names: tuple[str, ...]
-    order: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -70,69 +60,13 @@ class State:
     metrics_length: int = 0
     current: Denoisers = dataclasses.field(default_factory=dict)
     best: Denoisers = dataclasses.field(default_factory=dict)
+    operators: Parameters = dataclasses.field(default_factory=dict)  # learned, with `current`
+    best_operators: Parameters = dataclasses.field(default_factory=dict)
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
         return self.phase == "done"
-
-
-def prepare(problem: Problem, config: FitConfig) -> Data:
-    """Split each (joint) view into training and held-out observations, and choose the order."""
-    train, test, truth, names = [], [], [], []
-    for i, views in enumerate(problem.joint_views()):
-        kept, held = holdout(views, config.holdout, config.seed + i)
-        train.append(joint_observations(kept))
-        test.append(joint_observations(held) if held[0].count else train[-1])
-        truth.append(_truth(held if held[0].count else kept))
-        names.append("+".join(v.name for v in views))
-    order = config.order or learning_order(train)
-    _check_order(order, problem.names, dict(zip(names, train, strict=True)))
-    return Data(tuple(train), tuple(test), tuple(truth), tuple(names), order)
-
-
-def _truth(views: Sequence[View]) -> dict[str, np.ndarray]:
-    return {k: np.asarray(x) for view in views for k, x in view.truth.items()}
-
-
-def learning_order(views: Sequence[Observations]) -> tuple[tuple[str, ...], ...]:
-    """Groups of sources: first those of the view with the fewest, then the fewest new ones, and so on.
-
-    Contrastive problems (view k sees sources 1…k) are learned source by source, a problem whose views
-    all see all sources at once.
-    """
-    known: set[str] = set()
-    order = []
-    while True:
-        new = [sorted(set(obs.sources) - known) for obs in views]
-        new = [n for n in new if n]
-        if not new:
-            return tuple(order)
-        group = min(new, key=len)
-        order.append(tuple(group))
-        known |= set(group)
-
-
-def _check_order(
-    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, Observations]
-) -> None:
-    listed = [name for group in order for name in group]
-    if sorted(listed) != sorted(names) or not all(order):
-        raise ConfigError(
-            f"fit.order lists {[list(group) for group in order]}; it must list every source exactly "
-            f"once, in groups of one or more: {list(names)}"
-        )
-    for i, group in enumerate(order):
-        usable = set(group).union(*order[:i])
-        for name in group:
-            later = {k: set(v.sources) - usable for k, v in views.items() if name in v.sources}
-            if all(later.values()):
-                why = "; ".join(f"{k}: {', '.join(sorted(s))}" for k, s in later.items())
-                raise ConfigError(
-                    f"fit.order: {name!r} cannot be learned where it stands, since every view that "
-                    f"sees it also sees sources that come later ({why}); put those before it, or in "
-                    "one group with it"
-                )
 
 
 def advance(
@@ -141,7 +75,8 @@ def advance(
     """One lap: the next state, and what was measured."""
     began = time.perf_counter()
     laps = {"mixture": _mixture_lap, "polish": _polish_lap, "diffusion": _diffusion_lap}
-    new, metrics = laps[state.phase](state, data, config, tracker or Silent())
+    at = data.at(state.operators)
+    new, metrics = laps[state.phase](state, at, config, tracker or Silent())
     seconds = state.seconds + time.perf_counter() - began
     new = dataclasses.replace(new, total=state.total + 1, seconds=seconds)
     return new, {"lap": new.total, "phase": state.phase, **metrics, "seconds": round(seconds, 3)}
@@ -161,19 +96,24 @@ def _mixture_lap(
     if names[0] not in current:
         current = {**current, **{n: initial_gaussian(n, train, names) for n in names}}
     current, evidence = em_lap(current, train, names, c)
+    operators, told = _learn_operators(state, current, train, c)
     size = current[names[0]].log_weights.size
     laps = c.final_laps if size >= c.components else c.laps
     laps = c.gaussian_laps if size == 1 else laps
     metrics: Metrics = {"sources": "+".join(names), "components": size, "log_evidence": evidence}
+    metrics |= told
+    state = dataclasses.replace(state, operators=operators)
     tracker.progress(f"{'+'.join(names)}: {size} components", state.lap + 1, laps)
     if state.lap + 1 < laps:
         return dataclasses.replace(state, current=current, lap=state.lap + 1), metrics
 
+    data = data.at(operators)
     test = [i for i, obs in enumerate(data.test) if relevant(obs)]
     score = mean_log_evidence(current, [data.test[i] for i in test], max_tuples=c.max_tuples)
     metrics["heldout_log_evidence"] = score
     better = score > state.score
-    best = current if better else state.best
+    best, best_operators = (current, operators) if better else (state.best, state.best_operators)
+    state = dataclasses.replace(state, best_operators=best_operators)
     stale = 0 if better else state.stale + 1
     if size < c.components and stale < c.patience:
         target = min(2 * size, c.components)
@@ -187,13 +127,33 @@ def _mixture_lap(
             stale=stale,
         )
         return grown, metrics
-    metrics |= _scores(best, data, test, config)
+    metrics |= _scores(best, data.at(best_operators), test, config)
     return _next_group(state, best, data, config), metrics
+
+
+def _learn_operators(
+    state: State, current: Mapping[str, Any], train: Sequence[Observations], config: MixtureConfig
+) -> tuple[Parameters, Metrics]:
+    """The operators after an M-step on `train`, and the values and errors of those that are one number."""
+    found, errors = operator_lap({**current}, train, config)
+    told: Metrics = {}
+    for name, arrays in found.items():
+        if sum(a.size for a in arrays) == 1:
+            told[f"operator_{name}"] = float(arrays[0].ravel()[0])
+            told[f"operator_error_{name}"] = float(errors[name][0].ravel()[0])
+    return {**state.operators, **found}, told
 
 
 def _next_group(state: State, best: Denoisers, data: Data, config: FitConfig) -> State:
     fresh = dataclasses.replace(
-        state, current=best, best=best, lap=0, stale=0, score=-math.inf, group=state.group + 1
+        state,
+        current=best,
+        best=best,
+        operators=state.best_operators,
+        lap=0,
+        stale=0,
+        score=-math.inf,
+        group=state.group + 1,
     )
     if fresh.group < len(data.order):
         return fresh
@@ -217,18 +177,23 @@ def _polish_lap(
     state: State, data: Data, config: FitConfig, tracker: Tracker
 ) -> tuple[State, Metrics]:
     names = [n for group in data.order for n in group]
-    evaluate = partial(mean_log_evidence, views=data.test, max_tuples=config.mixture.max_tuples)
-    score = evaluate(state.current) if state.lap == 0 else state.score
+    evaluate = partial(mean_log_evidence, max_tuples=config.mixture.max_tuples)
+    score = evaluate(state.current, data.test) if state.lap == 0 else state.score
     current, evidence = em_lap(state.current, data.train, names, config.mixture)
+    operators, told = _learn_operators(state, current, data.train, config.mixture)
     tracker.progress("all sources together", state.lap + 1, config.polish)
-    metrics: Metrics = {"sources": "+".join(names), "log_evidence": evidence}
-    if state.lap + 1 < config.polish:
-        return dataclasses.replace(state, current=current, lap=state.lap + 1, score=score), metrics
-    new = evaluate(current)
-    best = current if new > score else state.best
+    metrics: Metrics = {"sources": "+".join(names), "log_evidence": evidence, **told}
+    state = dataclasses.replace(state, operators=operators, lap=state.lap + 1, score=score)
+    if state.lap < config.polish:
+        return dataclasses.replace(state, current=current), metrics
+    new = evaluate(current, data.at(operators).test)
+    if new > score:
+        state = dataclasses.replace(state, best=current, best_operators=operators)
     metrics["heldout_log_evidence"] = max(new, score)
-    metrics |= _scores(best, data, range(len(data.test)), config)
-    return _after_mixture(dataclasses.replace(state, current=best, best=best), config), metrics
+    best = data.at(state.best_operators)
+    metrics |= _scores(state.best, best, range(len(data.test)), config)
+    state = dataclasses.replace(state, current=state.best, operators=state.best_operators)
+    return _after_mixture(state, config), metrics
 
 
 # Diffusion phase

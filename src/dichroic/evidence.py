@@ -201,6 +201,31 @@ def _scores(
     return sum((v.log_weights for v in picked), gaussian_log_density(y - mean, cov))
 
 
+def tuple_log_evidence(
+    y: Float[Array, " obs"],
+    views: Sequence[Components],
+    cov_noise: Float[Array, "obs obs"],
+    index: Int[Array, "T sources"],
+) -> Float[Array, ""]:
+    """`log p(y)` over the tuples `index` of components of the projected mixtures `views`."""
+    return jax.nn.logsumexp(_scores(y, cov_noise, views, index))
+
+
+def simulate(
+    y: Float[Array, " obs"],
+    views: Sequence[Components],
+    cov_noise: Float[Array, "obs obs"],
+    index: Int[Array, "T sources"],
+    key: PRNGKeyArray,
+) -> Float[Array, " obs"]:
+    """An observation from the model: of one of the tuples `index`, drawn by its probability given `y`."""
+    key_tuple, key_noise = jax.random.split(key)
+    chosen = index[jax.random.categorical(key_tuple, _scores(y, cov_noise, views, index))]
+    mean = sum((v.means[k] for v, k in zip(views, chosen, strict=True)), jnp.zeros(y.shape))
+    cov = sum((v.covariances[k] for v, k in zip(views, chosen, strict=True)), cov_noise)
+    return mean + psd_factor(cov) @ jax.random.normal(key_noise, y.shape)
+
+
 def _triple(view: Components) -> tuple[Array, Array, Array]:
     return view.log_weights, view.means, view.covariances
 

@@ -107,8 +107,13 @@ def choose(mixtures: Mixtures, obs: Observations, config: MixtureConfig) -> Chos
     And as many again for every further source: there are then more ways to explain an observation.
     """
     priors = {k: mixtures[k].prior() for k in obs.sources}
-    if _one_mixture(priors, obs):
-        return None
+    return None if _one_mixture(priors, obs) else active_tuples(priors, obs, config)
+
+
+def active_tuples(
+    priors: dict[str, Components], obs: Observations, config: MixtureConfig
+) -> Int[Array, "n T sources"]:
+    """The tuples that `choose` speaks of, of any view."""
     pairs = max(1, sum(c.log_weights.size > 1 for c in priors.values()) - 1)
     return _view_tuples(priors, obs, config.max_tuples, pairs * config.active_tuples)
 
@@ -158,7 +163,7 @@ def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
         y, views, cov_noise, _ = _projected(priors, eqx.combine(row, shared))
         return best_tuples(y, list(views.values()), cov_noise, count=active, max_tuples=max_tuples)
 
-    which, _ = _chunks(obs.count, min(_count(priors), max_tuples) * obs.size**2)
+    which, _ = chunks(obs.count, min(_count(priors), max_tuples) * obs.size**2)
     index = jax.lax.map(lambda i: jax.vmap(one)(jax.tree.map(lambda a: a[i], rows)), which)
     return index.reshape(-1, *index.shape[2:])[: obs.count]
 
@@ -211,10 +216,10 @@ def _total(function: Callable, obs: Observations, extra: Any, numbers: int) -> A
 
     result = jax.eval_shape(evaluate, *pick(0))
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), result)
-    return jax.lax.scan(body, zero, _chunks(obs.count, numbers))[0]
+    return jax.lax.scan(body, zero, chunks(obs.count, numbers))[0]
 
 
-def _chunks(count: int, numbers: int) -> tuple[Int[Array, "c size"], Float[Array, "c size"]]:
+def chunks(count: int, numbers: int) -> tuple[Int[Array, "c size"], Float[Array, "c size"]]:
     """Indices of `count` observations in chunks that fit in memory, and their weights: 0 for padding."""
     size = int(np.clip(_CHUNK_BYTES // (16 * numbers), 1, min(count, _CHUNK_MOST)))
     index = jnp.arange(-(-count // size) * size).reshape(-1, size)
@@ -282,7 +287,7 @@ def _power(a: np.ndarray, exponent: float | int, floor: float = 1e-300) -> np.nd
 def initial_gaussian(name: str, views: Sequence[Observations], group: Sequence[str]) -> Mixture:
     """An isotropic Gaussian with the variance that explains the power of the views, shared equally.
 
-    At least one of `views` sees it: see `dichroic.em.prepare`.
+    At least one of `views` sees it: see `dichroic.data.prepare`.
     """
     seeing, powers = [obs for obs in views if name in obs.sources], []
     for obs in seeing:

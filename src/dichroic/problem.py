@@ -29,6 +29,7 @@ from dichroic.noise import JointNoise, Masked, Noise, observed_entries
 from dichroic.observations import Observations
 from dichroic.operators import Operator, Shape, Stack, Zero
 from dichroic.operators.base import as_shape
+from dichroic.operators.learned import is_known, parameters
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Problem:
             check_view(view, self.shapes)
         for group in self.joint_views():
             _check_group(group)
+        _check_learned(self)
         unseen = [s.name for s in self.sources if not self.seen_by(s.name)]
         if unseen:
             raise DataError(
@@ -217,6 +219,28 @@ def named_views(
         raise DataError(f"this {what} has no problem to find view {view!r} in; give a View")
     found = problem.view(view)
     return next(group for group in problem.joint_views() if found in group)
+
+
+def _check_learned(problem: Problem) -> None:
+    """Operators to be learned agree, and every source has a view whose operator for it is known."""
+    learned = parameters([v.operators for v in problem.views])
+    for name in problem.names if learned else ():
+        seen = [v.operators[name] for v in problem.views if sees(v, name)]
+        if seen and not any(map(is_known, seen)):
+            raise DataError(
+                f"source {name!r} is seen only through operators that are to be learned, so nothing settles "
+                "its scale; give one view a known operator for it"
+            )
+
+
+def check_known(problem: Problem, what: str) -> None:
+    """Raise `DataError` if operators of `problem` are to be learned, which `what` cannot."""
+    learned = parameters([v.operators for v in problem.views])
+    if learned:
+        raise DataError(
+            f"{what} needs operators that are known, and {', '.join(learned)} of this problem are to be "
+            "learned; put their values in place of Learned(…)"
+        )
 
 
 def sees(view: View, source: str) -> bool:

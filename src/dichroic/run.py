@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dichroic.config import FitConfig
-from dichroic.em import Denoisers, State, advance, prepare
+from dichroic.data import prepare
+from dichroic.em import Denoisers, State, advance
 from dichroic.errors import RunError
 from dichroic.io import (
     FORMAT_VERSION,
@@ -27,10 +28,12 @@ from dichroic.io import (
     write_json,
     write_tensors,
 )
+from dichroic.operators.learned import from_lists, to_lists
 from dichroic.problem import Problem
 from dichroic.tracking import MetricsFile, Silent, Tracker, read_metrics
 
 FREE_SETTINGS = ("batch_size",)  # may differ when a run is resumed: they change no result
+_OPERATORS = ("operators", "best_operators")
 CHECKPOINT_SECONDS = 1.0  # laps of closed-form EM can be far shorter than a flush to the disk
 
 
@@ -101,7 +104,7 @@ class RunFolder:
             self.flush()
         complete = set(state.best) == set(problem.names)
         if complete and (self._best is None or not _same(self._best, state.best)):
-            save_model(self.path / "best", state.best, model_info(problem, config))
+            save_model(self.path / "best", state.best, model_info(problem, config, state))
             self._best = state.best
         return state
 
@@ -136,9 +139,13 @@ def describe(problem: Problem, config: FitConfig) -> dict[str, Any]:
     }
 
 
-def model_info(problem: Problem, config: FitConfig) -> dict[str, Any]:
+def model_info(problem: Problem, config: FitConfig, state: State) -> dict[str, Any]:
     """What a saved model says besides its tensors."""
-    return {"shapes": {k: list(s) for k, s in problem.shapes.items()}, "config": config.to_dict()}
+    return {
+        "shapes": {k: list(s) for k, s in problem.shapes.items()},
+        "config": config.to_dict(),
+        "operators": to_lists(state.best_operators),
+    }
 
 
 def check_same(path: Path, problem: Problem, config: FitConfig) -> None:
@@ -184,6 +191,7 @@ def save_state(path: Path, state: State) -> None:
         for f in dataclasses.fields(state)
         if f.name not in ("current", "best")
     }
+    counters |= {name: to_lists(counters[name]) for name in _OPERATORS}
     counters["score"] = state.score if math.isfinite(state.score) else None
     write_tensors(path, arrays, {"counters": counters, "denoisers": meta})
 
@@ -202,4 +210,5 @@ def load_state(path: Path) -> State:
     counters = meta["counters"]
     if counters["score"] is None:
         counters["score"] = -math.inf
+    counters |= {name: from_lists(counters[name], str(path)) for name in _OPERATORS}
     return State(**counters, **found)

@@ -14,6 +14,7 @@ from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import draw, predictive_chi2
 from dichroic.errors import DataError, RunError
 from dichroic.io import load_model, save_model, write_atomic
+from dichroic.operators.learned import Parameters, from_lists, to_lists, with_parameters
 from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.run import fit
 from dichroic.sample import draw_prior, make_sampler
@@ -84,6 +85,7 @@ class Separator:
             config = FitConfig.from_dict(config or {}, where="config")
         self.problem, self.config = problem, config
         self.denoisers: dict[str, Denoiser] = {}
+        self.operators: Parameters = {}  # what was learned of operators, by name
         self.metrics: list[dict[str, Any]] = []
 
     def fit(
@@ -102,7 +104,7 @@ class Separator:
         state, self.metrics = fit(
             self.problem, self.config, out=out, resume=resume, tracker=tracker
         )
-        self.denoisers = state.best
+        self.denoisers, self.operators = state.best, state.best_operators
         return self
 
     def separate(
@@ -122,7 +124,7 @@ class Separator:
         views = named_views(view, self.problem)
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
-        observations = joint_observations(views)
+        observations = with_parameters(joint_observations(views), self.operators)
         options = {"n_draws": n_draws, "first_index": first_index, "progress": progress}
         draws = draw(
             {k: self.denoisers[k] for k in observations.sources},
@@ -151,7 +153,8 @@ class Separator:
     def save(self, path: str | Path) -> None:
         """Save the learned priors to a folder, as safetensors and JSON."""
         shapes = {k: list(d.shape) for k, d in self._fitted().items()}
-        save_model(path, self.denoisers, {"shapes": shapes, "config": self.config.to_dict()})
+        info = {"shapes": shapes, "config": self.config.to_dict()}
+        save_model(path, self.denoisers, {**info, "operators": to_lists(self.operators)})
 
     @classmethod
     def load(cls, path: str | Path, *, problem: Problem | None = None) -> "Separator":
@@ -165,6 +168,7 @@ class Separator:
         denoisers, info = load_model(folder)
         separator = cls(problem, FitConfig.from_dict(info.get("config"), where=f"{folder}: config"))
         separator.denoisers = denoisers
+        separator.operators = from_lists(info.get("operators", {}), f"{folder}: operators")
         return separator
 
     def _fitted(self) -> dict[str, Denoiser]:

@@ -27,8 +27,8 @@ import numpy as np
 
 from dichroic.baselines import gaussian as g
 from dichroic.baselines.fitted import Fitted, candidate_ranks
+from dichroic.data import Data
 from dichroic.denoise import Denoiser, gaussian
-from dichroic.em import Data
 from dichroic.problem import Problem
 from dichroic.tracking import Tracker
 

@@ -26,11 +26,19 @@ from jaxtyping import Array, PRNGKeyArray
 from dichroic.baselines.clvm_vae_networks import Encoder, Settings, Vae, blank, filled, initial
 from dichroic.baselines.clvm_vae_training import train
 from dichroic.config import FitConfig
-from dichroic.em import predictive_chi2, prepare
+from dichroic.data import prepare
+from dichroic.em import predictive_chi2
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
 from dichroic.io import read_tensors, write_tensors
 from dichroic.observations import Observations
-from dichroic.problem import Problem, View, check_view, joint_observations, named_views
+from dichroic.problem import (
+    Problem,
+    View,
+    check_known,
+    check_view,
+    joint_observations,
+    named_views,
+)
 from dichroic.sample import LANES, Draws, chunks, lanes_width, observation_keys
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker, as_tracker
@@ -113,6 +121,7 @@ class ClvmVae:
         """
         if self.problem is None:
             raise RunError("this model was loaded without a problem; ClvmVae(problem) can fit")
+        check_known(self.problem, "CLVM-VAE")
         path = None if out is None else Path(out) / FILE
         if path is not None and path.exists():
             if not resume:

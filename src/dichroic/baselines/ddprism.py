@@ -35,14 +35,16 @@ from dichroic.baselines.ddprism_laps import (
     make_sampler,
 )
 from dichroic.baselines.ddprism_sampling import Absolute
+from dichroic.data import learning_order
 from dichroic.denoise import Denoiser, Mixture
-from dichroic.em import Denoisers, learning_order, predictive_chi2
+from dichroic.em import Denoisers, predictive_chi2
 from dichroic.errors import DataError, RunError
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.observations import Observations
 from dichroic.problem import (
     Problem,
     View,
+    check_known,
     check_view,
     holdout,
     joint_observations,
@@ -83,6 +85,7 @@ class Ddprism:
 
         Raises `RunError` if `out` holds a fit and `resume` is not given, or that of another problem.
         """
+        check_known(self.problem, "DDPRISM")
         tracker = as_tracker(progress)
         about = self._about()
         state = State() if out is None else _open(Path(out), about, resume=resume)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from dichroic.config import FitConfig
+from dichroic.data import Data, prepare
 from dichroic.denoise import Denoiser
-from dichroic.em import Data, prepare
 from dichroic.errors import ConfigError, RunError
 from dichroic.io import load_model, save_model
-from dichroic.problem import Problem
+from dichroic.problem import Problem, check_known
 from dichroic.separator import Separator
 from dichroic.tracking import Tracker, as_tracker
 
@@ -58,6 +58,7 @@ class Fitted(Separator):
         """
         if self.problem is None:
             raise RunError("this baseline was loaded without a problem; give it one to fit")
+        check_known(self.problem, self.name)
         tracker = as_tracker(progress)
         self._fingerprint = self.problem.fingerprint() if out is not None else ""
         if out is not None and self._found(Path(out), resume):

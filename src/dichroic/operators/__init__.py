@@ -10,6 +10,7 @@ from dichroic.operators.elementary import Scale as Scale
 from dichroic.operators.elementary import Zero as Zero
 from dichroic.operators.image import BlockAverage as BlockAverage
 from dichroic.operators.image import Convolve as Convolve
+from dichroic.operators.learned import Learned as Learned
 from dichroic.operators.structure import Compose as Compose
 from dichroic.operators.structure import Stack as Stack
 from dichroic.operators.structure import Sum as Sum

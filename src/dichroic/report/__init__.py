@@ -1,6 +1,6 @@
 """One self-contained HTML page that says what a fit learned, and how far to believe it.
 
-Held-out observations, those that `dichroic.em.prepare` keeps from training, are separated anew;
+Held-out observations, those that `dichroic.data.prepare` keeps from training, are separated anew;
 every number and figure but the learning curves, priors and timings comes from these draws. Figures
 are embedded, so that the page can be sent as one file, and also written to `figures/`.
 """

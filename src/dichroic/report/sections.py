@@ -11,6 +11,7 @@ from dichroic import plot
 from dichroic.config import FitConfig, settings
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.metrics import coverage, rank_histogram
+from dichroic.operators.learned import parameters
 from dichroic.problem import View, sees
 from dichroic.report.markup import duration, esc, table
 from dichroic.report.page import Page
@@ -43,10 +44,12 @@ CALIBRATED = (
 def all_sections(page: Page, notes: Sequence[str]) -> list[tuple[str, str]]:
     """`(name, HTML)` of every section; `notes` are the warnings, as plain text."""
     warnings = "".join(f'<p class="warning">{esc(n)}</p>' for n in notes)
+    learned = [("Learned operators", _operators(page))] if page.separator.operators else []
     return [
         ("What was observed", _observed(page)),
         ("Separated sources", "".join(_separated(page, k) for k in page.problem.names)),
         ("Learned priors", _priors(page)),
+        *learned,
         ("Learning", _learning(page)),
         ("Data fit", _data_fit(page)),
         ("Calibration", _calibration(page)),
@@ -105,6 +108,24 @@ def _separated(page: Page, source: str) -> str:
         ]
         parts.append(f'<div class="row">{"".join(drawn)}</div>\n')
     return "".join(parts)
+
+
+def _operators(page: Page) -> str:
+    """What was learned of operators; of arrays, the root mean square of the change."""
+    start = parameters([v.operators for v in page.problem.views])
+    rows = []
+    for name, arrays in page.separator.operators.items():
+        old, new = (np.concatenate([np.ravel(a) for a in x]) for x in (start[name], arrays))
+        errors = [e for m in page.metrics if (e := m.get(f"operator_error_{name}")) is not None]
+        if len(new) == 1:
+            error = f"{errors[-1]:.2g}" if errors else "–"
+            rows.append([name, f"{old[0]:.5g}", f"{new[0]:.5g}", error])
+        else:
+            size = " + ".join(" × ".join(map(str, np.shape(a))) for a in arrays)
+            moved = f"{np.sqrt(np.mean((new - old) ** 2)):.3g} (rms change)"
+            rows.append([name, size, moved, "–"])
+    note = "<p>The error is that of the priors as they are learned: their uncertainty is not in it.</p>"
+    return table(["name", "start", "learned", "standard error"], rows) + note
 
 
 def _priors(page: Page) -> str:

@@ -147,6 +147,13 @@ def _several(args: Any, spot: Spot) -> list[Any]:
     return list(args)
 
 
+def _learned(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    table = known_table(args, ("name", "operator"), spot)
+    require(table, ("name", "operator"), spot)
+    inner = build_operator(table["operator"], in_shape, out_shape, spot.at("operator"))
+    return ops.Learned(inner, str(table["name"]))
+
+
 _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
     "identity": _identity,
     "zero": _zero,
@@ -159,6 +166,7 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
     "compose": _compose,
     "sum": _sum,
     "stack": _stack,
+    "learned": _learned,
 }
 
 
