@@ -17,7 +17,7 @@ from dichroic.bench.names import (
     parse_problems,
 )
 from dichroic.bench.published import PUBLISHED
-from dichroic.bench.results import cell, collect, gap, of
+from dichroic.bench.results import cell, collect, evidence_gap, gap, of
 from dichroic.bench.runner import plan, run_bench
 from dichroic.cli import main
 from dichroic.errors import ConfigError, DichroicError
@@ -124,6 +124,17 @@ def test_the_gap_to_the_limit_is_of_the_same_observations(finished):
         expect.append(score[0] - score[1])
     assert gap(mine, limit, ["source1"]) == pytest.approx([np.mean(expect)], abs=1e-3)
     assert gap([mine[0] | {"seed": 4}], limit, ["source1"]).size == 0
+
+
+def test_no_prior_has_more_evidence_than_the_true_one(finished):
+    out, todo, _ = finished
+    entries = collect(out, todo)
+    mine, limit = of(entries, "mixed-0.5", "mixture"), of(entries, "mixed-0.5", "limit")
+    nats = evidence_gap(mine, limit)
+    expect = np.mean(limit[0]["evidence"]) - np.mean(mine[0]["evidence"])
+    assert nats == pytest.approx([expect])
+    assert nats[0] > 0.5
+    assert evidence_gap([mine[0] | {"evidence": [None, None]}], limit).size == 0
 
 
 def test_peak_memory_is_of_the_process_alone():

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dichroic.bench.methods import limit_draws_of, make_method
+from dichroic.bench.methods import evidence_of, limit_of, make_method
 from dichroic.bench.names import FAILED, HELD_OUT, LIMIT, RESULT, JobSpec
 from dichroic.bench.problems import Case, build_case
 from dichroic.bench.scores import distances, posterior_scores
@@ -72,12 +72,14 @@ def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
         draws.append(found.draws)
         chi2.append(np.ravel(found.chi2))
     number = spec.config.draws * sum(h.count for h in case.held)
+    n = spec.config.limit_observations(spec.problem.sources)
     measured = {
         "fit_seconds": spent,
         "first_separation_seconds": first,
         "seconds_per_draw": seconds / number,
         "chi2": float(np.mean(np.concatenate(chi2))),
         "peak_memory_mib": peak_memory(),
+        "evidence": [evidence_of(method, held.first(n)) for held in case.held],
         "laps": len(getattr(method, "metrics", [])),
         "gains": _gains(getattr(method, "metrics", [])),
     }
@@ -92,10 +94,12 @@ def _gains(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _limit(spec: JobSpec, case: Case, folder: Path):
     n = spec.config.limit_observations(spec.problem.sources)
     began = time.perf_counter()
-    draws = [limit_draws_of(case, h.first(n), spec.config.draws) for h in case.held]
+    found = [limit_of(case, h.first(n), spec.config.draws) for h in case.held]
+    draws, evidence = [f[0] for f in found], [f[1] for f in found]
     number = spec.config.draws * sum(x_count(d) for d in draws)
     seconds = (time.perf_counter() - began) / number
-    return draws, {"seconds_per_draw": seconds, "peak_memory_mib": peak_memory()}, None
+    measured = {"seconds_per_draw": seconds, "peak_memory_mib": peak_memory()}
+    return draws, {**measured, "evidence": evidence}, None
 
 
 def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[str, Any]]:

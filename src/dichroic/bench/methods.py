@@ -13,7 +13,10 @@ from dichroic.bench.names import BenchConfig
 from dichroic.bench.problems import Case, Held
 from dichroic.config import FitConfig
 from dichroic.datasets.manifolds import manifold_curves
-from dichroic.datasets.quadrature import limit_draws
+from dichroic.datasets.quadrature import limit_posterior
+from dichroic.denoise import Mixture
+from dichroic.mixture_em import mean_log_evidence
+from dichroic.problem import joint_observations
 from dichroic.separator import Separator
 
 
@@ -89,7 +92,19 @@ _FACTORIES: dict[str, Factory] = {
 }
 
 
-def limit_draws_of(case: Case, held: Held, n_draws: int) -> dict[str, np.ndarray]:
-    """Draws of the exact posterior of the built-in problem of `case`, `(n_draws, n, dim)` by source."""
+def limit_of(case: Case, held: Held, n_draws: int) -> tuple[dict[str, np.ndarray], float]:
+    """Draws of the exact posterior of the built-in problem of `case`, `(n_draws, n, dim)` by source.
+
+    And the mean log evidence of the observations.
+    """
     curves = manifold_curves(case.seed, case.name.sources)
-    return limit_draws(held.views[0], curves, n_draws=n_draws, seed=case.seed)
+    draws, evidence = limit_posterior(held.views[0], curves, n_draws=n_draws, seed=case.seed)
+    return draws, float(np.mean(evidence))
+
+
+def evidence_of(method: Method, held: Held) -> float | None:
+    """The mean log evidence of the observations `held`, where all priors of `method` are mixtures."""
+    denoisers = getattr(method, "denoisers", {})
+    if not denoisers or not all(isinstance(d, Mixture) for d in denoisers.values()):
+        return None
+    return mean_log_evidence(denoisers, [joint_observations(held.views)])

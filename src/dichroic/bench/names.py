@@ -10,7 +10,7 @@ from typing import Any
 
 from dichroic.errors import ConfigError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HELD_OUT, RESULT, FAILED = "heldout.npz", "result.json", "failed.json"  # files of a job
 LIMIT = "limit"
 METHODS = {

@@ -68,6 +68,17 @@ def gap(entries: Sequence[Found], limit: Sequence[Found], sources: Sequence[str]
     return np.array(found)
 
 
+def evidence_gap(entries: Sequence[Found], limit: Sequence[Found]) -> np.ndarray:
+    """Log evidence of the limit less that of `entries` on the same observations, by seed, mean of views."""
+    best = {e["seed"]: e["evidence"] for e in limit}
+    found = []
+    for entry in entries:
+        own = entry["evidence"]
+        if entry["seed"] in best and None not in own:
+            found.append(float(np.mean(best[entry["seed"]]) - np.mean(own)))
+    return np.array(found)
+
+
 def cell(x: np.ndarray, form: str = "{:.2f}") -> str:
     """The mean, and the standard deviation over seeds where there are several; – for none."""
     if not len(x):

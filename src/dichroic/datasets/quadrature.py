@@ -141,6 +141,13 @@ def limit_draws(
 
     `curves` are all of the problem, as `manifold_curves` gives them: the first is that of `source1`.
     """
+    return limit_posterior(view, curves, n_draws=n_draws, seed=seed)[0]
+
+
+def limit_posterior(
+    view: View, curves: Sequence[Manifold], *, n_draws: int = 1, seed: int = 0
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """`limit_draws`, and the log evidence of every observation, `(n,)`."""
     by_name = {f"source{s + 1}": curve for s, curve in enumerate(curves)}
     names = [name for name in by_name if name in view.operators]
     if set(names) != set(view.operators):
@@ -150,7 +157,7 @@ def limit_draws(
     a = np.stack([_matrices(view, name) for name in names], axis=1)
     of = [by_name[name] for name in names]
     found = quadrature_draws(of, view.observations, a, view.noise, n_draws=n_draws, seed=seed)
-    return {name: found.draws[:, :, s] for s, name in enumerate(names)}
+    return {name: found.draws[:, :, s] for s, name in enumerate(names)}, found.log_evidence
 
 
 def images(points: np.ndarray, bends: np.ndarray, a: np.ndarray) -> Images:

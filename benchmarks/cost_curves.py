@@ -1,0 +1,98 @@
+"""What a lap of mixture EM and an exact posterior draw cost, against each size of a problem.
+
+From a base case (2 sources of 5 dimensions, 3 numbers observed of each mixture, 4,096 observations, 16
+components per source, an operator per observation), one size is changed at a time. Seconds of the first call
+(with compilation) and of the second.
+
+Run: python benchmarks/cost_curves.py   (five minutes on two cores)
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from dichroic.config import MixtureConfig
+from dichroic.denoise import Mixture
+from dichroic.mixture_em import em_lap
+from dichroic.operators import Dense
+from dichroic.problem import View
+from dichroic.sample import Exact, draw_posterior
+from dichroic.tables import text_table
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a problem of one view."""
+
+    sources: int = 2
+    dim: int = 5
+    observed: int = 3
+    observations: int = 4096
+    components: int = 16
+
+
+CURVES = {
+    "sources": (1, 2, 3, 4),
+    "dim": (5, 10, 20, 40),
+    "observed": (3, 6, 12, 24),
+    "observations": (1024, 4096, 16384),
+    "components": (4, 16, 64),
+}
+
+
+def case(size: Size):
+    """Mixtures of thin Gaussians, and observations of them."""
+    rng = np.random.default_rng(0)
+    n, d, m, k = size.observations, size.dim, size.observed, size.components
+    mixtures, operators, y = {}, {}, 0.01 * rng.normal(size=(n, m))
+    for i in range(size.sources):
+        root = 0.1 * rng.normal(size=(k, d, d)) / np.sqrt(d)
+        means = rng.normal(size=(k, d))
+        mixtures[f"s{i}"] = Mixture.from_moments(np.ones(k), means, root @ root.swapaxes(1, 2))
+        which, a = rng.integers(k, size=n), rng.normal(size=(n, m, d)) / np.sqrt(d)
+        x = means[which] + np.einsum("nij,nj->ni", root[which], rng.normal(size=(n, d)))
+        y += np.einsum("nmd,nd->nm", a, x)
+        operators[f"s{i}"] = Dense(a)
+    return mixtures, View(y, operators, 0.01).prepare()
+
+
+def twice(work) -> tuple[float, float]:
+    """Seconds of the first and of the second call."""
+    found = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return found[0], found[1]
+
+
+def measure(size: Size) -> list[str]:
+    """Seconds of a lap (five EM steps), and microseconds of a draw."""
+    mixtures, obs = case(size)
+    config = MixtureConfig()
+    lap = twice(lambda: em_lap(mixtures, [obs], list(mixtures), config))
+    options = {"sampler": Exact(), "max_tuples": config.max_tuples, "batch_size": 1024}
+    draw = twice(lambda: draw_posterior(mixtures, obs, jax.random.key(0), **options))
+    return [f"{lap[0]:.1f}", f"{lap[1]:.2f}", f"{draw[0]:.1f}", f"{1e6 * draw[1] / obs.count:.0f}"]
+
+
+def main() -> None:
+    """One table."""
+    rows = []
+    for name, values in CURVES.items():
+        for value in values:
+            change = {name: value}
+            if name == "dim":  # as many numbers observed, relative to the source
+                change["observed"] = max(3, 3 * value // 5)
+            size = dataclasses.replace(Size(), **change)
+            rows.append([name, value, *measure(size)])
+            print(*rows[-1], flush=True)
+    head = ["changed", "to", "first lap, s", "lap, s", "first draws, s", "draw, µs"]
+    print("\n" + text_table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
