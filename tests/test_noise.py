@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dichroic.batching import row_counts, split, take
+from dichroic.errors import DataError, ShapeError
 from dichroic.noise import (
     DenseNoise,
     DiagonalNoise,
@@ -12,8 +13,12 @@ from dichroic.noise import (
     JointNoise,
     LowRankNoise,
     Masked,
+    StationaryNoise,
     observed_entries,
 )
+from dichroic.operators import BlockProject, Identity
+from dichroic.problem import View
+from dichroic.statement import load_problem
 
 N, M = 3, 4
 DRAWS = 20_000
@@ -23,6 +28,14 @@ COVARIANCE = FACTOR @ FACTOR.swapaxes(1, 2) + np.stack([np.diag(v) for v in VARI
 STD = np.array([0.5, 1.0, 2.0])
 MASK = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
 DIAGONALS = np.stack([np.diag(v) for v in VARIANCE])
+
+
+LAGS = np.array([[0.2, 0.5, 1.5, 0.5, 0.2], [0, -0.3, 1, -0.3, 0], [0.1, 0.1, 0.7, 0.1, 0.1]])
+DISTANCE = np.abs(np.subtract.outer(np.arange(M), np.arange(M)))
+TOEPLITZ = np.where(DISTANCE < 3, LAGS[:, 2 + np.minimum(DISTANCE, 2)], 0)
+GRID_LAGS = np.array([[0.1, 0.3, -0.2], [0.4, 2.0, 0.4], [-0.2, 0.3, 0.1]])  # even, not symmetric
+CELLS = np.array([(i, j) for i in range(2) for j in range(2)])
+GRID = GRID_LAGS[tuple((1 + CELLS[:, None] - CELLS).transpose(2, 0, 1))]
 
 
 def masked(covariance, mask):
@@ -56,6 +69,13 @@ MODELS = {
     ),
     "dense": (lambda: DenseNoise(COVARIANCE[0]), COVARIANCE[0]),
     "dense-rows": (lambda: DenseNoise(COVARIANCE), COVARIANCE),
+    "stationary": (lambda: StationaryNoise(LAGS[0], shape=(M,)), TOEPLITZ[0]),
+    "stationary-rows": (lambda: StationaryNoise(LAGS, shape=(M,), ndim=1), TOEPLITZ),
+    "stationary-grid": (lambda: StationaryNoise(GRID_LAGS, shape=(2, 2)), GRID),
+    "stationary-channels": (
+        lambda: StationaryNoise(LAGS[0][1:4], shape=(2, 2)),
+        np.kron(np.eye(2), TOEPLITZ[0][:2, :2]),
+    ),
     "masked-rows": (lambda: Masked(DenseNoise(COVARIANCE), MASK), masked(COVARIANCE, MASK)),
     "masked-shared": (
         lambda: Masked(DiagonalNoise(VARIANCE), MASK[0]),
@@ -172,3 +192,50 @@ def test_parameters_are_differentiable():
     gradient = eqx.filter_grad(trace)(LowRankNoise(FACTOR[0], VARIANCE[0]))
     np.testing.assert_allclose(gradient.factor, 2 * FACTOR[0], rtol=1e-5)
     np.testing.assert_allclose(gradient.variance, np.ones(M))
+
+
+def stationary_view(covariance):
+    noise = StationaryNoise(covariance)
+    return View(np.zeros((2, 3, 4)), {"a": Identity((3, 4))}, noise, name="sky")
+
+
+def test_the_grid_of_stationary_noise_is_that_of_the_view():
+    found = stationary_view(GRID_LAGS).prepare().noise
+    assert found.shape == (3, 4)
+    with pytest.raises(ShapeError, match=r"grid of shape \(4, 3\)"):
+        noise = StationaryNoise(GRID_LAGS, shape=(4, 3))
+        View(np.zeros((2, 3, 4)), {"a": Identity((3, 4))}, noise).prepare()
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [
+        ([[0.1, 1, 0.3]], "opposite lags"),
+        ([[0.7, 1.0, 0.7]], "not positive definite"),
+        ([[0.1, np.nan, 0.1]], "NaN"),
+    ],
+)
+def test_a_covariance_that_is_none_is_said(covariance, message):
+    with pytest.raises(DataError, match=message):
+        stationary_view(np.array(covariance)).prepare()
+
+
+@pytest.mark.parametrize("options", [{}, {"ndim": 0}, {"ndim": 3}])
+def test_an_even_number_of_lags_has_no_middle(options):
+    with pytest.raises(ShapeError, match="odd numbers of lags"):
+        StationaryNoise(np.ones((3, 4)), **options)
+
+
+def test_stationary_noise_from_a_file(tmp_path):
+    np.savez(tmp_path / "data.npz", y=np.zeros((5, 3, 4)), lags=GRID_LAGS)
+    (tmp_path / "p.yaml").write_text(
+        "sources: {a: [3, 4]}\nviews:\n  sky:\n    observations: data.npz:y\n"
+        "    operators: {a: {block_project: {factor: 2, axes: [1]}}}\n"
+        "    noise: {stationary: data.npz:lags}\n"
+    )
+    view = load_problem(tmp_path / "p.yaml")[0].views[0]
+    np.testing.assert_allclose(
+        view.noise_model.as_matrix(12),
+        StationaryNoise(GRID_LAGS, shape=(3, 4)).as_matrix(12),
+    )
+    assert isinstance(view.operators["a"], BlockProject)

@@ -9,6 +9,7 @@ from dichroic.batching import row_counts, split, take
 from dichroic.errors import ShapeError
 from dichroic.operators import (
     BlockAverage,
+    BlockProject,
     Compose,
     Convolve,
     Dense,
@@ -59,6 +60,7 @@ SHARED = {
     "dense-vector": lambda: Dense(normal(3, 5)),
     "dense-shaped": lambda: Dense(normal(6, 8), in_shape=(2, 4), out_shape=(3, 2)),
     "function": lambda: function(False),
+    "block-project": lambda: BlockProject((4, 6, 3), 2, axes=(0, 1)),
     "learned": lambda: Learned(Scale(4, 2.0), "gain") @ Learned(Dense(normal(4, 6)), "matrix"),
     "function-without-params": lambda: Function(lambda x: x[::2], in_shape=(5, 2)),
     "compose": lambda: Dense(normal(3, 4)) @ Diagonal(normal(4)) @ Dense(normal(4, 6)),

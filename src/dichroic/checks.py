@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dichroic.batching import take
+from dichroic.batching import split, take
 from dichroic.errors import DataError, ShapeError
 from dichroic.noise import (
     DenseNoise,
@@ -23,6 +23,7 @@ from dichroic.noise import (
     LowRankNoise,
     Masked,
     Noise,
+    StationaryNoise,
 )
 from dichroic.operators import Operator, Shape
 
@@ -136,6 +137,12 @@ def flat_noise(noise: Any, shape: Shape, label: str) -> Noise:
         return _flat_joint(noise, math.prod(shape), label)
     if isinstance(noise, Masked):
         noise = Masked(flat_noise(noise.noise, shape, label), noise.mask)
+    if isinstance(noise, StationaryNoise):
+        if noise.shape not in ((), shape):
+            raise ShapeError(
+                f"{label}: a noise on a grid of shape {noise.shape}, but observations of shape {shape}"
+            )
+        return StationaryNoise(noise.covariance, shape=shape, ndim=noise.ndim)
     for name, axes in next((a for kind, a in _AXES.items() if isinstance(noise, kind)), {}).items():
         flat = _flat(getattr(noise, name), axes, shape, f"{label}: the noise {name}")
         noise = eqx.tree_at(lambda m, name=name: getattr(m, name), noise, flat)
@@ -187,6 +194,8 @@ def check_noise(noise: Noise, label: str) -> None:
             f"{label}: the noise variance must be positive everywhere; mark missing entries with a "
             "mask instead"
         )
+    if isinstance(noise, StationaryNoise):
+        _check_stationary(noise, label)
     if isinstance(noise, DenseNoise):
         cov = np.asarray(noise.covariance, np.float64)
         skew = np.abs(cov - cov.swapaxes(-1, -2)).max()
@@ -196,3 +205,23 @@ def check_noise(noise: Noise, label: str) -> None:
                 f"{label}: the noise covariance is not symmetric positive definite (smallest "
                 f"eigenvalue {lowest:.3g}, asymmetry {skew:.3g})"
             )
+
+
+def _check_stationary(noise: StationaryNoise, label: str) -> None:
+    """Even, and with a positive spectrum."""
+    axes = tuple(range(-noise.ndim, 0))
+    skew = np.abs(noise.covariance - jnp.flip(noise.covariance, axes)).max()
+    largest = np.abs(noise.covariance).max()
+    if skew > 1e-4 * largest:
+        raise DataError(
+            f"{label}: the noise covariance at opposite lags differs (by {skew:.3g} of {largest:.3g}); it must "
+            "be even, with lag 0 in the middle"
+        )
+    rows, shared = split(noise)
+    one = lambda r: eqx.combine(r, shared).spectrum()
+    spectrum = np.asarray(jax.vmap(one)(rows) if jax.tree.leaves(rows) else noise.spectrum())
+    if spectrum.min() <= 0:
+        raise DataError(
+            f"{label}: the noise covariance is not positive definite on the grid: its spectrum falls to "
+            f"{spectrum.min():.3g} of {spectrum.max():.3g}; taper it towards large lags, or raise the variance"
+        )

@@ -5,13 +5,15 @@ infinite variance: `Masked` deletes their rows exactly, also where the noise is 
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dichroic.batching import param, split
+from dichroic.batching import as_float, param, split
+from dichroic.errors import ShapeError
 
 
 class Noise(eqx.Module):
@@ -83,6 +85,76 @@ class DenseNoise(Noise):
 
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
         return jnp.linalg.cholesky(self.covariance) @ jax.random.normal(key, (size,))
+
+
+class StationaryNoise(Noise):
+    """Correlated noise on a grid, `Σ_ij = covariance(i − j)`, by FFT.
+
+    `covariance` at the lags `−r … r` along `k` axes: odd lengths, lag 0 (the variance) in the middle, 0
+    beyond; `(n, …)` with `ndim = k` for one per observation. The last `k` axes of an observation of shape `shape`
+    are correlated, others (channels) independent. A view gives the shape if it is left out.
+    """
+
+    covariance: Float[Array, "..."] = param(lambda noise: noise.ndim)
+    shape: tuple[int, ...] = eqx.field(static=True)
+    ndim: int = eqx.field(static=True)
+
+    def __init__(
+        self, covariance: Any, *, shape: tuple[int, ...] | None = None, ndim: int | None = None
+    ):
+        self.covariance = as_float(covariance)
+        self.ndim = self.covariance.ndim if ndim is None else ndim
+        self.shape = () if shape is None else tuple(shape)
+        lags = self.covariance.shape[-self.ndim :] if self.ndim else ()
+        if (
+            self.covariance.ndim - self.ndim not in (0, 1)
+            or not lags
+            or any(n % 2 == 0 for n in lags)
+        ):
+            raise ShapeError(
+                f"StationaryNoise: a covariance of shape {self.covariance.shape}; expected odd numbers of "
+                "lags along each axis, lag 0 in the middle (with ndim=k: of the last k axes)"
+            )
+        if self.shape and len(self.shape) < self.ndim:
+            raise ShapeError(
+                f"StationaryNoise: lags along {self.ndim} axes, but an observation of shape {self.shape}"
+            )
+
+    def _grid(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The correlated axes, the size of a torus on which no lag wraps, and the radii."""
+        lags = self.covariance.shape[-self.ndim :]
+        dims = self.shape[-self.ndim :]
+        axes = tuple(range(-self.ndim, 0))
+        return (
+            axes,
+            tuple(d + m - 1 for d, m in zip(dims, lags, strict=True)),
+            tuple(m // 2 for m in lags),
+        )
+
+    def spectrum(self) -> Float[Array, "..."]:
+        """The eigenvalues of the noise on that torus (real: the covariance is even)."""
+        axes, size, radius = self._grid()
+        padded = (
+            jnp.zeros(size)
+            .at[tuple(slice(0, n) for n in self.covariance.shape)]
+            .set(self.covariance)
+        )
+        return jnp.fft.rfftn(jnp.roll(padded, [-r for r in radius], axes)).real
+
+    def _filter(self, v: Array, gain: Array) -> Array:
+        axes, size, _ = self._grid()
+        return jnp.fft.irfftn(gain * jnp.fft.rfftn(v, size, axes=axes), size, axes=axes)
+
+    def _crop(self, v: Array) -> Array:
+        return v[(..., *(slice(0, d) for d in self.shape[-self.ndim :]))].ravel()
+
+    def mv(self, v: Array) -> Array:
+        return self._crop(self._filter(v.reshape(self.shape), self.spectrum()))
+
+    def sample(self, key: PRNGKeyArray, size: int) -> Array:
+        torus = (*self.shape[: -self.ndim], *self._grid()[1])
+        white = jax.random.normal(key, torus)
+        return self._crop(self._filter(white, jnp.sqrt(jnp.maximum(self.spectrum(), 0))))
 
 
 class Masked(Noise):

@@ -58,6 +58,37 @@ class BlockAverage(Operator):
         return y
 
 
+class BlockProject(Operator):
+    """The mean of each block in place of its samples: a resolution lost on the grid of the source.
+
+    The orthogonal projector `BᵀB · factorᵏ` with `B` the `BlockAverage` over `k` axes: same shape out.
+    """
+
+    average: BlockAverage
+
+    def __init__(
+        self, shape: int | tuple[int, ...], factor: int, *, axes: tuple[int, ...] | None = None
+    ):
+        self.average = BlockAverage(shape, factor, axes=axes)
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.average.in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.average.in_shape
+
+    def mv(self, x: Array) -> Array:
+        y = self.average.mv(x)
+        for a in self.average.axes:
+            y = jnp.repeat(y, self.average.factor, axis=a)
+        return y
+
+    def rmv(self, y: Array) -> Array:
+        return self.mv(y)
+
+
 class Convolve(Operator):
     """Convolution with `kernel` over the last axes of the source, zero outside it, same size out.
 

@@ -76,7 +76,7 @@ def _view_table(source: Any, problem: Problem) -> tuple[dict[str, Any], Spot, st
 
 def _npz_table(path: Path, names: Sequence[str], spot: Spot) -> dict[str, Any]:
     """The view in an `.npz` file, in the form of a YAML file's."""
-    noises = [f"noise/{kind}" for kind in NOISES if kind != "low_rank"]
+    noises = [f"noise/{kind}" for kind in NOISES if kind not in ("low_rank", "stationary")]
     per_source = [f"{what}/{name}" for what in ("operator", "truth") for name in names]
     with open_npz(path) as archive:
         check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(spot))

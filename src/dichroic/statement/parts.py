@@ -11,7 +11,14 @@ from dichroic import operators
 from dichroic.batching import as_float
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, ShapeError
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Noise
+from dichroic.noise import (
+    DenseNoise,
+    DiagonalNoise,
+    Isotropic,
+    LowRankNoise,
+    Noise,
+    StationaryNoise,
+)
 from dichroic.operators import Operator, Shape
 from dichroic.statement.spots import Spot, known_table, naming, require
 from dichroic.statement.values import as_number, is_integer, parse_count, parse_shape, short
@@ -105,13 +112,21 @@ def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> O
 
 
 def _block_average(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    return _blocks(ops.BlockAverage, args, in_shape, spot)
+
+
+def _block_project(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    return _blocks(ops.BlockProject, args, in_shape, spot)
+
+
+def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Spot) -> Operator:
     values = _arguments(args, "factor", ("axes",), spot)
     axes = values.get("axes")
     if axes is not None:
         axes = tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
         if not all(map(is_integer, axes)):
             raise ConfigError(f"axes: expected a list of integers, got {short(values['axes'])}")
-    return ops.BlockAverage(in_shape, parse_count(values["factor"], "factor"), axes=axes)
+    return kind(in_shape, parse_count(values["factor"], "factor"), axes=axes)
 
 
 def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
@@ -162,6 +177,7 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
     "mask": _diagonal,
     "dense": _dense,
     "block_average": _block_average,
+    "block_project": _block_project,
     "convolve": _convolve,
     "compose": _compose,
     "sum": _sum,
@@ -204,9 +220,18 @@ def _axes(reference: Any, ndims: tuple[int, ...], expected: str, spot: Spot) -> 
     return array
 
 
+def _stationary(args: Any, spot: Spot) -> Noise:
+    values = _arguments(args, "covariance", ("ndim",), spot)
+    ndim = values.get("ndim")
+    return StationaryNoise(
+        spot.array(values["covariance"]), ndim=None if ndim is None else parse_count(ndim, "ndim")
+    )
+
+
 NOISES: dict[str, Callable[[Any, Spot], Noise]] = {
     "isotropic": _isotropic,
     "diagonal": _diagonal_noise,
     "low_rank": _low_rank,
     "dense": _dense_noise,
+    "stationary": _stationary,
 }
