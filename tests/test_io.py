@@ -23,9 +23,10 @@ from dichroic.io import (
     write_json,
     write_tensors,
 )
-from dichroic.nn import Mlp
+from dichroic.nn import Mlp, UNet
 
 build = jax.jit(lambda key: Mlp((2, 2), width=16, depth=1, key=key))
+build_unet = jax.jit(lambda key: UNet((2, 2), 8, 2, 1, True, "bfloat16", key=key))
 
 
 def denoiser(kind, seed=0):
@@ -39,12 +40,13 @@ def denoiser(kind, seed=0):
     )
     if kind in ("mixture", "low rank"):
         return mixture
-    network = build(jax.random.key(seed))
+    network = (build_unet if kind == "unet" else build)(jax.random.key(seed))
+    kind = "base" if kind == "unet" else kind
     random = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), network)
     return Preconditioned(mixture, random, kind)
 
 
-KINDS = ["mixture", "low rank", "jacobian", "base"]
+KINDS = ["mixture", "low rank", "jacobian", "base", "unet"]
 
 
 def assert_same(a, b):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dichroic.errors import ConfigError
 
+NetworkName = Literal["auto", "mlp", "unet"]
 SamplerName = Literal["auto", "ancestral", "ddpm", "ddim", "heun", "predictor-corrector"]
 
 
@@ -63,8 +64,17 @@ class DiffusionConfig(_Ranged):
     batch_size: int = _count(512)
     learning_rate: float = 1e-3
     ema: float = _fraction(0.999)
-    width: int = _count(128)
-    depth: int = _count(3)
+    network: NetworkName = "auto"  # mlp up to 128 numbers, unet for series and images beyond
+    width: int = _count(128)  # of a layer of an mlp
+    depth: int = _count(3)  # blocks of an mlp
+    channels: int = _count(32)  # of the top level of a unet, twice, three times … below
+    levels: int = _count(3)  # of a unet
+    level_depth: int = _count(2)  # blocks of each level
+    spatial_axes: int = (
+        0  # the last axes that are positions; 0: all of (L,), (H, W), 2 of (C, H, W)
+    )
+    attention: Literal["none", "lowest"] = "none"  # the level of a unet that attends to itself
+    precision: Literal["float32", "bfloat16"] = "float32"  # of a unet
     covariance: Literal["jacobian", "base"] = "base"
     patience: int = 1  # laps without a gain in held-out evidence before stopping
     evidence_draws: int = _count(4)  # posterior draws of held-out observations that judge a lap

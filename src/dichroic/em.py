@@ -28,16 +28,17 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from dichroic.batching import split, take
-from dichroic.config import FitConfig, MixtureConfig
+from dichroic.config import DiffusionConfig, FitConfig, MixtureConfig
 from dichroic.data import Data
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.metrics.psnr import psnr
 from dichroic.mixture_em import em_lap, initial_gaussian, mean_log_evidence, split_components
-from dichroic.nn import Mlp
+from dichroic.nn import Mlp, UNet
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.operator_em import operator_lap
+from dichroic.operators import Shape
 from dichroic.operators.learned import Parameters
-from dichroic.posterior import choose_solver
+from dichroic.posterior import EXACT_LIMIT, choose_solver
 from dichroic.sample import Draws, draw_posterior, make_sampler
 from dichroic.tracking import Silent, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser
@@ -275,9 +276,24 @@ def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> Pr
     if isinstance(denoiser, Preconditioned):
         return denoiser
     assert isinstance(denoiser, Mixture)
-    c = config.diffusion
-    make = eqx.filter_jit(lambda k: Mlp(denoiser.shape, c.width, c.depth, key=k))
-    return Preconditioned(denoiser, make(key), covariance=c.covariance)
+    make = eqx.filter_jit(lambda k: fresh_network(denoiser.shape, config.diffusion, k))
+    return Preconditioned(denoiser, make(key), covariance=config.diffusion.covariance)
+
+
+def fresh_network(shape: Shape, c: DiffusionConfig, key: PRNGKeyArray) -> Mlp | UNet:
+    """The network that `c` asks for; raises `ConfigError` where that is not for arrays of `shape`."""
+    if c.network == "mlp" or (c.network == "auto" and math.prod(shape) <= EXACT_LIMIT):
+        return Mlp(shape, c.width, c.depth, key=key)
+    return UNet(
+        shape,
+        c.channels,
+        c.levels,
+        c.level_depth,
+        c.attention == "lowest",
+        c.precision,
+        c.spatial_axes or None,
+        key=key,
+    )
 
 
 def draw(

@@ -22,9 +22,10 @@ from safetensors.numpy import save as to_bytes
 
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.errors import FormatError
-from dichroic.nn import Mlp
+from dichroic.nn import Mlp, UNet
 
 FORMAT_VERSION = 1
+NETWORKS = {"mlp": Mlp, "unet": UNet}
 MIXTURE_FIELDS = ("log_weights", "means", "basis", "variances", "floor")
 
 
@@ -120,11 +121,14 @@ def pack(denoiser: Denoiser) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if isinstance(denoiser, Mixture):
         arrays = {k: np.asarray(getattr(denoiser, k)) for k in MIXTURE_FIELDS}
         return arrays, {"kind": "mixture", "shape": list(denoiser.shape)}
-    if isinstance(denoiser, Preconditioned) and isinstance(denoiser.network, Mlp):
+    if isinstance(denoiser, Preconditioned) and isinstance(
+        denoiser.network, tuple(NETWORKS.values())
+    ):
         arrays, meta = pack(denoiser.base)
         leaves = jax.tree.leaves(eqx.filter(denoiser.network, eqx.is_array))
         arrays |= {f"network.{i:04d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
-        network = {"kind": "mlp", **denoiser.network.settings}
+        kind = next(k for k, c in NETWORKS.items() if isinstance(denoiser.network, c))
+        network = {"kind": kind, **denoiser.network.settings}
         return arrays, {
             **meta,
             "kind": "preconditioned",
@@ -144,7 +148,8 @@ def unpack(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Denoise
     if meta["kind"] == "mixture":
         return base
     settings = {k: v for k, v in meta["network"].items() if k != "kind"}
-    empty = eqx.filter_eval_shape(lambda key: Mlp(shape, **settings, key=key), jax.random.key(0))
+    make = NETWORKS[meta["network"]["kind"]]
+    empty = eqx.filter_eval_shape(lambda key: make(shape, **settings, key=key), jax.random.key(0))
     weights, frozen = eqx.partition(empty, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     names = sorted(k for k in arrays if k.startswith("network."))
     filled = jax.tree.unflatten(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dichroic.nn.embedding import noise_features
 from dichroic.operators import Shape
 
 
@@ -55,8 +56,7 @@ class Mlp(eqx.Module):
         self, x: Float[Array, "*shape"], c_noise: Float[Array, ""]
     ) -> Float[Array, "*shape"]:
         """`F(x, c_noise)` for one sample."""
-        phase = c_noise * 2.0 ** jnp.arange(self.frequencies) * 0.5
-        features = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)])
+        features = noise_features(c_noise, self.frequencies)
         h = self.first(x.ravel())
         for inner, modulation, outer in self.blocks:
             gain, shift = jnp.split(modulation(features), 2)
