@@ -136,7 +136,7 @@ def train_block(carry, vae, data, counts, key, steps, settings):
     def body(carry, step):
         weights, average, state = carry
         loss, grads = jax.value_and_grad(loss_of)(weights, jax.random.fold_in(key, step), step)
-        updates, state = opt.update(grads, state)
+        updates, state = opt.update(grads, state, weights)
         weights = optax.apply_updates(weights, updates)
         decay = jnp.minimum(settings.ema, (1 + step) / (10 + step))
         return (weights, decay * average + (1 - decay) * weights, state), loss
