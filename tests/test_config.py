@@ -108,7 +108,7 @@ def test_values_that_mean_the_same_are_the_same(values, expect):
 COUNTS = """
     batch_size sampler.steps sampler.max_tuples
     mixture.components mixture.steps mixture.laps mixture.gaussian_laps mixture.final_laps
-    mixture.active_tuples mixture.max_tuples
+    mixture.active_tuples mixture.max_tuples mixture.rank diffusion.channels diffusion.levels diffusion.level_depth
     diffusion.steps diffusion.batch_size diffusion.width diffusion.depth
     diffusion.evidence_draws diffusion.evidence_observations
 """.split()

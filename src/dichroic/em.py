@@ -31,8 +31,16 @@ from dichroic.batching import split, take
 from dichroic.config import DiffusionConfig, FitConfig, MixtureConfig
 from dichroic.data import Data
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.lowrank import low_rank_draws
 from dichroic.metrics.psnr import psnr
-from dichroic.mixture_em import em_lap, initial_gaussian, mean_log_evidence, split_components
+from dichroic.mixture_em import (
+    em_lap,
+    initial_gaussian,
+    is_large,
+    is_low_rank,
+    mean_log_evidence,
+    split_components,
+)
 from dichroic.nn import Mlp, UNet
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.operator_em import operator_lap
@@ -95,7 +103,9 @@ def _mixture_lap(
     train = [obs for obs in data.train if relevant(obs)]
     current = state.current
     if names[0] not in current:
-        current = {**current, **{n: initial_gaussian(n, train, names) for n in names}}
+        rank = c.rank if is_large(data.train) else None
+        start = {n: initial_gaussian(n, train, names, rank=rank) for n in names}
+        current = {**current, **start}
     current, evidence = em_lap(current, train, names, c)
     operators, told = _learn_operators(state, current, train, c)
     size = current[names[0]].log_weights.size
@@ -300,6 +310,10 @@ def draw(
     denoisers: Denoisers, obs: Observations, key: PRNGKeyArray, config: FitConfig, **kwargs: Any
 ) -> Draws:
     """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not."""
+    mixtures = {k: d for k, d in denoisers.items() if k in obs.sources and isinstance(d, Mixture)}
+    if len(mixtures) == len(obs.sources) and is_low_rank(mixtures, obs):
+        kwargs.pop("batch_size", None)
+        return low_rank_draws(mixtures, obs, key, **kwargs)
     s = config.sampler
     solver = choose_solver(obs, s.solver)
     exact = solver == "exact" and all(isinstance(denoisers[k], Mixture) for k in obs.sources)

@@ -44,7 +44,10 @@ from dichroic.evidence import (
     log_evidence,
     project,
 )
+from dichroic.lowrank import low_rank_log_evidence
+from dichroic.lowrank_em import initial_low_rank, low_rank_lap
 from dichroic.observations import Observations
+from dichroic.posterior import EXACT_LIMIT
 from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
 
 Mixtures = dict[str, Mixture]
@@ -53,6 +56,7 @@ Chosen = Int[Array, "_ _ _"] | None
 _CHUNK_BYTES = 64 * 2**20
 _CHUNK_MOST = 512
 _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
+_PROBES = 16
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
 
 
@@ -77,8 +81,11 @@ def em_lap(
 ) -> tuple[Mixtures, float]:
     """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
 
-    Returns all mixtures, and the mean log evidence before the last step.
+    Returns all mixtures, and the mean log evidence before the last step. Sources of low rank, in views whose
+    observations share their operators, have an EM of their own: `dichroic.lowrank_em`.
     """
+    if any(is_low_rank(mixtures, obs) for obs in views):
+        return low_rank_lap(mixtures, views, names, config)
     chosen = [choose(mixtures, obs, config) for obs in views]
     share = max(len(set(names) & set(obs.sources)) for obs in views)
     before, value = None, -math.inf
@@ -138,12 +145,26 @@ def mean_log_evidence(
     """The mean of `log p(y)` over all observations of `views`."""
     total = 0.0
     for obs in views:
+        if is_low_rank(mixtures, obs):
+            total += low_rank_log_evidence(mixtures, obs)
+            continue
         priors = {k: mixtures[k].prior() for k in obs.sources}
         if _one_mixture(priors, obs):
             total += shared_log_evidence(priors, obs)
         else:
             total += float(_view_log_evidence(priors, obs, max_tuples))
     return total / sum(obs.count for obs in views)
+
+
+def is_low_rank(mixtures: Mixtures, obs: Observations) -> bool:
+    """Whether `dichroic.lowrank` is for this view."""
+    return is_shared(obs) and any(not mixtures[k].full_rank for k in obs.sources)
+
+
+def is_large(views: Sequence[Observations]) -> bool:
+    """Whether sources start as mixtures of low rank: many numbers, and operators that observations share."""
+    largest = max(max(obs.size, *obs.dims.values()) for obs in views)
+    return largest > EXACT_LIMIT and all(map(is_shared, views))
 
 
 def _one_mixture(priors: dict[str, Components], obs: Observations) -> bool:
@@ -284,10 +305,12 @@ def _power(a: np.ndarray, exponent: float | int, floor: float = 1e-300) -> np.nd
     return (vectors * np.maximum(values, floor)[:, None] ** exponent) @ _t(vectors)
 
 
-def initial_gaussian(name: str, views: Sequence[Observations], group: Sequence[str]) -> Mixture:
-    """An isotropic Gaussian with the variance that explains the power of the views, shared equally.
+def initial_gaussian(
+    name: str, views: Sequence[Observations], group: Sequence[str], *, rank: int | None = None
+) -> Mixture:
+    """A Gaussian with the variance that explains the power of the views, shared equally.
 
-    At least one of `views` sees it: see `dichroic.data.prepare`.
+    Isotropic, or of that `rank`. At least one of `views` sees it: see `dichroic.data.prepare`.
     """
     seeing, powers = [obs for obs in views if name in obs.sources], []
     for obs in seeing:
@@ -295,14 +318,23 @@ def initial_gaussian(name: str, views: Sequence[Observations], group: Sequence[s
         gain = sum(_mean_gain(some, n) for n in obs.sources if n in group)
         power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
         powers.append(power / max(gain, 1e-30))
-    shape = seeing[0].operators[name].in_shape
-    return gaussian(np.zeros(shape), max(min(powers), 1e-30) * np.eye(math.prod(shape)))
+    variance, shape = max(min(powers), 1e-30), seeing[0].operators[name].in_shape
+    if rank is not None:
+        return initial_low_rank(name, seeing, min(rank, math.prod(shape)), variance)
+    return gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
 
 
 def _mean_gain(obs: Observations, name: str) -> float:
-    """`tr(A Aᵀ)`, the mean over observations."""
+    """`tr(A Aᵀ)`, the mean over observations; for large ones from random vectors."""
     rows, shared = split(obs)
-    norm = lambda r: jnp.sum(eqx.combine(r, shared).system()[1][name] ** 2)
+
+    def norm(r) -> Array:
+        one = eqx.combine(r, shared)
+        if max(one.size, one.dims[name]) <= EXACT_LIMIT:
+            return jnp.sum(one.system()[1][name] ** 2)
+        probes = jax.random.normal(jax.random.key(0), (_PROBES, one.size))
+        return jnp.sum(jax.vmap(lambda v: one.adjoint(v)[name])(probes) ** 2) / _PROBES
+
     return float(jnp.mean(jax.vmap(norm)(rows)))
 
 
@@ -312,20 +344,25 @@ def split_components(mixture: Mixture, components: int) -> Mixture:
     A component `N(μ, C)` with principal axis `λ u uᵀ` becomes `N(μ ± √(λ/2) u, C − ½ λ u uᵀ)`, which
     keeps its mean and covariance.
     """
-    weights = np.exp(np.array(mixture.log_weights, np.float64))
-    means = np.array(mixture.means, np.float64)
-    cov = np.array(mixture.covariances(), np.float64)
-    parents = np.argsort(-weights)[: max(0, components - weights.size)]
-    values, vectors = np.linalg.eigh(cov[parents])
-    axis = np.sqrt(values[:, -1:] / 2) * vectors[:, :, -1]
-    child_cov = cov[parents] - axis[:, :, None] * axis[:, None, :]
-    weights[parents] /= 2
+    log_weights, means, variances = (
+        np.array(a, np.float64) for a in (mixture.log_weights, mixture.means, mixture.variances)
+    )
+    basis, floor = np.asarray(mixture.basis, np.float64), np.asarray(mixture.floor, np.float64)
+    parents = np.argsort(-log_weights)[: max(0, components - log_weights.size)]
+    which = np.argmax(variances[parents], axis=1)
+    along = floor[parents] if mixture.full_rank else np.zeros(len(parents))
+    value = variances[parents, which] + along
+    axis = np.sqrt(value / 2)[:, None] * basis[parents, :, which]
+    log_weights[parents] -= np.log(2)
     child_means = means[parents] + axis
     means[parents] -= axis
-    cov[parents] = child_cov
-    return Mixture.from_moments(
-        np.concatenate([weights, weights[parents]]),
-        np.concatenate([means, child_means]).reshape(-1, *mixture.shape),
-        np.concatenate([cov, child_cov]),
+    variances[parents, which] = np.maximum(value / 2 - along, 0)
+    grown = lambda a: np.concatenate([a, a[parents]])
+    return Mixture(
+        log_weights=grown(log_weights),
+        means=np.concatenate([means, child_means]),
+        basis=grown(basis),
+        variances=grown(variances),
+        floor=grown(floor),
         shape=mixture.shape,
     )

@@ -1,0 +1,321 @@
+"""Mixtures of probabilistic PCA in many dimensions: their evidence and posterior without a matrix of that size.
+
+For views whose observations share their operators and noise. A source is `x = μ_k + U_k z + √τ ε` with a
+component `k`, `z ~ N(0, I)` of `R` numbers, and one floor `τ` for all components; then for a tuple `t` of them
+
+    y = m_t + W_t z + e,   W_t = (A_β U_kβ)_β,   e ~ N(0, B),   B = Σ + Σ_β τ_β A_β A_βᵀ,
+
+with the same `B` for all tuples. With `K_t = I + W_tᵀ B⁻¹ W_t` (of `S R` rows, Woodbury),
+
+    E[z | y, t] = w = K_t⁻¹ W_tᵀ B⁻¹ (y − m_t),   V[z | y, t] = K_t⁻¹,
+    log det C_t = log det B + log det K_t,   (y − m_t)ᵀ C_t⁻¹ (y − m_t) = ‖y − m_t‖²_B⁻¹ − wᵀ K_t w,
+    E[√τ ε | y, t] = τ Aᵀ B⁻¹ (y − m_t − W_t w).
+
+Observations enter by products with the columns of all components, `n × M × K R`, and tuples only in the small
+space. In float64: quadratic forms are differences of numbers as large as the signal-to-noise ratio.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from dichroic.denoise import Mixture
+from dichroic.errors import DataError
+from dichroic.noise import DiagonalNoise, Isotropic, Masked, Noise
+from dichroic.observations import Observations
+from dichroic.operators import Compose, Diagonal, Identity, Learned, Operator, Scale
+from dichroic.sample import Draws, Progress, observation_keys
+
+MOST_TUPLES = 4096
+MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
+_CHUNK_BYTES = 256 * 2**20
+
+Columns = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source in a view: `(A μ_k, A U_k)` `(M, K, 1 + R)`, its `τ`, and products with `A` and `Aᵀ`."""
+
+    log_weights: np.ndarray
+    columns: np.ndarray
+    floor: float
+    forward: Columns
+    back: Columns
+
+
+@dataclass(frozen=True)
+class Base:
+    """`B`: products with its inverse on columns `(M, n)`, `log det B`, and `tr(Aᵀ B⁻¹ A)` by source."""
+
+    solve: Columns
+    logdet: float
+    traces: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What observations `(n, M)` say of the tuples: scores `(n, T)`, and `(1, w_β)_β` `(T, n, S (1 + R))`."""
+
+    scores: np.ndarray
+    latents: np.ndarray
+
+    @cached_property
+    def log_evidence(self) -> np.ndarray:
+        """`log p(y)`, `(n,)`."""
+        top = self.scores.max(axis=1)
+        return top + np.log(np.exp(self.scores - top[:, None]).sum(axis=1))
+
+    @property
+    def responsibilities(self) -> np.ndarray:
+        """The posterior probability of each tuple, `(n, T)`."""
+        return np.exp(self.scores - self.log_evidence[:, None])
+
+
+class LowRankView:
+    """A view as a mixture in observation space, with a component per tuple of the sources' components.
+
+    `columns` `(M, C)` are `(A μ_k, A U_k)` of all components of all sources; `where` `(T, S (1 + R))` those of
+    each tuple; `covariance` `(T, …, …)` that of `(1, z_β)_β` given an observation and the tuple.
+    """
+
+    def __init__(self, mixtures: Mapping[str, Mixture], obs: Observations):
+        one = obs.one(0)
+        self.seen = np.asarray(obs.noise.observed(obs.size), np.float64)
+        self.size, names = obs.size, list(obs.sources)
+        self.parts = {k: _part(mixtures[k], one.operators[k], self.seen) for k in names}
+        counts = [p.log_weights.size for p in self.parts.values()]
+        if math.prod(counts) > MOST_TUPLES:
+            raise DataError(
+                f"{' × '.join(map(str, counts))} components of {', '.join(names)} are "
+                f"{math.prod(counts):,} tuples; at most {MOST_TUPLES:,} are supported for sources of many "
+                "numbers: choose fewer with mixture.components"
+            )
+        self.tuples = np.indices(counts).reshape(len(counts), -1).T
+        self.base = _base(one, self.parts, self.seen)
+        wide = {k: moments(m)[0] for k, m in mixtures.items()}
+        self.sources = {
+            k: c.swapaxes(0, 1).reshape(c.shape[1], -1) for k, c in wide.items()
+        }  # (D, K (1 + R))
+        widths = [p.columns.shape[2] for p in self.parts.values()]
+        sizes = [p.columns[0].size for p in self.parts.values()]
+        self.spans = dict(
+            zip(names, _slices(widths), strict=True)
+        )  # of a source in the latents of a tuple
+        self.blocks = dict(zip(names, _slices(sizes), strict=True))  # and in the columns
+        flat = [p.columns.reshape(self.size, -1) for p in self.parts.values()]
+        self.columns = np.concatenate(flat, axis=1)
+        starts = [
+            self.blocks[k].start + w * c
+            for k, w, c in zip(names, widths, self.tuples.T, strict=True)
+        ]
+        wide = [s[:, None] + np.arange(w) for s, w in zip(starts, widths, strict=True)]
+        self.where = np.concatenate(wide, axis=1)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.solved = self.base.solve(self.columns)
+        gram = (self.columns.T @ self.solved)[self.where[:, :, None], self.where[:, None, :]]
+        ones = np.zeros(self.where.shape[1], bool)
+        ones[[s.start for s in self.spans.values()]] = True
+        self.ones = ones
+        k = gram[:, ~ones][:, :, ~ones] + np.eye(int((~ones).sum()))
+        inverse = np.linalg.inv(k)
+        self.covariance = np.zeros(gram.shape)
+        self.covariance[np.ix_(np.arange(len(k)), ~ones, ~ones)] = inverse
+        self.shift = gram[:, ones].sum(axis=1)  # what the mean of the tuple gives along its columns
+        square = self.shift[:, ones].sum(axis=1)
+        volume = np.linalg.slogdet(k)[1] + self.base.logdet + self.size * np.log(2 * np.pi)
+        parts = zip(self.parts.values(), self.tuples.T, strict=True)
+        self.constant = sum(p.log_weights[c] for p, c in parts) - 0.5 * (volume + square)
+
+    def given(self, y: np.ndarray) -> Given:
+        """What the observations `y` `(n, M)` say."""
+        along = (y @ self.solved)[:, self.where].swapaxes(0, 1)  # (T, n, S (1 + R))
+        mean = along[:, :, self.ones].sum(axis=2).T
+        along = along - self.shift[:, None]
+        latents = along @ self.covariance
+        fit = np.sum(along * latents, axis=2).T
+        square = np.sum(y * self.base.solve(y.T).T, axis=1)[:, None] - 2 * mean
+        latents[:, :, self.ones] = 1
+        return Given(self.constant - 0.5 * (square - fit), latents)
+
+    def moved(
+        self, y: np.ndarray, t: np.ndarray, x: Mapping[str, Array], eta: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Prior draws `x` of the tuples `t` and noise `eta`, moved to the posterior: `(n, D)` by source."""
+        flat = {k: np.asarray(v, np.float64).reshape(len(y), -1) for k, v in x.items()}
+        given = sum(p.forward(flat[k].T) for k, p in self.parts.items())
+        v = self.base.solve((y - eta).T - given).T
+        along = np.take_along_axis(v @ self.columns, self.where[t], axis=1)
+        w = np.einsum("nc,ncd->nd", along, self.covariance[t])  # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ
+        back = np.zeros((len(y), self.columns.shape[1]))
+        np.put_along_axis(back, self.where[t], w, axis=1)
+        v = v - back @ self.solved.T
+        for name, part in self.parts.items():
+            columns, z = self.sources[name], back[:, self.blocks[name]]
+            flat[name] = flat[name] + z @ columns.T + part.floor * part.back(v.T).T
+        return flat
+
+    def chunks(self, obs: Observations) -> Iterator[np.ndarray]:
+        """The observations, 0 where missing, as many at once as memory allows."""
+        each = 8 * (4 * self.where.size + 3 * self.size + self.columns.shape[1])
+        step = int(np.clip(_CHUNK_BYTES // each, 1, obs.count))
+        for start in range(0, obs.count, step):
+            yield self.seen * np.asarray(obs.y[start : start + step], np.float64)
+
+
+def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:
+    """`Σ_i log p(y_i)`."""
+    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs)
+    return sum(float(view.given(y).log_evidence.sum()) for y in view.chunks(obs))
+
+
+def low_rank_draws(
+    mixtures: Mapping[str, Mixture],
+    obs: Observations,
+    key: PRNGKeyArray,
+    *,
+    n_draws: int = 1,
+    first_index: int = 0,
+    progress: Progress | None = None,
+) -> Draws:
+    """Exact joint posterior draws of all sources, as `sample.draw_posterior` without a sampler.
+
+    A tuple by its probability, then prior draws `x`, `η` of it, moved by `C Aᵀ C_t⁻¹ (y − Σ A x − η)`
+    (pathwise conditioning, Wilson et al., JMLR 22, 2021).
+    """
+    mixtures = {k: mixtures[k] for k in obs.sources}
+    view, start, n = LowRankView(mixtures, obs), 0, obs.count
+    found: dict[str, list[list[np.ndarray]]] = {k: [[] for _ in range(n_draws)] for k in mixtures}
+    for y in view.chunks(obs):
+        edges = np.cumsum(view.given(y).responsibilities, axis=1)
+        index = jnp.asarray(first_index + start + np.arange(len(y)))
+        for d in range(n_draws):
+            keys = observation_keys(key, jnp.asarray(d), index)
+            u = np.asarray(_uniform(keys), np.float64)[:, None] * edges[:, -1:]
+            t = np.minimum(np.sum(edges < u, axis=1), edges.shape[1] - 1)
+            x, eta = _prior_draws(mixtures, obs.noise, obs.size, keys, jnp.asarray(view.tuples[t]))
+            for name, moved in view.moved(y, t, x, np.asarray(eta, np.float64)).items():
+                found[name][d].append(moved.reshape(-1, *mixtures[name].shape).astype(np.float32))
+            if progress:
+                progress(d * n + start + len(y), n * n_draws)
+        start += len(y)
+    x = {k: np.stack([np.concatenate(part) for part in parts]) for k, parts in found.items()}
+    zero = np.zeros((n_draws, n), np.float32)
+    return Draws(x, zero, zero, zero + 1)
+
+
+@eqx.filter_jit
+def _uniform(keys: Array) -> Array:
+    return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0)))(keys)
+
+
+@eqx.filter_jit
+def _prior_draws(mixtures, noise: Noise, size: int, keys: Array, components: Array):
+    """`({β: x}, η)` of the components `(n, S)`."""
+
+    def one(key, k):
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(mixtures) + 1)
+        triples = zip(mixtures.items(), k, keys[1:], strict=True)
+        x = {name: m.sample_component(i, kk) for (name, m), i, kk in triples}
+        return x, noise.observed(size) * noise.sample(keys[0], size)
+
+    return jax.vmap(one)(keys, components)
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    ends = np.cumsum(sizes)
+    return [slice(int(e - n), int(e)) for e, n in zip(ends, sizes, strict=True)]
+
+
+def _part(mixture: Mixture, op: Operator, seen: np.ndarray) -> Part:
+    dtype = jnp.zeros(()).dtype
+
+    def forward(columns: np.ndarray) -> np.ndarray:
+        """`A` times columns `(D, n)`, `(M, n)`."""
+        v = jnp.asarray(columns.T, dtype).reshape(-1, *op.in_shape)
+        return seen[:, None] * np.asarray(apply_rows(op, v), np.float64).T
+
+    def back(columns: np.ndarray) -> np.ndarray:
+        """`Aᵀ` times columns `(M, n)`, `(D, n)`."""
+        v = jnp.asarray((seen[:, None] * columns).T, dtype).reshape(-1, *op.out_shape)
+        return np.asarray(adjoint_rows(op, v), np.float64).T
+
+    columns, floor = moments(mixture)
+    k, d, r = columns.shape
+    wide = forward(columns.swapaxes(0, 1).reshape(d, k * r))
+    log_weights = np.asarray(mixture.log_weights, np.float64)
+    return Part(log_weights, wide.reshape(-1, k, r), floor, forward, back)
+
+
+@eqx.filter_jit
+def apply_rows(op: Operator, x: jax.Array) -> jax.Array:
+    """`A x` of the rows `(n, *in_shape)`, `(n, M)`."""
+    return jax.vmap(lambda u: op.mv(u).ravel())(x)
+
+
+@eqx.filter_jit
+def adjoint_rows(op: Operator, y: jax.Array) -> jax.Array:
+    """`Aᵀ y` of the rows `(n, *out_shape)`, `(n, D)`."""
+    return jax.vmap(lambda u: op.rmv(u).ravel())(y)
+
+
+def moments(mixture: Mixture) -> tuple[np.ndarray, float]:
+    """`(μ_k, U_k)` `(K, D, 1 + R)` with `U_k = basis √variances`, and `τ`, in float64."""
+    to64 = lambda a: np.asarray(a, np.float64)
+    factors = to64(mixture.basis) * np.sqrt(to64(mixture.variances))[:, None, :]
+    return np.concatenate([to64(mixture.means)[:, :, None], factors], axis=2), float(
+        to64(mixture.floor).mean()
+    )
+
+
+def _base(one: Observations, parts: Mapping[str, Part], seen: np.ndarray) -> Base:
+    """`B`, diagonal where all that is in it is."""
+    noise = diagonal_of_noise(one.noise, one.size)
+    gains = {k: diagonal_of(op) for k, op in one.operators.items()}
+    if noise is not None and all(g is not None for g in gains.values()):
+        squares = {k: (seen * g) ** 2 for k, g in gains.items() if g is not None}
+        b = sum((parts[k].floor * s for k, s in squares.items()), noise)
+        traces = {k: float(np.sum(s / b)) for k, s in squares.items()}
+        return Base(lambda v: v / b[:, None], float(np.log(b).sum()), traces)
+    if one.size > MOST_DENSE:
+        raise DataError(
+            f"observations of {one.size:,} numbers whose operators or noise are not diagonal; at most "
+            f"{MOST_DENSE:,} are supported"
+        )
+    squares = {k: p.forward(p.back(np.eye(one.size))) for k, p in parts.items()}
+    noise = np.asarray(one.noise.as_matrix(one.size), np.float64)
+    b = sum((parts[k].floor * s for k, s in squares.items()), noise)
+    low = np.linalg.cholesky(0.5 * (b + b.T))
+    half = np.linalg.inv(low)
+    inverse = half.T @ half
+    traces = {k: float(np.sum(inverse * s)) for k, s in squares.items()}
+    return Base(lambda v: inverse @ v, 2 * float(np.log(np.diagonal(low)).sum()), traces)
+
+
+def diagonal_of(op: Operator) -> np.ndarray | None:
+    """The diagonal of `op`, flattened, if its kind says that it has no other entries."""
+    if isinstance(op, Learned):
+        return diagonal_of(op.operator)
+    parts = op.operators if isinstance(op, Compose) else (op,)
+    if not all(isinstance(p, (Identity, Scale, Diagonal)) for p in parts):
+        return None
+    return np.asarray(op.mv(jnp.ones(op.in_shape)), np.float64).ravel()
+
+
+def diagonal_of_noise(noise: Noise, size: int) -> np.ndarray | None:
+    """The variances of `noise`, if its kind says that it is independent."""
+    inner = noise
+    while isinstance(inner, Masked):
+        inner = inner.noise
+    if not isinstance(inner, (Isotropic, DiagonalNoise)):
+        return None
+    return np.asarray(noise.mv(jnp.ones(size)), np.float64)

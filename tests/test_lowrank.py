@@ -1,0 +1,239 @@
+"""Mixtures of probabilistic PCA: against dense formulas, and fits with known answers."""
+
+import jax
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal
+
+from dichroic.batching import take
+from dichroic.config import MixtureConfig
+from dichroic.denoise import Mixture
+from dichroic.errors import DataError
+from dichroic.lowrank import LowRankView, low_rank_draws, low_rank_log_evidence, moments
+from dichroic.lowrank_em import (
+    from_columns,
+    initial_low_rank,
+    low_rank_lap,
+    low_rank_statistics,
+    maximise_low_rank,
+)
+from dichroic.noise import DenseNoise, DiagonalNoise
+from dichroic.operators import Dense, Diagonal, Identity, Scale
+from dichroic.problem import View
+
+SIZES = {"a": (3, 5, 2), "b": (2, 4, 3)}  # components, numbers, rank
+
+
+def ppca(seed, k, d, r, floor=0.1):
+    rng = np.random.default_rng(seed)
+    columns = rng.normal(size=(k, d, 1 + r))
+    return from_columns(rng.uniform(0.5, 1, size=k), columns, floor, (d,))
+
+
+def case(kind, n=6, seed=0):
+    """Two sources of a view, and its observations: with dense or with diagonal operators and noise."""
+    rng = np.random.default_rng(seed)
+    if kind == "dense":
+        mixtures = {k: ppca(i, *s) for i, (k, s) in enumerate(SIZES.items())}
+        operators = {k: Dense(rng.normal(size=(6, s[1]))) for k, s in SIZES.items()}
+        root = rng.normal(size=(6, 6))
+        noise = DenseNoise(0.1 * root @ root.T + 0.1 * np.eye(6))
+    else:
+        mixtures = {k: ppca(i, s[0], 6, s[2]) for i, (k, s) in enumerate(SIZES.items())}
+        operators = {
+            "a": Identity(6),
+            "b": Scale(6, 0.5) @ Diagonal(rng.uniform(0.5, 2, size=6)),
+        }
+        noise = DiagonalNoise(rng.uniform(0.1, 0.3, size=6))
+    mask = np.array([1, 1, 0, 1, 1, 1]) if kind == "masked" else None
+    return mixtures, View(rng.normal(size=(n, 6)), operators, noise, mask=mask).prepare()
+
+
+KINDS = ["dense", "diagonal", "masked"]
+
+
+def systems(mixtures, obs):
+    """For each tuple: the log weight, and mean and covariance of `(x_a, x_b, z_a, z_b, y)`, in float64."""
+    y, a, noise = obs.one(0).system()
+    a = {k: np.asarray(m, float) for k, m in a.items()}
+    columns = {k: moments(mixtures[k]) for k in obs.sources}
+    for i in range(columns["a"][0].shape[0]):
+        for j in range(columns["b"][0].shape[0]):
+            pick = {"a": i, "b": j}
+            mean, blocks, latent = [], [], []
+            for k in obs.sources:
+                c, floor = columns[k]
+                u = c[pick[k], :, 1:]
+                mean.append(c[pick[k], :, 0])
+                blocks.append(u @ u.T + floor * np.eye(len(u)))
+                latent.append(u)
+            d, r = [len(b) for b in blocks], [u.shape[1] for u in latent]
+            cov_x = np.zeros((sum(d), sum(d)))
+            cov_xz = np.zeros((sum(d), sum(r)))
+            cov_x[: d[0], : d[0]], cov_x[d[0] :, d[0] :] = blocks
+            cov_xz[: d[0], : r[0]], cov_xz[d[0] :, r[0] :] = latent
+            both = np.concatenate([a[k] for k in obs.sources], axis=1)
+            joint = np.block([[cov_x, cov_xz], [cov_xz.T, np.eye(sum(r))]])
+            with_y = np.concatenate([cov_x @ both.T, cov_xz.T @ both.T])
+            cov_y = both @ cov_x @ both.T + np.asarray(noise, float)
+            weight = sum(float(mixtures[k].log_weights[pick[k]]) for k in obs.sources)
+            prior = np.concatenate([*mean, np.zeros(sum(r))])
+            yield (i, j), weight, prior, joint, with_y, both @ np.concatenate(mean), cov_y
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evidence_and_responsibilities_are_those_of_dense_gaussians(kind):
+    mixtures, obs = case(kind)
+    view = LowRankView(mixtures, obs)
+    y = np.concatenate(list(view.chunks(obs)))
+    scores = [
+        weight + multivariate_normal.logpdf(y, mean, cov)
+        for _, weight, _, _, _, mean, cov in systems(mixtures, obs)
+    ]
+    np.testing.assert_allclose(view.given(y).scores, np.stack(scores, axis=1), rtol=1e-6, atol=1e-5)
+    total = np.logaddexp.reduce(scores, axis=0)
+    assert low_rank_log_evidence(mixtures, obs) == pytest.approx(total.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_are_those_of_conditioned_gaussians(kind):
+    mixtures, obs = case(kind)
+    value, sums = low_rank_statistics(mixtures, obs)
+    y = np.concatenate(list(LowRankView(mixtures, obs).chunks(obs)))
+    assert value == pytest.approx(low_rank_log_evidence(mixtures, obs), rel=1e-9)
+    parts = list(systems(mixtures, obs))
+    scores = [w + multivariate_normal.logpdf(y, m, c) for _, w, _, _, _, m, c in parts]
+    r = np.exp(np.stack(scores) - np.logaddexp.reduce(scores, axis=0))
+    dims, ranks = [mixtures[k].dim for k in "ab"], [mixtures[k].variances.shape[1] for k in "ab"]
+    for s, name in enumerate("ab"):
+        x = slice(sum(dims[:s]), sum(dims[: s + 1]))
+        z = slice(sum(dims) + sum(ranks[:s]), sum(dims) + sum(ranks[: s + 1]))
+        inner, cross = np.zeros_like(sums[name].inner), np.zeros_like(sums[name].cross)
+        square = 0.0
+        for t, (pick, _, prior, joint, with_y, mean, cov) in enumerate(parts):
+            gain = with_y @ np.linalg.inv(cov)
+            post = prior + (y - mean) @ gain.T
+            left = joint - gain @ with_y.T
+            for row, w in zip(post, r[t], strict=True):
+                zz = np.outer(row[z], row[z]) + left[z, z]
+                ones = np.concatenate([[1], row[z]])
+                inner[pick[s]] += w * np.block([[1, row[None, z]], [row[z, None], zz]])
+                cross[pick[s]] += w * np.outer(row[x], ones)
+                cross[pick[s], :, 1:] += w * left[x, z]
+                square += w * (row[x] @ row[x] + np.trace(left[x, x]))
+        np.testing.assert_allclose(sums[name].inner, inner, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(sums[name].cross, cross, rtol=1e-5, atol=1e-5)
+        assert sums[name].spread == pytest.approx(square, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_have_the_moments_of_the_posterior(kind):
+    """Of each observation: mean and second moments of both sources jointly, over 4,000 draws."""
+    mixtures, obs = case(kind, n=3)
+    n_draws = 4000
+    found = low_rank_draws(mixtures, obs, jax.random.key(0), n_draws=n_draws).x
+    x = np.concatenate([found["a"], found["b"]], axis=2).astype(float)
+    y = np.concatenate(list(LowRankView(mixtures, obs).chunks(obs)))
+    parts = list(systems(mixtures, obs))
+    scores = np.stack([w + multivariate_normal.logpdf(y, m, c) for _, w, _, _, _, m, c in parts])
+    r = np.exp(scores - np.logaddexp.reduce(scores, axis=0))
+    d = x.shape[2]
+    for i in range(3):
+        mean, square = np.zeros(d), np.zeros((d, d))
+        for t, (_, _, prior, joint, with_y, m, cov) in enumerate(parts):
+            gain = with_y @ np.linalg.inv(cov)
+            post, left = (prior + gain @ (y[i] - m))[:d], (joint - gain @ with_y.T)[:d, :d]
+            mean, square = mean + r[t, i] * post, square + r[t, i] * (np.outer(post, post) + left)
+        outer = x[:, i, :, None] * x[:, i, None, :]
+        error = 5 / np.sqrt(n_draws)
+        np.testing.assert_array_less(
+            np.abs(x[:, i].mean(axis=0) - mean), error * x[:, i].std(axis=0)
+        )
+        np.testing.assert_array_less(np.abs(outer.mean(axis=0) - square), error * outer.std(axis=0))
+
+
+def test_draws_depend_on_the_number_of_the_observation_and_the_draw_only():
+    mixtures, obs = case("diagonal", n=5)
+    whole = low_rank_draws(mixtures, obs, jax.random.key(1), n_draws=2).x["b"]
+    part = low_rank_draws(mixtures, take(obs, slice(2, 5)), jax.random.key(1), first_index=2).x["b"]
+    np.testing.assert_allclose(whole[:1, 2:], part, rtol=1e-5)
+    assert np.abs(whole[0] - whole[1]).min() > 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_lowers_the_evidence(kind):
+    mixtures, obs = case(kind, n=200)
+    config, values = MixtureConfig(steps=1), []
+    for _ in range(12):
+        mixtures, value = low_rank_lap(mixtures, [obs], ["a", "b"], config)
+        values.append(value)
+    assert np.diff(values).min() > -1e-6
+    assert values[-1] > values[0] + 1
+
+
+def test_one_component_without_noise_is_pca():
+    """The maximum of the likelihood is known: leading eigenvectors, and the mean of other eigenvalues."""
+    rng = np.random.default_rng(3)
+    n, d, r, noise = 4000, 8, 2, 0.05
+    x = (
+        rng.normal(size=(n, r)) @ (rng.normal(size=(r, d)) * [[2], [1]])
+        + 0.3 * rng.normal(size=(n, d))
+        + 1
+    )
+    y = x + noise * rng.normal(size=x.shape)
+    obs = View(y, {"a": Identity(d)}, noise).prepare()
+    mixture = {"a": initial_low_rank("a", [obs], r, 1.0)}
+    mixture, _ = low_rank_lap(mixture, [obs], ["a"], MixtureConfig(steps=60))
+    values, vectors = np.linalg.eigh(np.cov(y.T, bias=True))
+    found = mixture["a"]
+    floor = values[:-r].mean() - noise**2
+    assert float(found.floor[0]) == pytest.approx(floor, rel=1e-2)
+    np.testing.assert_allclose(found.means[0], y.mean(axis=0), atol=1e-3)
+    expect = (vectors[:, -r:] * (values[-r:] - floor - noise**2)) @ vectors[:, -r:].T
+    outer = (found.basis[0] * found.variances[0]) @ found.basis[0].T
+    np.testing.assert_allclose(outer, expect, atol=2e-2 * values[-1])
+
+
+def test_two_sources_in_two_views_are_told_apart():
+    rng = np.random.default_rng(4)
+    truth = {"a": ppca(10, 2, 30, 2, 0.01), "b": ppca(11, 2, 30, 2, 0.01)}
+
+    def draw(m, n):
+        columns, floor = moments(m)
+        k = rng.integers(2, size=n)
+        z = np.concatenate([np.ones((n, 1)), rng.normal(size=(n, columns.shape[2] - 1))], axis=1)
+        return np.einsum("nij,nj->ni", columns[k], z) + np.sqrt(floor) * rng.normal(size=(n, 30))
+
+    noise = lambda: 0.1 * rng.normal(size=(1500, 30))
+    alone = View(draw(truth["a"], 1500) + noise(), {"a": Identity(30)}, 0.1).prepare()
+    operators = {"a": Identity(30), "b": Scale(30, 0.5)}
+    both = draw(truth["a"], 1500) + 0.5 * draw(truth["b"], 1500) + noise()
+    mixed = View(both, operators, 0.1).prepare()
+    best = low_rank_log_evidence(truth, mixed) / 1500
+    config = MixtureConfig(steps=40)
+    start = {k: ppca(20 + i, 2, 30, 2, 1.0) for i, k in enumerate("ab")}
+    found, _ = low_rank_lap({"a": start["a"]}, [alone], ["a"], config)
+    found, _ = low_rank_lap({**found, "b": start["b"]}, [mixed], ["b"], config)
+    value = low_rank_log_evidence(found, mixed) / 1500
+    # Two components of 30 × 3 numbers each for two sources, and the floors: about half a nat each of n.
+    assert abs(value - best) < 4 * 30 * 3 / 1500
+
+
+def test_a_component_without_observations_stays():
+    mixtures, obs = case("diagonal", n=50)
+    far = mixtures["a"].means.at[0].set(1e3)
+    moved = Mixture(**{**mixtures["a"].__dict__, "means": far})
+    _, sums = low_rank_statistics({**mixtures, "a": moved}, obs)
+    found = maximise_low_rank(moved, sums["a"], 1e-8)
+    np.testing.assert_allclose(found.means[0], far[0], rtol=1e-6)
+    assert np.exp(found.log_weights[0]) < 1e-5
+
+
+def test_what_is_too_large_is_said(monkeypatch):
+    mixtures, obs = case("dense")
+    monkeypatch.setattr("dichroic.lowrank.MOST_DENSE", 5)
+    with pytest.raises(DataError, match="not diagonal"):
+        LowRankView(mixtures, obs)
+    monkeypatch.setattr("dichroic.lowrank.MOST_TUPLES", 5)
+    with pytest.raises(DataError, match="3 × 2 components"):
+        LowRankView(mixtures, obs)
