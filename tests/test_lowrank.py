@@ -9,7 +9,7 @@ from dichroic.batching import take
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.errors import DataError
-from dichroic.lowrank import LowRankView, low_rank_draws, low_rank_log_evidence, moments
+from dichroic.lowrank import LowRankView, low_rank_log_evidence, moments
 from dichroic.lowrank_em import (
     from_columns,
     initial_low_rank,
@@ -17,9 +17,11 @@ from dichroic.lowrank_em import (
     low_rank_statistics,
     maximise_low_rank,
 )
+from dichroic.lowrank_sample import low_rank_draws
 from dichroic.noise import DenseNoise, DiagonalNoise
 from dichroic.operators import Dense, Diagonal, Identity, Scale
 from dichroic.problem import View
+from dichroic.sample import Ancestral
 
 SIZES = {"a": (3, 5, 2), "b": (2, 4, 3)}  # components, numbers, rank
 
@@ -126,12 +128,14 @@ def test_sums_are_those_of_conditioned_gaussians(kind):
         assert sums[name].spread == pytest.approx(square, rel=1e-5)
 
 
+@pytest.mark.parametrize("sampler", [None, Ancestral(3)], ids=["exact", "ancestral"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_draws_have_the_moments_of_the_posterior(kind):
+def test_draws_have_the_moments_of_the_posterior(kind, sampler):
     """Of each observation: mean and second moments of both sources jointly, over 4,000 draws."""
     mixtures, obs = case(kind, n=3)
     n_draws = 4000
-    found = low_rank_draws(mixtures, obs, jax.random.key(0), n_draws=n_draws).x
+    key = jax.random.key(0)
+    found = low_rank_draws(mixtures, obs, key, n_draws=n_draws, sampler=sampler).x
     x = np.concatenate([found["a"], found["b"]], axis=2).astype(float)
     y = np.concatenate(list(LowRankView(mixtures, obs).chunks(obs)))
     parts = list(systems(mixtures, obs))

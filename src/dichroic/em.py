@@ -31,13 +31,12 @@ from dichroic.batching import split, take
 from dichroic.config import DiffusionConfig, FitConfig, MixtureConfig
 from dichroic.data import Data
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
-from dichroic.lowrank import low_rank_draws
+from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
 from dichroic.metrics.psnr import psnr
 from dichroic.mixture_em import (
     em_lap,
     initial_gaussian,
     is_large,
-    is_low_rank,
     mean_log_evidence,
     split_components,
 )
@@ -47,7 +46,8 @@ from dichroic.operator_em import operator_lap
 from dichroic.operators import Shape
 from dichroic.operators.learned import Parameters
 from dichroic.posterior import EXACT_LIMIT, choose_solver
-from dichroic.sample import Draws, draw_posterior, make_sampler
+from dichroic.sample import Draws, ancestral, draw_posterior, make_sampler
+from dichroic.shared import is_shared
 from dichroic.tracking import Silent, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser
 
@@ -310,10 +310,12 @@ def draw(
     denoisers: Denoisers, obs: Observations, key: PRNGKeyArray, config: FitConfig, **kwargs: Any
 ) -> Draws:
     """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not."""
-    mixtures = {k: d for k, d in denoisers.items() if k in obs.sources and isinstance(d, Mixture)}
-    if len(mixtures) == len(obs.sources) and is_low_rank(mixtures, obs):
+    used = {k: denoisers[k] for k in obs.sources}
+    if is_shared(obs) and all(map(is_low_rank_prior, used.values())):
         kwargs.pop("batch_size", None)
-        return low_rank_draws(mixtures, obs, key, **kwargs)
+        mixtures = all(isinstance(d, Mixture) for d in used.values())
+        sampler = None if mixtures else ancestral(config.sampler)
+        return low_rank_draws(used, obs, key, sampler=sampler, **kwargs)
     s = config.sampler
     solver = choose_solver(obs, s.solver)
     exact = solver == "exact" and all(isinstance(denoisers[k], Mixture) for k in obs.sources)

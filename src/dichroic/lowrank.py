@@ -24,14 +24,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
 
 from dichroic.denoise import Mixture
 from dichroic.errors import DataError
 from dichroic.noise import DiagonalNoise, Isotropic, Masked, Noise
 from dichroic.observations import Observations
 from dichroic.operators import Compose, Diagonal, Identity, Learned, Operator, Scale
-from dichroic.sample import Draws, Progress, observation_keys
 
 MOST_TUPLES = 4096
 MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
@@ -42,9 +40,10 @@ Columns = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Part:
-    """One source in a view: `(A μ_k, A U_k)` `(M, K, 1 + R)`, its `τ`, and products with `A` and `Aᵀ`."""
+    """One source in a view: `(μ_k, F_k)` `(D, K (1 + R))`, `A` times that `(M, K, 1 + R)`, `τ`, `A` and `Aᵀ`."""
 
     log_weights: np.ndarray
+    source: np.ndarray
     columns: np.ndarray
     floor: float
     forward: Columns
@@ -86,11 +85,18 @@ class LowRankView:
     each tuple; `covariance` `(T, …, …)` that of `(1, z_β)_β` given an observation and the tuple.
     """
 
-    def __init__(self, mixtures: Mapping[str, Mixture], obs: Observations):
+    def __init__(
+        self,
+        mixtures: Mapping[str, Mixture],
+        obs: Observations,
+        sigmas: Mapping[str, float] | None = None,
+    ):
+        """`sigmas` are noise levels of the sources, where components are to be those given noised values."""
         one = obs.one(0)
         self.seen = np.asarray(obs.noise.observed(obs.size), np.float64)
         self.size, names = obs.size, list(obs.sources)
-        self.parts = {k: _part(mixtures[k], one.operators[k], self.seen) for k in names}
+        level = lambda k: None if sigmas is None else sigmas[k]
+        self.parts = {k: _part(mixtures[k], one.operators[k], self.seen, level(k)) for k in names}
         counts = [p.log_weights.size for p in self.parts.values()]
         if math.prod(counts) > MOST_TUPLES:
             raise DataError(
@@ -100,10 +106,6 @@ class LowRankView:
             )
         self.tuples = np.indices(counts).reshape(len(counts), -1).T
         self.base = _base(one, self.parts, self.seen)
-        wide = {k: moments(m)[0] for k, m in mixtures.items()}
-        self.sources = {
-            k: c.swapaxes(0, 1).reshape(c.shape[1], -1) for k, c in wide.items()
-        }  # (D, K (1 + R))
         widths = [p.columns.shape[2] for p in self.parts.values()]
         sizes = [p.columns[0].size for p in self.parts.values()]
         self.spans = dict(
@@ -130,39 +132,69 @@ class LowRankView:
         inverse = np.linalg.inv(k)
         self.covariance = np.zeros(gram.shape)
         self.covariance[np.ix_(np.arange(len(k)), ~ones, ~ones)] = inverse
+        self.gram = gram
         self.shift = gram[:, ones].sum(axis=1)  # what the mean of the tuple gives along its columns
         square = self.shift[:, ones].sum(axis=1)
-        volume = np.linalg.slogdet(k)[1] + self.base.logdet + self.size * np.log(2 * np.pi)
+        self.volume = np.linalg.slogdet(k)[1] + self.base.logdet + self.size * np.log(2 * np.pi)
         parts = zip(self.parts.values(), self.tuples.T, strict=True)
-        self.constant = sum(p.log_weights[c] for p, c in parts) - 0.5 * (volume + square)
+        self.constant = sum(p.log_weights[c] for p, c in parts) - 0.5 * (self.volume + square)
 
-    def given(self, y: np.ndarray) -> Given:
-        """What the observations `y` `(n, M)` say."""
+    def given(
+        self,
+        y: np.ndarray,
+        log_weights: np.ndarray | None = None,
+        coefficients: np.ndarray | None = None,
+    ) -> Given:
+        """What the observations `y` `(n, M)` say.
+
+        Where components are given noised values, their `log_weights` `(n, T)`, and the `coefficients` `(n, C)` of
+        their means in the columns; `y` is then less what the means have outside of them.
+        """
         along = (y @ self.solved)[:, self.where].swapaxes(0, 1)  # (T, n, S (1 + R))
-        mean = along[:, :, self.ones].sum(axis=2).T
-        along = along - self.shift[:, None]
+        if coefficients is None:
+            mean = along[:, :, self.ones].sum(axis=2).T
+            shift, constant = self.shift[:, None], self.constant
+        else:
+            c = coefficients[:, self.where].swapaxes(0, 1)
+            mean, shift = np.sum(along * c, axis=2).T, c @ self.gram
+            constant = log_weights - 0.5 * (self.volume + np.sum(shift * c, axis=2).T)
+        along = along - shift
         latents = along @ self.covariance
         fit = np.sum(along * latents, axis=2).T
         square = np.sum(y * self.base.solve(y.T).T, axis=1)[:, None] - 2 * mean
         latents[:, :, self.ones] = 1
-        return Given(self.constant - 0.5 * (square - fit), latents)
+        return Given(constant - 0.5 * (square - fit), latents)
 
     def moved(
-        self, y: np.ndarray, t: np.ndarray, x: Mapping[str, Array], eta: np.ndarray
+        self, y: np.ndarray, t: np.ndarray, x: Mapping[str, np.ndarray], eta: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Prior draws `x` of the tuples `t` and noise `eta`, moved to the posterior: `(n, D)` by source."""
-        flat = {k: np.asarray(v, np.float64).reshape(len(y), -1) for k, v in x.items()}
-        given = sum(p.forward(flat[k].T) for k, p in self.parts.items())
+        """Prior draws `x` `(n, D)` of the tuples `t` and noise `eta`, moved to the posterior.
+
+        By `C Aᵀ C_t⁻¹ (y − Σ A x − η)` (pathwise conditioning, Wilson et al., JMLR 22, 2021).
+        """
+        given = sum(p.forward(x[k].T) for k, p in self.parts.items())
         v = self.base.solve((y - eta).T - given).T
         along = np.take_along_axis(v @ self.columns, self.where[t], axis=1)
         w = np.einsum("nc,ncd->nd", along, self.covariance[t])  # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ
-        back = np.zeros((len(y), self.columns.shape[1]))
-        np.put_along_axis(back, self.where[t], w, axis=1)
+        back = self.spread(t, w)
         v = v - back @ self.solved.T
-        for name, part in self.parts.items():
-            columns, z = self.sources[name], back[:, self.blocks[name]]
-            flat[name] = flat[name] + z @ columns.T + part.floor * part.back(v.T).T
-        return flat
+        return {
+            k: x[k] + back[:, self.blocks[k]] @ p.source.T + p.floor * p.back(v.T).T
+            for k, p in self.parts.items()
+        }
+
+    @property
+    def spread_ones(self) -> np.ndarray:
+        """The coefficients of the means of all components themselves, `(C,)`."""
+        parts = (np.eye(1, p.columns.shape[2])[0] for p in self.parts.values())
+        counts = (p.log_weights.size for p in self.parts.values())
+        return np.concatenate([np.tile(row, k) for row, k in zip(parts, counts, strict=True)])
+
+    def spread(self, t: np.ndarray, latents: np.ndarray) -> np.ndarray:
+        """Latents `(n, S (1 + R))` of the tuples `t` as coefficients of all columns, `(n, C)`."""
+        out = np.zeros((len(t), self.columns.shape[1]))
+        np.put_along_axis(out, self.where[t], latents, axis=1)
+        return out
 
     def chunks(self, obs: Observations) -> Iterator[np.ndarray]:
         """The observations, 0 where missing, as many at once as memory allows."""
@@ -178,65 +210,12 @@ def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) ->
     return sum(float(view.given(y).log_evidence.sum()) for y in view.chunks(obs))
 
 
-def low_rank_draws(
-    mixtures: Mapping[str, Mixture],
-    obs: Observations,
-    key: PRNGKeyArray,
-    *,
-    n_draws: int = 1,
-    first_index: int = 0,
-    progress: Progress | None = None,
-) -> Draws:
-    """Exact joint posterior draws of all sources, as `sample.draw_posterior` without a sampler.
-
-    A tuple by its probability, then prior draws `x`, `η` of it, moved by `C Aᵀ C_t⁻¹ (y − Σ A x − η)`
-    (pathwise conditioning, Wilson et al., JMLR 22, 2021).
-    """
-    mixtures = {k: mixtures[k] for k in obs.sources}
-    view, start, n = LowRankView(mixtures, obs), 0, obs.count
-    found: dict[str, list[list[np.ndarray]]] = {k: [[] for _ in range(n_draws)] for k in mixtures}
-    for y in view.chunks(obs):
-        edges = np.cumsum(view.given(y).responsibilities, axis=1)
-        index = jnp.asarray(first_index + start + np.arange(len(y)))
-        for d in range(n_draws):
-            keys = observation_keys(key, jnp.asarray(d), index)
-            u = np.asarray(_uniform(keys), np.float64)[:, None] * edges[:, -1:]
-            t = np.minimum(np.sum(edges < u, axis=1), edges.shape[1] - 1)
-            x, eta = _prior_draws(mixtures, obs.noise, obs.size, keys, jnp.asarray(view.tuples[t]))
-            for name, moved in view.moved(y, t, x, np.asarray(eta, np.float64)).items():
-                found[name][d].append(moved.reshape(-1, *mixtures[name].shape).astype(np.float32))
-            if progress:
-                progress(d * n + start + len(y), n * n_draws)
-        start += len(y)
-    x = {k: np.stack([np.concatenate(part) for part in parts]) for k, parts in found.items()}
-    zero = np.zeros((n_draws, n), np.float32)
-    return Draws(x, zero, zero, zero + 1)
-
-
-@eqx.filter_jit
-def _uniform(keys: Array) -> Array:
-    return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 0)))(keys)
-
-
-@eqx.filter_jit
-def _prior_draws(mixtures, noise: Noise, size: int, keys: Array, components: Array):
-    """`({β: x}, η)` of the components `(n, S)`."""
-
-    def one(key, k):
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(mixtures) + 1)
-        triples = zip(mixtures.items(), k, keys[1:], strict=True)
-        x = {name: m.sample_component(i, kk) for (name, m), i, kk in triples}
-        return x, noise.observed(size) * noise.sample(keys[0], size)
-
-    return jax.vmap(one)(keys, components)
-
-
 def _slices(sizes: Sequence[int]) -> list[slice]:
     ends = np.cumsum(sizes)
     return [slice(int(e - n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
 
-def _part(mixture: Mixture, op: Operator, seen: np.ndarray) -> Part:
+def _part(mixture: Mixture, op: Operator, seen: np.ndarray, sigma: float | None) -> Part:
     dtype = jnp.zeros(()).dtype
 
     def forward(columns: np.ndarray) -> np.ndarray:
@@ -249,11 +228,11 @@ def _part(mixture: Mixture, op: Operator, seen: np.ndarray) -> Part:
         v = jnp.asarray((seen[:, None] * columns).T, dtype).reshape(-1, *op.out_shape)
         return np.asarray(adjoint_rows(op, v), np.float64).T
 
-    columns, floor = moments(mixture)
+    columns, floor = moments(mixture, sigma)
     k, d, r = columns.shape
-    wide = forward(columns.swapaxes(0, 1).reshape(d, k * r))
+    flat = columns.swapaxes(0, 1).reshape(d, k * r)
     log_weights = np.asarray(mixture.log_weights, np.float64)
-    return Part(log_weights, wide.reshape(-1, k, r), floor, forward, back)
+    return Part(log_weights, flat, forward(flat).reshape(-1, k, r), floor, forward, back)
 
 
 @eqx.filter_jit
@@ -268,13 +247,25 @@ def adjoint_rows(op: Operator, y: jax.Array) -> jax.Array:
     return jax.vmap(lambda u: op.rmv(u).ravel())(y)
 
 
-def moments(mixture: Mixture) -> tuple[np.ndarray, float]:
-    """`(μ_k, U_k)` `(K, D, 1 + R)` with `U_k = basis √variances`, and `τ`, in float64."""
+def moments(mixture: Mixture, sigma: float | None = None) -> tuple[np.ndarray, float]:
+    """`(μ_k, F_k)` `(K, D, 1 + R)` and `τ` with covariances `F_k F_kᵀ + τ I`, in float64.
+
+    Of the prior, or, with `sigma`, of a component given a value with noise of that level.
+    """
     to64 = lambda a: np.asarray(a, np.float64)
-    factors = to64(mixture.basis) * np.sqrt(to64(mixture.variances))[:, None, :]
-    return np.concatenate([to64(mixture.means)[:, :, None], factors], axis=2), float(
-        to64(mixture.floor).mean()
-    )
+    floor, variances = float(to64(mixture.floor).mean()), to64(mixture.variances)
+    if sigma is not None:
+        extra, gain = gains(mixture, sigma)
+        variances, floor = sigma**2 * extra, sigma**2 * gain
+    factors = to64(mixture.basis) * np.sqrt(variances)[:, None, :]
+    return np.concatenate([to64(mixture.means)[:, :, None], factors], axis=2), floor
+
+
+def gains(mixture: Mixture, sigma: float) -> tuple[np.ndarray, float]:
+    """`(r, g)` with `C_k (C_k + σ² I)⁻¹ = U_k diag(r) U_kᵀ + g I`."""
+    floor = float(np.asarray(mixture.floor, np.float64).mean())
+    variances, rest = np.asarray(mixture.variances, np.float64), floor + sigma**2
+    return variances / (variances + rest) * (sigma**2 / rest), floor / rest
 
 
 def _base(one: Observations, parts: Mapping[str, Part], seen: np.ndarray) -> Base:

@@ -1,0 +1,218 @@
+"""Joint posterior draws of sources of many numbers, whose priors are of low rank or corrections of such.
+
+*Exact* draws where all priors are mixtures. Where networks correct them, the reverse chain of `sample.Ancestral`:
+given its noised value a source is the mixture's posterior, whose components have covariances of low rank plus a
+floor, with means moved by the network; given the observation too, a draw of `x` is then the same algebra as an
+exact one, at every noise level. One evaluation of each network a step, no Jacobian and no iterative solve; for a
+network of zero the chain is exact at any number of steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.lowrank import LowRankView, gains
+from dichroic.noise import Noise
+from dichroic.observations import Observations
+from dichroic.sample import Ancestral, Draws, Progress, observation_keys
+
+_NETWORK_BATCH = 256
+Priors = Mapping[str, Mixture | Preconditioned]
+
+
+@dataclass(frozen=True)
+class Normals:
+    """Random numbers of one draw of `n` observations: what picks a tuple, latents, sources, and noise."""
+
+    uniform: np.ndarray
+    latents: np.ndarray
+    sources: dict[str, np.ndarray]
+    noise: np.ndarray
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A source given noised values: `m_k = offset + (μ, F)_k · coefficients`, with log weights `(n, K)`."""
+
+    log_weights: np.ndarray
+    coefficients: np.ndarray
+    offset: np.ndarray
+
+
+def is_low_rank_prior(denoiser: Denoiser) -> bool:
+    """Whether a denoiser is a mixture of low rank, or one whose means a network moves."""
+    if isinstance(denoiser, Preconditioned):
+        return denoiser.covariance == "base" and not denoiser.base.full_rank
+    return isinstance(denoiser, Mixture) and not denoiser.full_rank
+
+
+def low_rank_draws(
+    priors: Priors,
+    obs: Observations,
+    key: PRNGKeyArray,
+    *,
+    sampler: Ancestral | None = None,
+    n_draws: int = 1,
+    first_index: int = 0,
+    progress: Progress | None = None,
+) -> Draws:
+    """Draws of all sources of every observation; with a `sampler`, by its steps and schedule, else exact.
+
+    An observation's draws depend on `key`, its number and that of the draw.
+    """
+    priors, start, n = {k: priors[k] for k in obs.sources}, 0, obs.count
+    walk = _Walk(priors, obs, sampler)
+    found: dict[str, list[list[np.ndarray]]] = {k: [[] for _ in range(n_draws)] for k in priors}
+    for y in walk.views[-1].chunks(obs):
+        index = jnp.asarray(first_index + start + np.arange(len(y)))
+        for d in range(n_draws):
+            x = walk.draw(y, observation_keys(key, jnp.asarray(d), index))
+            for name, values in x.items():
+                shaped = values.reshape(-1, *priors[name].shape)
+                found[name][d].append(shaped.astype(np.float32))
+            if progress:
+                progress(d * n + start + len(y), n * n_draws)
+        start += len(y)
+    x = {k: np.stack([np.concatenate(part) for part in parts]) for k, parts in found.items()}
+    zero = np.zeros((n_draws, n), np.float32)
+    return Draws(x, zero, zero, zero + 1)
+
+
+class _Walk:
+    """Noise levels, from the highest to the lowest, with the view at each; a single one without levels."""
+
+    def __init__(self, priors: Priors, obs: Observations, sampler: Ancestral | None):
+        self.priors, self.obs = priors, obs
+        self.bases = {k: p.base if isinstance(p, Preconditioned) else p for k, p in priors.items()}
+        self.sigmas: list[dict[str, float]] = []
+        if sampler is None:
+            self.views = [LowRankView(self.bases, obs)]
+            return
+        levels = np.asarray(sampler.schedule.grid(sampler.steps), float)
+        scales = {k: float(p.scale) for k, p in priors.items()}
+        self.sigmas = [{k: s * level for k, s in scales.items()} for level in levels]
+        self.start = {k: s * np.sqrt(1 + levels[0] ** 2) for k, s in scales.items()}
+        self.views = [LowRankView(self.bases, obs, s) for s in self.sigmas]
+
+    def draw(self, y: np.ndarray, keys: Array) -> dict[str, np.ndarray]:
+        """One draw of all sources `(n, D)`, for observations `(n, M)` with these keys."""
+        if not self.sigmas:
+            view = self.views[0]
+            ones = np.tile(view.spread_ones, (len(y), 1))
+            nothing = {k: np.zeros((len(y), p.source.shape[0])) for k, p in view.parts.items()}
+            return _draw(view, y, self._normals(view, keys, 0), None, ones, nothing)
+        normals = self._normals(self.views[0], keys, 0)
+        x = {
+            k: np.asarray(p.location, float).ravel() + self.start[k] * normals.sources[k]
+            for k, p in self.priors.items()
+        }
+        for i, (view, here) in enumerate(zip(self.views, self.sigmas, strict=True)):
+            given = {k: noised(p, x[k], here[k]) for k, p in self.priors.items()}
+            weights = sum(
+                given[k].log_weights[:, c] for k, c in zip(given, view.tuples.T, strict=True)
+            )
+            coefficients = np.concatenate(
+                [g.coefficients.reshape(len(y), -1) for g in given.values()], axis=1
+            )
+            offsets = {k: g.offset for k, g in given.items()}
+            normals = self._normals(view, keys, 2 * i + 1)
+            drawn = _draw(view, y, normals, weights, coefficients, offsets)
+            if i + 1 == len(self.views):
+                return drawn
+            z = self._normals(view, keys, 2 * i + 2).sources
+            x = {k: _bridge(x[k], drawn[k], z[k], here[k], self.sigmas[i + 1][k]) for k in x}
+        raise AssertionError("there is at least one level")
+
+    def _normals(self, view: LowRankView, keys: Array, number: int) -> Normals:
+        sizes = tuple((k, p.source.shape[0]) for k, p in view.parts.items())
+        width = view.where.shape[1]
+        u, z, x, eta = _random(keys, jnp.asarray(number), sizes, width, self.obs.noise, view.size)
+        to64 = lambda a: np.asarray(a, np.float64)
+        return Normals(to64(u), to64(z), {k: to64(v) for k, v in x.items()}, to64(eta))
+
+
+def _draw(view, y, normals, weights, coefficients, offsets) -> dict[str, np.ndarray]:
+    """A tuple by its probability, a prior draw of it, moved to the posterior."""
+    outside = sum(p.forward(offsets[k].T) for k, p in view.parts.items()).T
+    exact = weights is None
+    given = view.given(y) if exact else view.given(y - outside, weights, coefficients)
+    edges = np.cumsum(given.responsibilities, axis=1)
+    t = np.sum(edges < normals.uniform[:, None] * edges[:, -1:], axis=1)
+    t = np.minimum(t, edges.shape[1] - 1)
+    latents = np.take_along_axis(coefficients, view.where[t], axis=1)
+    latents = view.spread(t, latents + np.where(view.ones, 0, normals.latents))
+    x = {
+        k: offsets[k]
+        + latents[:, view.blocks[k]] @ p.source.T
+        + np.sqrt(p.floor) * normals.sources[k]
+        for k, p in view.parts.items()
+    }
+    return view.moved(y, t, x, normals.noise)
+
+
+def noised(prior: Mixture | Preconditioned, x_t: np.ndarray, sigma: float) -> Noised:
+    """What the noised values `x_t` `(n, D)` say of a source."""
+    base = prior.base if isinstance(prior, Preconditioned) else prior
+    to64 = lambda a: np.asarray(a, np.float64)
+    basis, means, variances = to64(base.basis), to64(base.means), to64(base.variances)
+    extra, gain = gains(base, sigma)
+    k, d, r = basis.shape
+    rest = float(to64(base.floor).mean()) + sigma**2
+    flat = basis.swapaxes(0, 1).reshape(d, k * r)
+    z = (x_t @ flat).reshape(-1, k, r) - np.einsum("kd,kdr->kr", means, basis)
+    distance = np.sum(x_t**2, axis=1)[:, None] - 2 * x_t @ means.T + np.sum(means**2, axis=1)
+    inside = variances + rest
+    outside = np.maximum(distance - np.sum(z**2, axis=2), 0) / rest + (d - r) * np.log(rest)
+    log_weights = to64(base.log_weights) - 0.5 * (
+        np.sum(z**2 / inside + np.log(inside), axis=2) + outside
+    )
+    top = log_weights.max(axis=1, keepdims=True)
+    log_weights -= top + np.log(np.sum(np.exp(log_weights - top), axis=1, keepdims=True))
+    ones = np.full((len(x_t), k, 1), 1 - gain)
+    coefficients = np.concatenate([ones, np.sqrt(extra) * z / sigma], axis=2)
+    offset = gain * x_t
+    if isinstance(prior, Preconditioned):
+        offset = offset + _corrections(prior, x_t, sigma)
+    return Noised(log_weights, coefficients, offset)
+
+
+def _corrections(prior: Preconditioned, x_t: np.ndarray, sigma: float) -> np.ndarray:
+    """What the network adds to the mean, `(n, D)`."""
+    parts, level = [], jnp.asarray(sigma, float)
+    for start in range(0, len(x_t), _NETWORK_BATCH):
+        some = x_t[start : start + _NETWORK_BATCH]
+        padded = np.zeros((_NETWORK_BATCH, x_t.shape[1]), np.float32)
+        padded[: len(some)] = some
+        found = _correct(prior, jnp.asarray(padded).reshape(-1, *prior.shape), level)
+        parts.append(np.asarray(found, np.float64).reshape(_NETWORK_BATCH, -1)[: len(some)])
+    return np.concatenate(parts)
+
+
+@eqx.filter_jit
+def _correct(prior: Preconditioned, x_t: Array, sigma: Array) -> Array:
+    return jax.vmap(lambda x: prior.correction(x, sigma))(x_t)
+
+
+@eqx.filter_jit
+def _random(keys: Array, number: Array, sizes, width: int, noise: Noise, size: int):
+    """`(uniform, latents, {source: normal}, noise)` of each key."""
+
+    def one(key):
+        key = jax.random.fold_in(key, number)
+        u, z, e, *rest = jax.random.split(key, 3 + len(sizes))
+        x = {k: jax.random.normal(kk, (d,)) for (k, d), kk in zip(sizes, rest, strict=True)}
+        eta = noise.observed(size) * noise.sample(e, size)
+        return jax.random.uniform(u), jax.random.normal(z, (width,)), x, eta
+
+    return jax.vmap(one)(keys)
+
+
+def _bridge(x, drawn, z, here, there):
+    r = (there / here) ** 2
+    return drawn + r * (x - drawn) + there * np.sqrt(1 - r) * z
