@@ -104,8 +104,8 @@ def _mixture_lap(
     current = state.current
     if names[0] not in current:
         rank = c.rank if is_large(data.train) else None
-        start = {n: initial_gaussian(n, train, names, rank=rank) for n in names}
-        current = {**current, **start}
+        start = partial(initial_gaussian, views=train, group=names, known=current, rank=rank)
+        current = {**current, **{n: start(n) for n in names}}
     current, evidence = em_lap(current, train, names, c)
     operators, told = _learn_operators(state, current, train, c)
     size = current[names[0]].log_weights.size

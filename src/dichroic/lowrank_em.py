@@ -15,35 +15,47 @@ Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall e
 over pairs of components that are in a tuple together. No matrix of D × D numbers is formed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse.linalg import LinearOperator, eigsh
 
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
-from dichroic.lowrank import LowRankView, adjoint_rows, moments
+from dichroic.lowrank import LowRankView, adjoint_rows, apply_rows, moments
 from dichroic.observations import Observations
+from dichroic.operators import Operator
 
-_SAMPLE = 2000  # observations that a first basis is computed from
+_SAMPLE = 4000  # observations that a first basis is computed from
+_PROBES = 16  # random vectors that a trace is estimated with
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
 @dataclass(frozen=True)
 class LatentSums:
-    """Of one source: per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[x z̄ᵀ]`; in all `Σ r E‖√τ ε‖²` and `n`."""
+    """Of one source: per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[x z̄ᵀ]`; in all `Σ r E‖x‖²` and `n`.
+
+    And `scatter`, `Σ r ‖Aᵀ C_y⁻¹ (y − m)‖²`, with its expectation `information`, `Σ r tr(Aᵀ C_y⁻¹ A)`.
+    """
 
     inner: np.ndarray
     cross: np.ndarray
-    spread: float
+    square: float
+    scatter: float
+    information: float
     count: int
 
     def __add__(self, other: "LatentSums") -> "LatentSums":
         return LatentSums(
             self.inner + other.inner,
             self.cross + other.cross,
-            self.spread + other.spread,
+            self.square + other.square,
+            self.scatter + other.scatter,
+            self.information + other.information,
             self.count + other.count,
         )
 
@@ -55,16 +67,29 @@ def low_rank_lap(
     config: MixtureConfig,
 ) -> tuple[dict[str, Mixture], float]:
     """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last."""
-    mixtures, value = dict(mixtures), 0.0
+    before, value = None, -math.inf
+    mixtures = dict(mixtures)
     for _ in range(config.steps):
-        value, sums = 0.0, {}
-        for obs in views:
-            here, found = low_rank_statistics(mixtures, obs)
-            value += here
-            for name, s in found.items():
-                sums[name] = sums[name] + s if name in sums else s
-        mixtures |= {n: maximise_low_rank(mixtures[n], sums[n], config.floor) for n in names}
+        found = _all_statistics(mixtures, views)
+        fell = before is not None and found[0] < value - 1e-9 * abs(value)
+        if fell and before is not None:
+            mixtures, found = before
+        value, sums = found
+        before = None if fell else (mixtures, found)
+        step = partial(maximise_low_rank, least=config.floor, textbook=fell)
+        mixtures = {**mixtures, **{n: step(mixtures[n], sums[n]) for n in names}}
     return mixtures, value / sum(obs.count for obs in views)
+
+
+def _all_statistics(
+    mixtures: Mapping[str, Mixture], views: Sequence[Observations]
+) -> tuple[float, dict[str, LatentSums]]:
+    value, sums = 0.0, {}
+    for obs in views:
+        here, found = low_rank_statistics(mixtures, obs)
+        value += here
+        sums |= {k: sums[k] + s if k in sums else s for k, s in found.items()}
+    return value, sums
 
 
 def low_rank_statistics(
@@ -72,7 +97,7 @@ def low_rank_statistics(
 ) -> tuple[float, dict[str, LatentSums]]:
     """`Σ_i log p(y_i)`, and the sums of every source that the view sees."""
     view = LowRankView({k: mixtures[k] for k in obs.sources}, obs)
-    value, squares = 0.0, dict.fromkeys(view.parts, 0.0)
+    value, squares, count = 0.0, dict.fromkeys(view.parts, 0.0), np.zeros(len(view.tuples))
     tuples = np.zeros((*view.where.shape, view.where.shape[1]))
     outer = np.zeros(view.columns.shape)
     heads = {k: (lambda v, p=p: p.back(view.base.solve(v))) for k, p in view.parts.items()}
@@ -81,21 +106,25 @@ def low_rank_statistics(
         value += float(given.log_evidence.sum())
         r = given.responsibilities.T[:, :, None]
         weighted = r * given.latents
-        tuples += (
-            given.latents.swapaxes(1, 2) @ weighted + r.sum(axis=1)[:, :, None] * view.covariance
-        )
+        tuples += given.latents.swapaxes(1, 2) @ weighted
+        count += r.sum(axis=1)[:, 0]
         outer += y.T @ _by_component(view, weighted)
         for name, head in heads.items():
             squares[name] += float(np.sum(head(y.T) ** 2))
-    inner = np.zeros((view.columns.shape[1],) * 2)
-    np.add.at(inner, (view.where[:, :, None], view.where[:, None, :]), tuples)
+    pairs = view.where[:, :, None], view.where[:, None, :]
+    inner, uncertain = np.zeros((2, *(view.columns.shape[1],) * 2))
+    np.add.at(inner, pairs, tuples)
+    np.add.at(uncertain, pairs, count[:, None, None] * view.covariance)
+    inner = inner + uncertain
     left = outer - view.columns @ inner  # Σ r E[e z̄ᵀ]
     found = {}
     for name, head in heads.items():
         to_source = head(np.concatenate([view.columns, outer, left[:, view.blocks[name]]], axis=1))
         x, xy, xe = np.split(to_source, [outer.shape[1], 2 * outer.shape[1]], axis=1)
-        norm = squares[name] - 2 * np.sum(x * xy) + np.sum((x.T @ x) * inner)
-        found[name] = _sums(view, name, mixtures[name], inner, xe, norm, obs.count)
+        gram = x.T @ x
+        norm = squares[name] - 2 * np.sum(x * xy) + np.sum(gram * inner)
+        lost = float(np.sum(gram * uncertain))
+        found[name] = _sums(view, name, mixtures[name], inner, xe, norm, lost, obs.count)
     return value, found
 
 
@@ -106,7 +135,7 @@ def _by_component(view: LowRankView, latents: np.ndarray) -> np.ndarray:
     return out.T
 
 
-def _sums(view, name, mixture, inner, left, norm, count) -> LatentSums:
+def _sums(view, name, mixture, inner, left, norm, lost, count) -> LatentSums:
     """The sums of one source: `x = (μ, U) z̄ + √τ ε`, `E[√τ ε | y, z] = τ Aᵀ B⁻¹ e`."""
     part, block = view.parts[name], view.blocks[name]
     k, width = part.columns.shape[1:]
@@ -114,20 +143,26 @@ def _sums(view, name, mixture, inner, left, norm, count) -> LatentSums:
     own = inner[each[:, :, None], each[:, None, :]]
     columns, floor = moments(mixture)
     left = floor * left.reshape(-1, k, width).swapaxes(0, 1)
-    spread = floor**2 * norm + count * (floor * mixture.dim - floor**2 * view.base.traces[name])
+    information = count * view.base.traces[name]
+    spread = floor**2 * (norm - information) + count * floor * mixture.dim
     square = np.sum((columns.swapaxes(1, 2) @ columns) * own) + 2 * np.sum(columns * left) + spread
-    return LatentSums(own, columns @ own + left, float(square), count)
+    told = norm - lost, information - lost
+    return LatentSums(own, columns @ own + left, float(square), *map(float, told), count)
 
 
-def maximise_low_rank(mixture: Mixture, sums: LatentSums, least: float) -> Mixture:
+def maximise_low_rank(
+    mixture: Mixture, sums: LatentSums, *, least: float, textbook: bool = False
+) -> Mixture:
     """The M-step of one source; `least` is the smallest floor, relative to the source's variance.
 
+    The floor is by the fixed point of `dichroic.mixture_em`, `τ ← τ scatter / information`, which does not stall
+    where it should be 0, or by the formula above (`textbook`), with which no step lowers the evidence.
     Components with next to no observations left stay as they are, with their small weight.
     """
     n = sums.inner[:, 0, 0]
     alive = n > _ALIVE
-    columns, _ = moments(mixture)
-    new, spread = columns.copy(), sums.spread
+    columns, floor = moments(mixture)
+    new, spread = columns.copy(), sums.square
     for k in np.flatnonzero(alive):
         inner = sums.inner[k] + 1e-9 * np.trace(sums.inner[k]) * np.eye(len(sums.inner[k]))
         fit = np.linalg.solve(inner, sums.cross[k].T).T
@@ -137,7 +172,9 @@ def maximise_low_rank(mixture: Mixture, sums: LatentSums, least: float) -> Mixtu
         values, vectors = np.linalg.eigh(0.5 * (psi + psi.T))
         new[k, :, 0] = fit[:, 0] + fit[:, 1:] @ mean
         new[k, :, 1:] = fit[:, 1:] @ (vectors * np.sqrt(np.maximum(values, 0)))
-    floor = max(spread / (sums.count * mixture.dim), least * float(mixture.scale) ** 2)
+    ratio = sums.scatter / sums.information
+    floor = spread / (sums.count * mixture.dim) if textbook else floor * ratio
+    floor = max(floor, least * float(mixture.scale) ** 2)
     return from_columns(np.maximum(n, 1e-6 * n.sum()), new, floor, mixture.shape)
 
 
@@ -155,20 +192,82 @@ def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) 
 
 
 def initial_low_rank(
-    name: str, views: Sequence[Observations], rank: int, variance: float
+    name: str,
+    views: Sequence[Observations],
+    rank: int,
+    variance: float,
+    known: Mapping[str, Mixture],
+    share: int,
 ) -> Mixture:
-    """One component around 0: the principal directions of back-projections `Aᵀ y`, of this variance per number."""
-    seeing, x = [obs for obs in views if name in obs.sources], []
-    for obs in seeing:
-        index = np.linspace(0, obs.count - 1, min(obs.count, _SAMPLE // len(seeing))).astype(int)
-        op = obs.one(0).operators[name]
-        y = jnp.asarray(obs.noise.observed(obs.size) * obs.y[index])
-        x.append(np.asarray(adjoint_rows(op, y.reshape(-1, *op.out_shape)), np.float64))
-    joined = np.concatenate(x)
-    _, values, rows = np.linalg.svd(joined - joined.mean(axis=0), full_matrices=False)
-    share = values[:rank] ** 2 / np.sum(values**2)
-    d = rows.shape[1]
-    columns = np.zeros((1, d, 1 + len(share)))
-    columns[0, :, 1:] = rows[: len(share)].T * np.sqrt(share * variance * d)
-    floor = variance * max(1 - float(share.sum()), 0.01)
-    return from_columns(np.ones(1), columns, floor, seeing[0].operators[name].in_shape)
+    """One component, from the moments that the views leave to the source.
+
+    With back-projections `x̂ = Aᵀ y / a²`, `a²` the mean square gain of `A`: their mean and covariance, less those
+    of noise and of the sources `known`; a `share`-th of that where several sources are new. `variance` is that of
+    a number where nothing is left.
+    """
+    parts = [_Moments(name, obs, known) for obs in views if name in obs.sources]
+    counts = np.array([p.count for p in parts], float)
+    weights = counts / counts.sum()
+    shape = parts[0].operator.in_shape
+    d = math.prod(shape)
+    product = lambda v: sum(w * p.product(v) for w, p in zip(weights, parts, strict=True)) / share
+    start = np.random.default_rng(0).normal(size=d)
+    operator = LinearOperator((d, d), matvec=product, dtype=np.float64)
+    values, vectors = eigsh(operator, k=min(rank, d - 1), which="LA", v0=start, tol=1e-3)
+    values = np.maximum(values, 1e-6 * max(values.max(), 1e-3 * variance))
+    probes = np.random.default_rng(1).normal(size=(_PROBES, d))
+    trace = np.mean([p @ product(p) for p in probes])
+    floor = max((trace - values.sum()) / (d - len(values)), 1e-3 * values.mean())
+    columns = np.zeros((1, d, 1 + len(values)))
+    columns[0, :, 0] = sum(w * p.mean for w, p in zip(weights, parts, strict=True)) / share
+    columns[0, :, 1:] = vectors * np.sqrt(values)
+    return from_columns(np.ones(1), columns, floor, shape)
+
+
+class _Moments:
+    """The mean of `x̂` in one view, and products with its covariance, less what is known of it."""
+
+    def __init__(self, name: str, obs: Observations, known: Mapping[str, Mixture]):
+        self.obs, self.count, self.known = obs, obs.count, {}
+        self.one = obs.one(0)
+        self.operator = self.one.operators[name]
+        self.seen = np.asarray(obs.noise.observed(obs.size), np.float64)
+        index = np.linspace(0, obs.count - 1, min(obs.count, _SAMPLE)).astype(int)
+        y = np.asarray(obs.y[index], np.float64)
+        for other in obs.sources:
+            if other != name and other in known:
+                op, mixture = self.one.operators[other], known[other]
+                self.known[other] = op, moments(mixture), np.exp(np.asarray(mixture.log_weights))
+                y = y - self._forward(op, np.asarray(mixture.location, np.float64).ravel())
+        probes = np.random.default_rng(2).normal(size=(_PROBES, obs.size))
+        size = math.prod(self.operator.in_shape)
+        self.gain = (
+            float(np.mean([np.sum(self._back(self.operator, p) ** 2) for p in probes])) / size
+        )
+        shaped = jnp.asarray(self.seen * y, jnp.float32).reshape(-1, *self.operator.out_shape)
+        x = np.asarray(adjoint_rows(self.operator, shaped), np.float64) / self.gain
+        self.mean = x.mean(axis=0)
+        self.sample = x - self.mean
+
+    def product(self, v: np.ndarray) -> np.ndarray:
+        """The covariance of the source, as far as it is left, times `v` `(D,)`."""
+        u = self._forward(self.operator, v)
+        other = np.asarray(self.obs.one(0).noise.mv(jnp.asarray(u, jnp.float32)), np.float64)
+        for op, (columns, floor), weights in self.known.values():
+            back = self._back(op, u)
+            mean = np.einsum("k,kd->d", weights, columns[:, :, 0])
+            wide = columns.copy()
+            wide[:, :, 0] -= mean
+            inside = np.einsum("kdr,d,k->kr", wide, back, weights, optimize=True)
+            spread = np.einsum("kdr,kr->d", wide, inside, optimize=True) + floor * back
+            other = other + self._forward(op, spread)
+        known = self._back(self.operator, other) / self.gain**2
+        return self.sample.T @ (self.sample @ v) / len(self.sample) - known
+
+    def _forward(self, op: Operator, x: np.ndarray) -> np.ndarray:
+        shaped = jnp.asarray(x, jnp.float32).reshape(1, *op.in_shape)
+        return self.seen * np.asarray(apply_rows(op, shaped)[0], np.float64)
+
+    def _back(self, op: Operator, y: np.ndarray) -> np.ndarray:
+        shaped = jnp.asarray(self.seen * y, jnp.float32).reshape(1, *op.out_shape)
+        return np.asarray(adjoint_rows(op, shaped)[0], np.float64)

@@ -306,11 +306,17 @@ def _power(a: np.ndarray, exponent: float | int, floor: float = 1e-300) -> np.nd
 
 
 def initial_gaussian(
-    name: str, views: Sequence[Observations], group: Sequence[str], *, rank: int | None = None
+    name: str,
+    views: Sequence[Observations],
+    group: Sequence[str],
+    *,
+    known: Mixtures | None = None,
+    rank: int | None = None,
 ) -> Mixture:
-    """A Gaussian with the variance that explains the power of the views, shared equally.
+    """A Gaussian with the variance that explains the power of the views, shared equally by the `group`.
 
-    Isotropic, or of that `rank`. At least one of `views` sees it: see `dichroic.data.prepare`.
+    Isotropic; or, with a `rank`, from the moments that the sources `known` leave (`initial_low_rank`). At least
+    one of `views` sees it: see `dichroic.data.prepare`.
     """
     seeing, powers = [obs for obs in views if name in obs.sources], []
     for obs in seeing:
@@ -320,7 +326,7 @@ def initial_gaussian(
         powers.append(power / max(gain, 1e-30))
     variance, shape = max(min(powers), 1e-30), seeing[0].operators[name].in_shape
     if rank is not None:
-        return initial_low_rank(name, seeing, min(rank, math.prod(shape)), variance)
+        return initial_low_rank(name, seeing, rank, variance, known or {}, len(group))
     return gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
 
 

@@ -25,8 +25,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.config import DiffusionConfig
 from dichroic.denoise import Denoiser, Preconditioned
+from dichroic.nn import UNet
 
-_BLOCK = 100
+_BLOCK = 100  # training steps between reports
+_BATCH = 1024
 _TOP = 5.0  # above a few standard deviations of the source there is nothing to correct
 
 
@@ -69,7 +71,8 @@ def evidence_gain(
     x = jnp.asarray(samples).reshape(-1, *samples.shape[2:])
     total = np.zeros(draws * n)
     for i in range(repeats):
-        total += np.asarray(_gains(old, new, x, jax.random.fold_in(key, i), sigma_min), float)
+        levels, z = _noise(old, x, jax.random.fold_in(key, i), sigma_min)
+        total += _in_batches(lambda *rows: _gains(old, new, *rows, sigma_min), x, levels, z)
     gains = total.reshape(draws, n).mean(axis=0) / repeats
     return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
 
@@ -80,18 +83,35 @@ def is_gain(gain: float, error: float) -> bool:
 
 
 @eqx.filter_jit
-def _gains(old: Denoiser, new: Denoiser, x: Array, key: PRNGKeyArray, sigma_min: float) -> Array:
+def _noise(old: Denoiser, x: Array, key: PRNGKeyArray, sigma_min: float) -> tuple[Array, Array]:
+    """A noise level for each row of `x`, evenly spread, and white noise."""
     key_level, key_order, key_noise = jax.random.split(key, 3)
     size, span = x.shape[0], np.log(_TOP) - jnp.log(sigma_min)
     even = (jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size
     sigma = old.scale * sigma_min * jnp.exp(span * jax.random.permutation(key_order, even))
-    z = jax.random.normal(key_noise, x.shape)
+    return sigma, jax.random.normal(key_noise, x.shape)
+
+
+def _in_batches(function: Callable[..., Array], *rows: Array) -> np.ndarray:
+    """`function` of the rows, `_BATCH` at once; not in a loop of XLA, as in `_train_in_turn`."""
+    n, parts = rows[0].shape[0], []
+    for start in range(0, n, _BATCH):
+        index = np.minimum(np.arange(start, start + min(_BATCH, n)), n - 1)
+        parts.append(np.asarray(function(*(a[index] for a in rows)), float))
+    return np.concatenate(parts)[:n]
+
+
+@eqx.filter_jit
+def _gains(
+    old: Denoiser, new: Denoiser, x: Array, sigma: Array, z: Array, sigma_min: float
+) -> Array:
+    span = np.log(_TOP) - jnp.log(sigma_min)
 
     def one(x: Array, sigma: Array, z: Array) -> Array:
         error = lambda d: jnp.sum((d(x + sigma * z, sigma) - x) ** 2)
         return span * (error(old) - error(new)) / sigma**2
 
-    return jax.lax.map(lambda row: one(*row), (x, sigma, z), batch_size=1024)
+    return jax.vmap(one)(x, sigma, z)
 
 
 def train_denoiser(
@@ -107,9 +127,10 @@ def train_denoiser(
     weights, frozen = eqx.partition(denoiser.network, eqx.is_inexact_array)
     carry = (weights, weights, _optimiser(config).init(weights))
     data, loss = jnp.asarray(samples), float("nan")
+    block = _train_in_turn if isinstance(denoiser.network, UNet) else _train_block
     for start in range(0, config.steps, _BLOCK):
         steps = jnp.arange(start, min(start + _BLOCK, config.steps))
-        carry, losses = _train_block(carry, frozen, denoiser, data, key, steps, config, sigma_min)
+        carry, losses = block(carry, frozen, denoiser, data, key, steps, config, sigma_min)
         loss = float(jnp.mean(losses))
         if progress:
             progress(int(steps[-1]) + 1, config.steps)
@@ -124,21 +145,36 @@ def _optimiser(config: DiffusionConfig) -> optax.GradientTransformation:
 
 @eqx.filter_jit
 def _train_block(carry, frozen, denoiser, data, key, steps, config, sigma_min):
-    optimiser = _optimiser(config)  # as an argument, its new functions would compile all anew
+    """The gradient steps number `steps`, and their losses."""
+    step = lambda c, i: _training_step(c, frozen, denoiser, data, key, i, config, sigma_min)
+    return jax.lax.scan(step, carry, steps)
+
+
+def _train_in_turn(carry, frozen, denoiser, data, key, steps, config, sigma_min):
+    """The same without a loop of XLA, where convolutions on a CPU take five times as long."""
+    losses = []
+    for i in steps:
+        carry, loss = _one_step(carry, frozen, denoiser, data, key, i, config, sigma_min)
+        losses.append(loss)
+    return carry, jnp.stack(losses)
+
+
+def _training_step(carry, frozen, denoiser, data, key, step, config, sigma_min):
+    weights, average, state = carry
 
     def loss_of(weights, batch, k):
         d = eqx.tree_at(lambda d: d.network, denoiser, eqx.combine(weights, frozen))
         return score_matching_loss(d, batch, k, sigma_min=sigma_min)
 
-    def body(carry, step):
-        weights, average, state = carry
-        key_batch, key_loss = jax.random.split(jax.random.fold_in(key, step))
-        index = jax.random.randint(key_batch, (config.batch_size,), 0, data.shape[0])
-        loss, grads = jax.value_and_grad(loss_of)(weights, data[index], key_loss)
-        updates, state = optimiser.update(grads, state)
-        weights = optax.apply_updates(weights, updates)
-        decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
-        average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, weights)
-        return (weights, average, state), loss
+    key_batch, key_loss = jax.random.split(jax.random.fold_in(key, step))
+    index = jax.random.randint(key_batch, (config.batch_size,), 0, data.shape[0])
+    loss, grads = jax.value_and_grad(loss_of)(weights, data[index], key_loss)
+    # The optimiser is made here: as an argument, its new functions would compile all anew.
+    updates, state = _optimiser(config).update(grads, state)
+    weights = optax.apply_updates(weights, updates)
+    decay = jnp.minimum(config.ema, (1 + step) / (10 + step))
+    average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, weights)
+    return (weights, average, state), loss
 
-    return jax.lax.scan(body, carry, steps)
+
+_one_step = eqx.filter_jit(_training_step)
