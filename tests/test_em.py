@@ -377,7 +377,7 @@ def test_images_are_separated_by_mixtures_of_low_rank_and_a_unet():
             "diffusion.steps": 5,
             "diffusion.batch_size": 64,
             "diffusion.channels": 8,
-            "diffusion.levels": 2,
+            "diffusion.levels": 1,
             "diffusion.level_depth": 1,
             "sampler.steps": 4,
         }
