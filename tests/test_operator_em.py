@@ -12,6 +12,7 @@ from dichroic.config import FitConfig, MixtureConfig
 from dichroic.denoise import Mixture, gaussian
 from dichroic.em import State
 from dichroic.errors import DataError, FormatError
+from dichroic.io import read_tensors, write_tensors
 from dichroic.operator_em import observation_scores, operator_lap
 from dichroic.operators import Dense, Function, Identity, Learned, Scale
 from dichroic.operators.learned import from_lists, parameters, to_lists, with_parameters
@@ -221,3 +222,12 @@ def test_a_problem_file_states_what_is_to_be_learned(tmp_path):
     found, _ = load_problem(tmp_path / "p.yaml")
     assert learned([v.operators for v in found.views]) == {"f": [np.float32(0.3)]}
     assert "a: learned f (scale)" in summary_rows(found)[1][2][3]
+
+
+def test_a_state_written_before_operators_could_be_learned_is_read(tmp_path):
+    path = tmp_path / "s.safetensors"
+    save_state(path, State(lap=3))
+    arrays, meta = read_tensors(path)
+    counters = {k: v for k, v in meta["counters"].items() if "operators" not in k}
+    write_tensors(path, arrays, {**meta, "counters": counters})
+    assert load_state(path) == State(lap=3)

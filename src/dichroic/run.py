@@ -210,5 +210,5 @@ def load_state(path: Path) -> State:
     counters = meta["counters"]
     if counters["score"] is None:
         counters["score"] = -math.inf
-    counters |= {name: from_lists(counters[name], str(path)) for name in _OPERATORS}
+    counters |= {name: from_lists(counters.get(name, {}), str(path)) for name in _OPERATORS}
     return State(**counters, **found)
