@@ -54,13 +54,14 @@ def x_count(draws: dict[str, np.ndarray]) -> int:
 
 def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
     method = make_method(spec.method, case, spec.config)
-    spent = _read_seconds(folder)
+    spent, peak = _read_spent(folder)
     began = time.perf_counter()
     try:
         method.fit(folder / "fit", resume=True, progress=True)
     finally:
         spent += time.perf_counter() - began
-        write_json(folder / "seconds.json", {"fit": spent})
+        peak = max(peak, peak_memory())
+        write_json(folder / "seconds.json", {"fit": spent, "peak_memory_mib": peak})
     draws, chi2, seconds, first = [], [], 0.0, 0.0
     for held in case.held:
         began = time.perf_counter()
@@ -78,7 +79,7 @@ def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
         "first_separation_seconds": first,
         "seconds_per_draw": seconds / number,
         "chi2": float(np.mean(np.concatenate(chi2))),
-        "peak_memory_mib": peak_memory(),
+        "peak_memory_mib": max(peak, peak_memory()),
         "evidence": [evidence_of(method, held.first(n)) for held in case.held],
         "laps": len(getattr(method, "metrics", [])),
         "gains": _gains(getattr(method, "metrics", [])),
@@ -127,9 +128,11 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {k: np.concatenate([part[k] for part in parts if k in part]) for k in names}
 
 
-def _read_seconds(folder: Path) -> float:
+def _read_spent(folder: Path) -> tuple[float, float]:
+    """Seconds and peak memory of the fit by earlier processes, if it goes on."""
     path = folder / "seconds.json"
-    return float(read_json(path)["fit"]) if path.exists() else 0.0
+    found = read_json(path) if path.exists() else {}
+    return float(found.get("fit", 0)), float(found.get("peak_memory_mib", 0))
 
 
 def peak_memory() -> float:
