@@ -215,19 +215,23 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(int(e - n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
 
-def _part(mixture: Mixture, op: Operator, seen: np.ndarray, sigma: float | None) -> Part:
+def products(op: Operator, seen: np.ndarray) -> tuple[Columns, Columns]:
+    """Products with `A` and with `Aᵀ` of columns, `(D, n)` to `(M, n)` and back; rows not `seen` are 0."""
     dtype = jnp.zeros(()).dtype
 
     def forward(columns: np.ndarray) -> np.ndarray:
-        """`A` times columns `(D, n)`, `(M, n)`."""
         v = jnp.asarray(columns.T, dtype).reshape(-1, *op.in_shape)
-        return seen[:, None] * np.asarray(apply_rows(op, v), np.float64).T
+        return seen[:, None] * np.asarray(_apply_rows(op, v), np.float64).T
 
     def back(columns: np.ndarray) -> np.ndarray:
-        """`Aᵀ` times columns `(M, n)`, `(D, n)`."""
         v = jnp.asarray((seen[:, None] * columns).T, dtype).reshape(-1, *op.out_shape)
-        return np.asarray(adjoint_rows(op, v), np.float64).T
+        return np.asarray(_adjoint_rows(op, v), np.float64).T
 
+    return forward, back
+
+
+def _part(mixture: Mixture, op: Operator, seen: np.ndarray, sigma: float | None) -> Part:
+    forward, back = products(op, seen)
     columns, floor = moments(mixture, sigma)
     k, d, r = columns.shape
     flat = columns.swapaxes(0, 1).reshape(d, k * r)
@@ -236,13 +240,13 @@ def _part(mixture: Mixture, op: Operator, seen: np.ndarray, sigma: float | None)
 
 
 @eqx.filter_jit
-def apply_rows(op: Operator, x: jax.Array) -> jax.Array:
+def _apply_rows(op: Operator, x: jax.Array) -> jax.Array:
     """`A x` of the rows `(n, *in_shape)`, `(n, M)`."""
     return jax.vmap(lambda u: op.mv(u).ravel())(x)
 
 
 @eqx.filter_jit
-def adjoint_rows(op: Operator, y: jax.Array) -> jax.Array:
+def _adjoint_rows(op: Operator, y: jax.Array) -> jax.Array:
     """`Aᵀ y` of the rows `(n, *out_shape)`, `(n, D)`."""
     return jax.vmap(lambda u: op.rmv(u).ravel())(y)
 

@@ -26,9 +26,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
-from dichroic.lowrank import LowRankView, adjoint_rows, apply_rows, moments
+from dichroic.lowrank import LowRankView, moments, products
 from dichroic.observations import Observations
-from dichroic.operators import Operator
 
 _SAMPLE = 4000  # observations that a first basis is computed from
 _PROBES = 16  # random vectors that a trace is estimated with
@@ -228,46 +227,37 @@ class _Moments:
     """The mean of `x̂` in one view, and products with its covariance, less what is known of it."""
 
     def __init__(self, name: str, obs: Observations, known: Mapping[str, Mixture]):
-        self.obs, self.count, self.known = obs, obs.count, {}
-        self.one = obs.one(0)
-        self.operator = self.one.operators[name]
-        self.seen = np.asarray(obs.noise.observed(obs.size), np.float64)
+        one, self.count = obs.one(0), obs.count
+        self.operator, self.noise = one.operators[name], one.noise
+        seen = np.asarray(obs.noise.observed(obs.size), np.float64)
+        self.forward, self.back = products(self.operator, seen)
         index = np.linspace(0, obs.count - 1, min(obs.count, _SAMPLE)).astype(int)
-        y = np.asarray(obs.y[index], np.float64)
+        y, self.known = np.asarray(obs.y[index], np.float64).T, []
         for other in obs.sources:
             if other != name and other in known:
-                op, mixture = self.one.operators[other], known[other]
-                self.known[other] = op, moments(mixture), np.exp(np.asarray(mixture.log_weights))
-                y = y - self._forward(op, np.asarray(mixture.location, np.float64).ravel())
+                forward, back = products(one.operators[other], seen)
+                mixture = known[other]
+                y = y - forward(np.asarray(mixture.location, np.float64).reshape(-1, 1))
+                columns, floor = moments(mixture)
+                weights = np.exp(np.asarray(mixture.log_weights))
+                columns[:, :, 0] -= np.einsum("k,kd->d", weights, columns[:, :, 0])
+                self.known.append((forward, back, columns, floor, weights))
         probes = np.random.default_rng(2).normal(size=(_PROBES, obs.size))
-        size = math.prod(self.operator.in_shape)
-        self.gain = (
-            float(np.mean([np.sum(self._back(self.operator, p) ** 2) for p in probes])) / size
-        )
-        shaped = jnp.asarray(self.seen * y, jnp.float32).reshape(-1, *self.operator.out_shape)
-        x = np.asarray(adjoint_rows(self.operator, shaped), np.float64) / self.gain
+        square = np.sum(self.back(probes.T) ** 2, axis=0)
+        self.gain = float(np.mean(square)) / math.prod(self.operator.in_shape)
+        x = self.back(y).T / self.gain
         self.mean = x.mean(axis=0)
         self.sample = x - self.mean
 
     def product(self, v: np.ndarray) -> np.ndarray:
         """The covariance of the source, as far as it is left, times `v` `(D,)`."""
-        u = self._forward(self.operator, v)
-        other = np.asarray(self.obs.one(0).noise.mv(jnp.asarray(u, jnp.float32)), np.float64)
-        for op, (columns, floor), weights in self.known.values():
-            back = self._back(op, u)
-            mean = np.einsum("k,kd->d", weights, columns[:, :, 0])
-            wide = columns.copy()
-            wide[:, :, 0] -= mean
-            inside = np.einsum("kdr,d,k->kr", wide, back, weights, optimize=True)
-            spread = np.einsum("kdr,kr->d", wide, inside, optimize=True) + floor * back
-            other = other + self._forward(op, spread)
-        known = self._back(self.operator, other) / self.gain**2
+        u = self.forward(v.reshape(-1, 1))
+        noise = self.noise.mv(jnp.asarray(u[:, 0], jnp.float32))
+        other = np.asarray(noise, np.float64)[:, None]
+        for forward, back, columns, floor, weights in self.known:
+            w = back(u)[:, 0]
+            inside = np.einsum("kdr,d,k->kr", columns, w, weights, optimize=True)
+            spread = np.einsum("kdr,kr->d", columns, inside, optimize=True) + floor * w
+            other = other + forward(spread[:, None])
+        known = self.back(other)[:, 0] / self.gain**2
         return self.sample.T @ (self.sample @ v) / len(self.sample) - known
-
-    def _forward(self, op: Operator, x: np.ndarray) -> np.ndarray:
-        shaped = jnp.asarray(x, jnp.float32).reshape(1, *op.in_shape)
-        return self.seen * np.asarray(apply_rows(op, shaped)[0], np.float64)
-
-    def _back(self, op: Operator, y: np.ndarray) -> np.ndarray:
-        shaped = jnp.asarray(self.seen * y, jnp.float32).reshape(1, *op.out_shape)
-        return np.asarray(adjoint_rows(op, shaped)[0], np.float64)

@@ -139,9 +139,11 @@ class _Walk:
 
 def _draw(view, y, normals, weights, coefficients, offsets) -> dict[str, np.ndarray]:
     """A tuple by its probability, a prior draw of it, moved to the posterior."""
-    outside = sum(p.forward(offsets[k].T) for k, p in view.parts.items()).T
-    exact = weights is None
-    given = view.given(y) if exact else view.given(y - outside, weights, coefficients)
+    if weights is None:  # nothing is noised: the components are those of the priors
+        given = view.given(y)
+    else:
+        outside = sum(p.forward(offsets[k].T) for k, p in view.parts.items()).T
+        given = view.given(y - outside, weights, coefficients)
     edges = np.cumsum(given.responsibilities, axis=1)
     t = np.sum(edges < normals.uniform[:, None] * edges[:, -1:], axis=1)
     t = np.minimum(t, edges.shape[1] - 1)
