@@ -18,11 +18,11 @@ from dichroic.metrics import psnr
 from dichroic.mixture_em import (
     choose,
     initial_gaussian,
-    maximise,
     mean_log_evidence,
     split_components,
     statistics,
 )
+from dichroic.mixture_step import maximise
 from dichroic.problem import joint_observations
 from dichroic.sample import draw_posterior
 from dichroic.tables import text_table

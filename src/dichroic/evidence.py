@@ -11,8 +11,7 @@ probability of component k of one source,
 
     ∂ log p / ∂ log w_k = r_k,   E[x | y] = Σ_k (r_k m_k + V_k ∂ log p / ∂ m_k),
 
-and with P = C_y⁻¹ and v = P (y − Σ_β A_β m_kβ) of each tuple, the sums of r, r Aᵀv, r Aᵀv vᵀA and r AᵀPA
-over tuples and observations are all that learning needs: see `dichroic.mixture_em`.
+and sums over tuples and observations are all that learning needs: see `dichroic.mixture_sums`.
 
 Where tuples are too many to enumerate, they are searched from coarse groups of components to fine.
 """
@@ -249,49 +248,20 @@ def log_evidence(
     return jax.nn.logsumexp(tuples(y, views, cov_noise, max_tuples=max_tuples)[1])
 
 
-class Sums(eqx.Module):
-    """What observations say of the components of one source, summed over tuples and observations.
-
-    With the probability `r` of a component, `u = Aᵀ C_y⁻¹ (y − m)` and `J = Aᵀ C_y⁻¹ A`: `Σ r`, `Σ r u`,
-    `Σ r u uᵀ` and `Σ r J`. At a maximum of the evidence `force` is 0 and `scatter` equals `information`.
-    """
-
-    count: Float[Array | np.ndarray, " K"]
-    force: Float[Array | np.ndarray, "K dim"]
-    scatter: Float[Array | np.ndarray, "K dim dim"]
-    information: Float[Array | np.ndarray, "K dim dim"]
-
-    def pull_back(self, matrix: Float[Array, "obs dim"]) -> "Sums":
-        """The sums of a source from those of its projection by `matrix`."""
-        squares = _sandwich(matrix.T, self.scatter), _sandwich(matrix.T, self.information)
-        return Sums(self.count, self.force @ matrix, *squares)
-
-
-def component_sums(
+def tuple_posterior(
     y: Float[Array, " obs"],
     views: Sequence[Components],
     cov_noise: Float[Array, "obs obs"],
-    seen: Float[Array, " obs"],
     index: Int[Array, "T sources"],
-) -> tuple[Float[Array, ""], list[Sums]]:
-    """`log p(y)` over the tuples `index`, and the sums of every projected mixture (with `A = I`)."""
+) -> tuple[Float[Array, ""], Float[Array, " T"], Float[Array, "T obs"], Float[Array, "T obs obs"]]:
+    """`log p(y)` over the tuples `index`; of each its probability, `z = L⁻¹ (y − m)` and `L⁻¹`, `L Lᵀ = C_y`."""
     picked = [v.pick(k) for v, k in zip(views, index.T, strict=True)]
     residual = y - sum((v.means for v in picked[1:]), picked[0].means)
     root, logdet = inverse_cholesky(sum((v.covariances for v in picked), cov_noise))
     z = jnp.einsum("tij,tj->ti", root, residual)
     scores = sum((v.log_weights for v in picked), -0.5 * (jnp.sum(z * z, -1) + logdet))
     value = jax.nn.logsumexp(scores)
-    r = jnp.exp(scores - value)
-    root = root * seen
-    v = jnp.einsum("tji,tj->ti", root, z)
-    terms = r, r[:, None] * v, _outer(r, v), r[:, None, None] * (jnp.swapaxes(root, 1, 2) @ root)
-    own = lambda k, size: Sums(*(jnp.zeros((size, *t.shape[1:])).at[k].add(t) for t in terms))
-    sums = [own(k, v.log_weights.size) for k, v in zip(index.T, views, strict=True)]
-    return value - 0.5 * y.size * np.log(2 * np.pi), sums
-
-
-def _outer(r: Float[Array, " T"], v: Float[Array, "T obs"]) -> Float[Array, "T obs obs"]:
-    return r[:, None, None] * v[:, :, None] * v[:, None, :]
+    return value - 0.5 * y.size * np.log(2 * np.pi), jnp.exp(scores - value), z, root
 
 
 def posterior_means(

@@ -27,6 +27,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.lowrank import LowRankView, moments, products
+from dichroic.mixture_step import ascend
 from dichroic.observations import Observations
 
 _SAMPLE = 4000  # observations that a first basis is computed from
@@ -66,17 +67,13 @@ def low_rank_lap(
     config: MixtureConfig,
 ) -> tuple[dict[str, Mixture], float]:
     """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last."""
-    before, value = None, -math.inf
-    mixtures = dict(mixtures)
-    for _ in range(config.steps):
-        found = _all_statistics(mixtures, views)
-        fell = before is not None and found[0] < value - 1e-9 * abs(value)
-        if fell and before is not None:
-            mixtures, found = before
-        value, sums = found
-        before = None if fell else (mixtures, found)
-        step = partial(maximise_low_rank, least=config.floor, textbook=fell)
-        mixtures = {**mixtures, **{n: step(mixtures[n], sums[n]) for n in names}}
+
+    def update(mixtures, found, textbook: bool) -> dict[str, Mixture]:
+        step = partial(maximise_low_rank, least=config.floor, textbook=textbook)
+        return {**mixtures, **{n: step(mixtures[n], found[n]) for n in names}}
+
+    evaluate = lambda mixtures: _all_statistics(mixtures, views)
+    mixtures, value = ascend(dict(mixtures), evaluate, update, steps=config.steps, tolerance=1e-9)
     return mixtures, value / sum(obs.count for obs in views)
 
 

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.evidence import project, simulate, tuple_log_evidence
-from dichroic.mixture_em import Mixtures, active_tuples, chunks
+from dichroic.mixture_em import Mixtures, active_tuples
+from dichroic.mixture_sums import chunks
 from dichroic.observations import Observations
 from dichroic.operators.learned import Parameters, parameters, with_parameters
 

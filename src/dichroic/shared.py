@@ -9,12 +9,15 @@ once for all observations, in float64. With `z = L_t⁻¹ (y − m_t)` and the r
 and a component of one source has the sums over the tuples it is in, taken back by `A_βᵀ`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dichroic.batching import split
-from dichroic.evidence import Components, Sums
+from dichroic.batching import Tree, split
+from dichroic.evidence import Components
+from dichroic.mixture_sums import Pair, Statistics, Sums, pull_back_pair
 from dichroic.observations import Observations
 
 _CHUNK_BYTES = 96 * 2**20
@@ -33,11 +36,11 @@ def shared_log_evidence(priors: dict[str, Components], obs: Observations) -> flo
 
 
 def shared_statistics(
-    priors: dict[str, Components], obs: Observations
-) -> tuple[float, dict[str, Sums]]:
-    """`Σ_i log p(y_i)`, and the sums of every source."""
+    priors: dict[str, Components], obs: Observations, coupled: Sequence[Pair] = ()
+) -> Statistics:
+    """The sums of `obs`, and of the pairs of sources `coupled`."""
     view = _View(priors, obs)
-    value, n, g, s = 0.0, 0.0, 0.0, 0.0
+    value, n, g, s = 0.0, np.zeros(()), 0.0, 0.0
     for chunk in view.chunks(obs):
         v, *sums = _sums(*chunk)
         dn, dg, ds = (np.asarray(a, np.float64) for a in sums)
@@ -45,7 +48,12 @@ def shared_statistics(
     root = view.inverse_root
     back = root.swapaxes(1, 2)
     g = np.einsum("tij,tj->ti", back, g)
-    return value, view.collect(n, g, back @ s @ root, n[:, None, None] * (back @ root))
+    information = n[:, None, None] * (back @ root)
+    own = Sums(n, g, back @ s @ root, information)
+    sums = {k: view.collect(own, k).pull_back(view.matrices[k]) for k in view.matrices}
+    cross = {(a, b): view.collect(information, a, b) for a, b in coupled}
+    back_pair = lambda a, b: pull_back_pair(cross[a, b], view.matrices[a], view.matrices[b])
+    return Statistics(value, sums, {(a, b): back_pair(a, b) for a, b in coupled})
 
 
 class _View:
@@ -83,14 +91,14 @@ class _View:
             y = seen * obs.y[np.minimum(index, obs.count - 1)]
             yield y, weight, root, shift, constant
 
-    def collect(self, n, g, s, p) -> dict[str, Sums]:
-        """Sums over the tuples of each component, taken back to the sources."""
-        out = {}
-        for i, (name, a) in enumerate(self.matrices.items()):
-            others = tuple(j for j in range(len(self.sizes)) if j != i)
-            own = lambda v, o=others: v.reshape(*self.sizes, *v.shape[1:]).sum(axis=o)
-            out[name] = Sums(own(n), own(g) @ a, a.T @ own(s) @ a, a.T @ own(p) @ a)
-        return out
+    def collect(self, over_tuples: Tree, *names: str) -> Tree:
+        """Sums over the tuples of each component of a source, or of each pair of two."""
+        own = [list(self.matrices).index(name) for name in names]
+        others = tuple(i for i in range(len(self.sizes)) if i not in own)
+        fold = lambda a: a.reshape(*self.sizes, *a.shape[1:]).sum(axis=others)
+        order = np.argsort(np.argsort(own))  # kept axes are in the order of the sources
+        sort = lambda a: np.moveaxis(a, order, range(len(own)))
+        return jax.tree.map(lambda a: sort(fold(a)), over_tuples)
 
 
 def _whiten(y, root, shift, constant):

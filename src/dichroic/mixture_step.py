@@ -1,0 +1,156 @@
+"""The M-step of mixtures: the next means, covariances and weights from the sums of `dichroic.mixture_sums`.
+
+With, per component and over its share of the observations, `g = E[u]`, `S = E[u uᵀ]` and `W = E[Aᵀ C_y⁻¹ A]`,
+textbook EM, with the source itself as missing data, is (Xu and Jordan, Neural Computation 8, 1996)
+
+    μ ← μ + C g,   C ← C + C (S − g gᵀ − W) C.
+
+It never lowers the evidence, but hardly moves a component that is thinner than what the noise resolves:
+a variance c that should be 0 falls as σ² / √(2 steps). The step here has the same fixed points (g = 0,
+S = W), is the same for complete data (W = C⁻¹), and does not stall: with `C = L L`, `X = L W L + ε`,
+
+    μ ← μ + L X⁻¹ L g,   C ← L X^{-½} (L (S − g gᵀ) L + ε) X^{-½} L.
+
+The first is exact given C (the tuple alone is missing data); the second is the fixed-point iteration for
+variance components (Anderson, Annals of Statistics 1, 1973), where a c that should be 0 falls as
+σ² / steps. `ε` keeps what no observation sees.
+
+Sources that are learned at once from the same views share their residuals: what one mean takes the others cannot.
+Then the first formula is that of all means of all sources together, with the information `Σ r A_aᵀ C_y⁻¹ A_b`
+between components of two sources in X. Source by source, views that mix two sources with weights (1, f) and
+(f, 1) would lose only a part `(1 − f)² / 2 (1 + f²)` of an error a step: 0.3% for f = 0.9.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from dichroic.denoise import Mixture
+from dichroic.mixture_sums import Statistics, Sums
+
+Found = TypeVar("Found")
+MOST_MEANS = 2048  # numbers in the means of all sources, up to which they are solved for together
+_UNSEEN = 1e-7  # ε: the information about a component that counts as none
+_ROUNDING = 1e-6  # of the information, in sums of single precision
+_ALIVE = 1e-2  # observations, below which a component stays as it is
+
+
+def ascend(
+    mixtures: dict[str, Mixture],
+    evaluate: Callable[[dict[str, Mixture]], tuple[float, Found]],
+    update: Callable[[dict[str, Mixture], Found, bool], dict[str, Mixture]],
+    *,
+    steps: int,
+    tolerance: float,
+) -> tuple[dict[str, Mixture], float]:
+    """`steps` EM steps, and the evidence before the last.
+
+    `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
+    the evidence, by more than a part `tolerance` of it, is taken back for a textbook step.
+    """
+    before, value = None, -math.inf
+    for _ in range(steps):
+        evidence, found = evaluate(mixtures)
+        fell = before is not None and evidence < value - tolerance * abs(value)
+        if fell and before is not None:
+            mixtures, evidence, found = before
+        value = evidence
+        before = None if fell else (mixtures, evidence, found)
+        mixtures = update(mixtures, found, fell)
+    return mixtures, value
+
+
+def joint_shifts(
+    mixtures: Mapping[str, Mixture], found: Statistics, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The steps `(K, D)` of the means of `names`, solved for together."""
+    roots, blocks, end = {}, {}, 0
+    for name in names:
+        n = np.maximum(np.asarray(found.sums[name].count, np.float64), 0)
+        share = np.where(n > _ALIVE, 1 / np.sqrt(np.maximum(n, _ALIVE)), 0)
+        cov = np.asarray(mixtures[name].covariances(), np.float64)
+        roots[name] = share[:, None, None] * _power(cov, 0.5)
+        blocks[name] = slice(end, end + cov.shape[0] * cov.shape[1])
+        end = blocks[name].stop
+    matrix, force = np.zeros((end, end)), np.zeros(end)
+    for name, root in roots.items():
+        sums, at = found.sums[name], np.arange(blocks[name].start, blocks[name].stop)
+        own = at.reshape(root.shape[:2])
+        matrix[own[:, :, None], own[:, None, :]] = root @ np.asarray(sums.information) @ root
+        force[at] = (root @ np.asarray(sums.force)[..., None]).ravel()
+    for (a, b), between in found.cross.items():
+        if a in roots and b in roots:
+            both = roots[a][:, None] @ np.asarray(between, np.float64) @ roots[b]
+            square = both.transpose(0, 2, 1, 3).reshape(len(force[blocks[a]]), -1)
+            matrix[blocks[a], blocks[b]], matrix[blocks[b], blocks[a]] = square, square.T
+    matrix[np.diag_indices(end)] *= 1 + _ROUNDING
+    matrix[np.diag_indices(end)] += _UNSEEN
+    z = np.linalg.solve(matrix, force)
+    apply = lambda root, z: (root @ z.reshape(*root.shape[:2], 1))[..., 0]
+    return {name: apply(root, z[blocks[name]]) for name, root in roots.items()}
+
+
+def maximise(
+    mixture: Mixture,
+    sums: Sums,
+    *,
+    floor: float,
+    shrinkage: float = 0.0,
+    shift: np.ndarray | None = None,
+    damping: float = 1.0,
+    textbook: bool = False,
+) -> Mixture:
+    """The M-step of one source, in float64: see the formulas above; `textbook` picks the first pair.
+
+    Eigenvalues are kept above `floor`; `shrinkage` is the number of pseudo-observations that pull each
+    covariance towards the mean of all. `shift` is the step of the means where that is known from
+    `joint_shifts`; `damping` scales it where it is not, for several sources that are seen together and move at
+    once. Components with next to no observations left stay as they are, with their small weight.
+    """
+    n, g, s, w = (np.asarray(a, np.float64) for a in jax.tree.leaves(sums))
+    mean, cov = (np.asarray(a, np.float64) for a in (mixture.means, mixture.covariances()))
+    n = np.maximum(n, 0)
+    alive = n > _ALIVE
+    share = np.where(alive, n, 1)[:, None, None]
+    g, s, w = g[..., None] / share, s / share, w / share
+    if textbook:
+        delta, new = _textbook_step(cov, g, s, w)
+    else:
+        delta, new = _step(cov, g, s, w, damping if shift is None else 1.0)
+        delta = delta if shift is None else shift[..., None]
+    pooled = np.einsum("k,kij->ij", n / n.sum(), new)
+    pull = shrinkage / (shrinkage + share)
+    new = _power((1 - pull) * new + pull * pooled, 1, floor)
+    keep = alive[:, None]
+    return Mixture.from_moments(
+        np.maximum(n, 1e-6 * n.sum()),
+        np.where(keep, mean + delta[..., 0], mean).reshape(-1, *mixture.shape),
+        np.where(keep[..., None], new, cov),
+        shape=mixture.shape,
+    )
+
+
+def _textbook_step(c, g, s, w):
+    delta = c @ g
+    return delta, c + c @ (s - w) @ c - delta @ _t(delta)
+
+
+def _step(c, g, s, w, damping):
+    unseen = _UNSEEN * np.eye(c.shape[-1])
+    root = _power(c, 0.5)
+    left = root @ _power(root @ w @ root + unseen, -0.5)
+    still = s - (2 * damping - damping**2) * g @ _t(g)
+    return damping * left @ (_t(left) @ g), left @ (root @ still @ root + unseen) @ _t(left)
+
+
+def _t(a: np.ndarray) -> np.ndarray:
+    return a.swapaxes(1, 2)
+
+
+def _power(a: np.ndarray, exponent: float | int, floor: float = 1e-300) -> np.ndarray:
+    """`a^exponent` of symmetric matrices, with eigenvalues lifted to `floor`."""
+    values, vectors = np.linalg.eigh(0.5 * (a + _t(a)))
+    return (vectors * np.maximum(values, floor)[:, None] ** exponent) @ _t(vectors)
