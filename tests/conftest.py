@@ -26,3 +26,28 @@ def x64():
     """Double precision for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def grassy_files(tmp_path_factory):
+    """A data folder in the form of grassy MNIST's: strokes of ten widths, and a photograph of waves.
+
+    The pixels of image number `i` of each label add up to a number of its own.
+    """
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 200), ("test", 100)):
+        labels = np.arange(count) % 10
+        images = np.zeros((count, 28, 28), np.uint8)
+        for i, label in enumerate(labels):
+            images[i, 4:24, 2 : 4 + 2 * label] = 100 + i // 2
+        arrays |= {f"x_{part}": images, f"y_{part}": labels.astype(np.uint8)}
+    np.savez(folder / "mnist.npz", **arrays)
+    wave = np.sin(np.arange(200)[:, None] / 3 + np.arange(400) / 5)
+    photo = 128 + 40 * wave + 20 * rng.normal(size=wave.shape)
+    (folder / "textures").mkdir()
+    Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(folder / "textures" / "grass.png")
+    return folder

@@ -1,5 +1,6 @@
 """`dichroic bench`: jobs, resuming, scores against the saved draws, tables, errors."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from dichroic.bench import job as jobs
-from dichroic.bench import methods
+from dichroic.bench import methods, problems
 from dichroic.bench.names import (
     BenchConfig,
     JobSpec,
@@ -20,7 +21,8 @@ from dichroic.bench.published import PUBLISHED
 from dichroic.bench.results import cell, collect, evidence_gap, gap, of
 from dichroic.bench.runner import plan, run_bench
 from dichroic.cli import main
-from dichroic.errors import ConfigError, DichroicError
+from dichroic.datasets import grassy
+from dichroic.errors import ConfigError, DataError, DichroicError
 from dichroic.metrics import psnr
 
 TINY = BenchConfig(count=300, held_out=60, draws=8, points=60, limit_two=5, quick=True)
@@ -135,6 +137,38 @@ def test_no_prior_has_more_evidence_than_the_true_one(finished):
     assert nats == pytest.approx([expect])
     assert nats[0] > 0.5
     assert evidence_gap([mine[0] | {"evidence": [None, None]}], limit).size == 0
+
+
+def test_digits_over_grass_have_distances_of_features_and_no_limit(
+    grassy_files, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DICHROIC_DATA", str(grassy_files))
+    monkeypatch.setattr(problems, "GRASSY_FIT", {})
+    monkeypatch.setattr(methods, "QUICK_FIT", SMALL_FIT | {"mixture.rank": 8})
+    monkeypatch.setattr("dichroic.datasets.digit_features._STEPS", 50)
+    todo = plan(["grassy-14-down"], ["mixture", "limit"], [0], TINY)
+    assert [job.method for job in todo] == ["mixture"]
+    said = []
+    assert run_bench(todo, tmp_path, run=jobs.main, say=said.append) == 0
+    rows = collect(tmp_path, todo)[0]["scores"]
+    views = ("mixture-1", "mixture-2")
+    assert [(r["view"], r["source"]) for r in rows] == [
+        (v, s) for v in views for s in ("digit", "grass")
+    ]
+    digit = rows[0]
+    assert digit["posterior"]["frechet"] > 0
+    assert digit["prior"]["frechet"] > 0
+    assert "frechet" not in rows[1]["posterior"]
+    assert "Fréchet post." in said[-1]
+
+
+def test_missing_files_are_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("DICHROIC_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    nowhere = dataclasses.replace(grassy.MNIST, url=(tmp_path / "nothing").as_uri())
+    monkeypatch.setattr(grassy, "MNIST", nowhere)
+    with pytest.raises(DataError, match=r"mnist\.npz is not in"):
+        plan(["grassy-28"], ["mixture"], [0], TINY)
 
 
 def test_peak_memory_is_of_the_process_alone():

@@ -10,6 +10,7 @@ import pytest
 
 from dichroic.denoise import Mixture, Preconditioned, Wrapped
 from dichroic.errors import FormatError
+from dichroic.files import write_atomic
 from dichroic.io import (
     FORMAT_VERSION,
     load_denoiser,
@@ -19,7 +20,6 @@ from dichroic.io import (
     read_tensors,
     save_denoiser,
     save_model,
-    write_atomic,
     write_json,
     write_tensors,
 )

@@ -1,6 +1,7 @@
 """The command line. JAX is imported by the commands, not here, so that `--help` is instant."""
 
 import argparse
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--methods", type=_list, metavar="A,B", help="all by default")
     bench.add_argument("--seeds", type=_numbers, metavar="N,N", help="0,1,2; with --quick 0")
     bench.add_argument("--out", type=Path, default=Path("bench-out"))
+    bench.add_argument("--data-dir", metavar="DIR", help="of mnist.npz and textures/grass.png")
     bench.add_argument("--quick", action="store_true", help="small presets, fewer observations")
     bench.add_argument("--count", type=_positive, help="observations of each view to learn from")
 
@@ -249,7 +251,10 @@ def _bench(args: argparse.Namespace) -> int:
 
     from dichroic.bench.names import QUICK, BenchConfig
     from dichroic.bench.runner import plan, run_bench
+    from dichroic.datasets.remote import DATA_VARIABLE
 
+    if args.data_dir:
+        os.environ[DATA_VARIABLE] = str(Path(args.data_dir).absolute())  # for the jobs too
     config = QUICK if args.quick else BenchConfig()
     if args.count:
         config = dataclasses.replace(config, count=args.count)

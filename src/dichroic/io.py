@@ -4,11 +4,8 @@ Every write is atomic: to a temporary file, flushed to the disk, then renamed. A
 committed by its `model.json`, which names the files of the sources by their hashes.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,33 +19,12 @@ from safetensors.numpy import save as to_bytes
 
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.errors import FormatError
+from dichroic.files import write_atomic
 from dichroic.nn import Mlp, UNet
 
 FORMAT_VERSION = 1
 NETWORKS = {"mlp": Mlp, "unet": UNet}
 MIXTURE_FIELDS = ("log_weights", "means", "basis", "variances", "floor")
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash leaves the old contents or the new, nothing between."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def write_json(path: str | Path, value: Any) -> None:

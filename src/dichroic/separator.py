@@ -13,7 +13,8 @@ from dichroic.config import FitConfig
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import draw, predictive_chi2
 from dichroic.errors import DataError, RunError
-from dichroic.io import load_model, save_model, write_atomic
+from dichroic.files import write_atomic
+from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists, with_parameters
 from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.run import fit

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,13 @@ def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[st
             rows.append({"view": held.name, "source": source, **found})
     points, seed = spec.config.points, spec.seed
     for source, fresh in case.fresh.items():
+        near = partial(distances, points=points, seed=seed, features=case.features.get(source))
         for row in [r for r in rows if r["source"] == source][:1]:
             x = np.concatenate([d[source][0] for d in draws if source in d])
             if method is not None:  # of the limit there are too few observations
-                row["posterior"] = distances(x, fresh, points, seed)
+                row["posterior"] = near(x, fresh)
                 prior = method.sample_prior(source, min(points, len(fresh)), seed=seed + 7)
-                row["prior"] = distances(prior, fresh, points, seed)
+                row["prior"] = near(prior, fresh)
     return rows
 
 

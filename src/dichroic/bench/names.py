@@ -24,7 +24,9 @@ METHODS = {
     LIMIT: "the exact posterior, where it is known",
 }
 PROBLEMS = ("contrastive-2", "contrastive-3", "mixed-0.1", "mixed-0.5", "mixed-0.9")
+PROBLEMS += ("grassy-14", "grassy-28", "grassy-28-down")
 _CONTRASTIVE = re.compile(r"contrastive-([23])")
+_GRASSY = re.compile(r"grassy-(14|28)(-down)?")
 _MIXED = re.compile(r"mixed-(\d*\.?\d+)(-per-source)?")
 
 
@@ -32,7 +34,8 @@ _MIXED = re.compile(r"mixed-(\d*\.?\d+)(-per-source)?")
 class ProblemName:
     """A problem that was asked for: one of the built-in ones, or the user's in a file `path`.
 
-    `label` names its folder. `f_mix` is `None` for contrastive problems.
+    `label` names its folder. `f_mix` is `None` for contrastive problems. `pixels` is the width of the images of
+    grassy MNIST, of which some are of lower resolution with `down`; 0 for other problems.
     """
 
     label: str
@@ -40,6 +43,13 @@ class ProblemName:
     f_mix: float | None = None
     per_source: bool = False
     path: str = ""
+    pixels: int = 0
+    down: bool = False
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether the exact posterior is known."""
+        return not self.path and not self.pixels
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,8 @@ def parse_problem(name: str) -> ProblemName:
     """The problem called `name`, or stated in the file `name`; raises `ConfigError` if there is none."""
     if found := _CONTRASTIVE.fullmatch(name):
         return ProblemName(name, sources=int(found[1]))
+    if found := _GRASSY.fullmatch(name):
+        return ProblemName(name, pixels=int(found[1]), down=bool(found[2]))
     if found := _MIXED.fullmatch(name):
         f_mix, per_source = float(found[1]), bool(found[2])
         if f_mix > 1:
@@ -164,7 +176,7 @@ def parse_methods(names: Sequence[str] | None) -> list[str]:
 
 
 def _is_builtin(label: str) -> bool:
-    return bool(_CONTRASTIVE.fullmatch(label) or _MIXED.fullmatch(label))
+    return any(form.fullmatch(label) for form in (_CONTRASTIVE, _GRASSY, _MIXED))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

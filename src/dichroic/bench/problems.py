@@ -1,11 +1,11 @@
 """Problems to compare methods on: what to learn from, held-out observations, and the truth.
 
-The built-in ones are the random manifolds of the paper (arXiv 2510.05205, section 5.1), with new
-observations of the same manifolds held out. A user's own problem is split by `problem.holdout`; what
-needs a truth is left out where there is none.
+The built-in ones are those of the paper (arXiv 2510.05205): its random manifolds, with new observations of the
+same manifolds held out, and digits over grass, with other digits and parts of the photographs held out. A user's
+own problem is split by `problem.holdout`; what needs a truth is left out where there is none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,15 @@ import numpy as np
 
 from dichroic.bench.names import BenchConfig, ProblemName
 from dichroic.config import FitConfig
+from dichroic.datasets import grassy
+from dichroic.datasets.digit_features import train_classifier
 from dichroic.datasets.manifolds import manifold_problem
 from dichroic.fingerprint import fingerprint
 from dichroic.problem import Problem, View, holdout
 from dichroic.statement import load_problem
 
 Arrays = dict[str, np.ndarray]
+Features = Callable[[np.ndarray], np.ndarray]
 HELD_OUT_SEED, FRESH_SEED = 1000, 2000  # added to the seed of what is learned from
 
 
@@ -55,7 +58,8 @@ class Case:
     """A problem to learn from, and what its answers are held against.
 
     `fresh` has true sources that are independent of the held-out ones, `(n, *shape)`; it is empty for a
-    user's problem, whose `section` are the settings of a fit that its file states.
+    user's problem. `section` are the settings of a fit that the problem states, and `features` what a Fréchet
+    distance is of, by source.
     """
 
     name: ProblemName
@@ -65,11 +69,14 @@ class Case:
     data_range: Mapping[str, float]
     fresh: Arrays = field(default_factory=dict)
     section: Mapping[str, Any] = field(default_factory=dict)
+    features: Mapping[str, Features] = field(default_factory=dict)
 
 
 def build_case(name: ProblemName, seed: int, config: BenchConfig) -> Case:
     """The problem called `name` with the random numbers of `seed`."""
-    return _users(name, seed, config) if name.path else _manifolds(name, seed, config)
+    if name.path:
+        return _users(name, seed, config)
+    return _grassy(name, seed, config) if name.pixels else _manifolds(name, seed, config)
 
 
 def manifolds(name: ProblemName, seed: int, *, count: int, observe: int = 0) -> Problem:
@@ -104,6 +111,31 @@ def _manifolds(name: ProblemName, seed: int, config: BenchConfig) -> Case:
     )
 
 
+GRASSY_FIT: Mapping[str, Any] = {
+    "mixture": {"components": 8, "rank": 64, "gaussian_laps": 6, "final_laps": 4},
+}
+
+
+def _grassy(name: ProblemName, seed: int, config: BenchConfig) -> Case:
+    factors = {14: (1, 2), 28: (1, 2, 4)}[name.pixels] if name.down else (1,)
+    sizes: dict[str, Any] = {"size": name.pixels, "factors": factors}
+    problem = grassy.grassy_problem(count=config.count, seed=seed, **sizes)
+    views = grassy.grassy_views(
+        count=config.held_out, seed=seed + HELD_OUT_SEED, held_out=True, **sizes
+    )
+    classifier, _ = train_classifier(name.pixels)
+    return Case(
+        name,
+        seed,
+        problem,
+        tuple(Held(v.name, (v,)) for v in views if "digit" in v.operators),
+        dict.fromkeys(problem.names, 1.0),
+        grassy.fresh_sources(config.points, seed=seed + FRESH_SEED, size=name.pixels),
+        GRASSY_FIT,
+        {"digit": classifier.of},
+    )
+
+
 def _users(name: ProblemName, seed: int, config: BenchConfig) -> Case:
     problem, section = load_problem(name.path)
     fraction = FitConfig.from_dict(section, where=f"{name.path}: fit").holdout
@@ -124,7 +156,9 @@ def _users(name: ProblemName, seed: int, config: BenchConfig) -> Case:
 
 
 def check_problem(name: ProblemName) -> str:
-    """Raise a `DichroicError` if a user's problem cannot be used; else its fingerprint, truth and all."""
+    """Raise a `DichroicError` if the files of a problem cannot be used; else their fingerprint."""
+    if name.pixels:
+        return fingerprint((grassy.zeros_and_ones(held_out=True), grassy.load_photographs()))
     if not name.path:
         return ""
     problem, section = load_problem(name.path)

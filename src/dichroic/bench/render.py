@@ -11,7 +11,8 @@ import numpy as np
 from dichroic.bench.names import LIMIT, JobSpec
 from dichroic.bench.published import PUBLISHED
 from dichroic.bench.results import Found, cell, collect, evidence_gap, gap, of, values
-from dichroic.io import write_atomic, write_json
+from dichroic.files import write_atomic
+from dichroic.io import write_json
 from dichroic.plot.canvas import colour, new_figure, png, tidy
 from dichroic.report.markup import document, duration, esc, section, table
 from dichroic.tables import text_table
@@ -42,6 +43,7 @@ def _tables(problem: str, entries: Sequence[Found]) -> list[Table]:
     whole = ["mean"] if problem.startswith("mixed") else []  # what the paper gives for these
     psnr = [f"PSNR {s}" for s in [*sources, *whole]]
     distances = ["Sinkhorn post.", "published", "prior", "published", "PQMass post.", "prior"]
+    distances += ["Fréchet post.", "prior"] if _has_features(problem, entries) else []
     costs = ["nats to limit", "90% holds", "ranks p", "χ²/M", "fit", "µs per draw", "MiB", "failed"]
     heads = {
         "accuracy": ["method", *psnr, "published", *(f"to limit {s}" for s in sources)],
@@ -81,6 +83,7 @@ def _published(problem: str, method: str, which: int) -> str:
 def _distributions(problem: str, method: str, entries: Sequence[Found]) -> list[str]:
     mine = of(entries, problem, method)
     near = lambda which, what: values(mine, lambda r: r.get(which, {}).get(what))
+    frechet = [cell(near(which, "frechet")) for which in ("posterior", "prior")]
     return [
         method,
         cell(near("posterior", "sinkhorn"), "{:.3f}"),
@@ -89,7 +92,14 @@ def _distributions(problem: str, method: str, entries: Sequence[Found]) -> list[
         _published(problem, method, 2),
         cell(near("posterior", "pqmass")),
         cell(near("prior", "pqmass")),
+        *(frechet if _has_features(problem, entries) else []),
     ]
+
+
+def _has_features(problem: str, entries: Sequence[Found]) -> bool:
+    """Whether there is a Fréchet distance of features, see `datasets.digit_features`."""
+    rows = [r for e in entries if e["problem"] == problem for r in e.get("scores", [])]
+    return any("frechet" in r.get("posterior", {}) for r in rows)
 
 
 def _cost(problem: str, method: str, entries: Sequence[Found]) -> list[str]:

@@ -35,7 +35,7 @@ def plan(
     for problem in parse_problems(problems):
         mark = check_problem(problem)
         for seed in seeds:
-            some = [m for m in chosen if not (m == LIMIT and problem.path)]
+            some = [m for m in chosen if m != LIMIT or problem.has_limit]
             jobs += [JobSpec(problem, method, seed, config, mark) for method in some]
     return jobs
 

@@ -1,11 +1,18 @@
 """Scores of posterior draws and of priors, as plain data. What needs a truth is left out where there is none."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from dichroic.metrics import coverage, pqmass, psnr, rank_histogram, sinkhorn_divergence
+from dichroic.metrics import (
+    coverage,
+    frechet_distance,
+    pqmass,
+    psnr,
+    rank_histogram,
+    sinkhorn_divergence,
+)
 
 Draws = Mapping[str, np.ndarray]
 LEVEL = 0.9
@@ -39,8 +46,17 @@ def _posterior(x: np.ndarray, truth: np.ndarray, span: float, first: int) -> dic
     return found
 
 
-def distances(x: np.ndarray, y: np.ndarray, points: int, seed: int) -> dict[str, Any]:
-    """Sinkhorn divergence (squared cost, ε = 10⁻³) and PQMass (χ² per degree of freedom) of two samples."""
+def distances(
+    x: np.ndarray,
+    y: np.ndarray,
+    points: int,
+    seed: int,
+    features: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Sinkhorn divergence (squared cost, ε = 10⁻³) and PQMass (χ² per degree of freedom) of two samples.
+
+    With `features` of a sample, the Fréchet distance of these too.
+    """
     a, b = (np.asarray(u, float)[:points].reshape(min(len(u), points), -1) for u in (x, y))
     n = min(len(a), len(b))
     transport = sinkhorn_divergence(a[:n], b[:n])
@@ -48,4 +64,6 @@ def distances(x: np.ndarray, y: np.ndarray, points: int, seed: int) -> dict[str,
     regions = min(100, n // 5)
     if regions >= 2:
         found["pqmass"] = pqmass(a[:n], b[:n], regions=regions, seed=seed).chi2_per_dof
+    if features is not None:
+        found["frechet"] = frechet_distance(features(x[:n]), features(y[:n]))
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dichroic.errors import RunError
-from dichroic.io import write_atomic
+from dichroic.files import write_atomic
 from dichroic.report.cards import head
 from dichroic.report.markup import document, section
 from dichroic.report.page import Page

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dichroic import plot
-from dichroic.io import write_atomic
+from dichroic.files import write_atomic
 from dichroic.problem import Problem
 from dichroic.report.markup import esc
 from dichroic.report.scores import Held, Score
