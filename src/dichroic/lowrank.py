@@ -15,6 +15,7 @@ Observations enter by products with the columns of all components, `n × M × K 
 space. In float64: quadratic forms are differences of numbers as large as the signal-to-noise ratio.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,17 +109,12 @@ class LowRankView:
         self.base = _base(one, self.parts, self.seen)
         widths = [p.columns.shape[2] for p in self.parts.values()]
         sizes = [p.columns[0].size for p in self.parts.values()]
-        self.spans = dict(
-            zip(names, _slices(widths), strict=True)
-        )  # of a source in the latents of a tuple
+        self._spans = _slices(widths)  # of each source in the latents of a tuple
         self.blocks = dict(zip(names, _slices(sizes), strict=True))  # and in the columns
         flat = [p.columns.reshape(self.size, -1) for p in self.parts.values()]
         self.columns = np.concatenate(flat, axis=1)
-        starts = [
-            self.blocks[k].start + w * c
-            for k, w, c in zip(names, widths, self.tuples.T, strict=True)
-        ]
-        wide = [s[:, None] + np.arange(w) for s, w in zip(starts, widths, strict=True)]
+        starts = np.array([b.start for b in self.blocks.values()]) + widths * self.tuples
+        wide = [s[:, None] + np.arange(w) for s, w in zip(starts.T, widths, strict=True)]
         self.where = np.concatenate(wide, axis=1)
         self._prepare()
 
@@ -126,7 +122,7 @@ class LowRankView:
         self.solved = self.base.solve(self.columns)
         gram = (self.columns.T @ self.solved)[self.where[:, :, None], self.where[:, None, :]]
         ones = np.zeros(self.where.shape[1], bool)
-        ones[[s.start for s in self.spans.values()]] = True
+        ones[[s.start for s in self._spans]] = True
         self.ones = ones
         k = gram[:, ~ones][:, :, ~ones] + np.eye(int((~ones).sum()))
         inverse = np.linalg.inv(k)
@@ -150,20 +146,48 @@ class LowRankView:
         Where components are given noised values, their `log_weights` `(n, T)`, and the `coefficients` `(n, C)` of
         their means in the columns; `y` is then less what the means have outside of them.
         """
-        along = (y @ self.solved)[:, self.where].swapaxes(0, 1)  # (T, n, S (1 + R))
+        along = self._of_tuples(y @ self.solved)
         if coefficients is None:
             mean = along[:, :, self.ones].sum(axis=2).T
             shift, constant = self.shift[:, None], self.constant
         else:
-            c = coefficients[:, self.where].swapaxes(0, 1)
-            mean, shift = np.sum(along * c, axis=2).T, c @ self.gram
-            constant = log_weights - 0.5 * (self.volume + np.sum(shift * c, axis=2).T)
-        along = along - shift
+            c = self._of_tuples(coefficients)
+            mean, shift = np.einsum("tnc,tnc->nt", along, c), c @ self.gram
+            constant = log_weights - 0.5 * (self.volume + np.einsum("tnc,tnc->nt", shift, c))
+        along -= shift
         latents = along @ self.covariance
-        fit = np.sum(along * latents, axis=2).T
+        fit = np.einsum("tnc,tnc->nt", along, latents)
         square = np.sum(y * self.base.solve(y.T).T, axis=1)[:, None] - 2 * mean
         latents[:, :, self.ones] = 1
         return Given(constant - 0.5 * (square - fit), latents)
+
+    def _of_tuples(self, columns: np.ndarray) -> np.ndarray:
+        """Of numbers `(n, C)` by column those of each tuple, `(T, n, S (1 + R))`."""
+        out = np.empty((len(self.tuples), len(columns), self.where.shape[1]))
+        for t, span, at in self._places():
+            out[t, :, span] = columns[:, at]
+        return out
+
+    def by_component(self, latents: np.ndarray) -> np.ndarray:
+        """Numbers `(T, n, S (1 + R))` summed over the tuples of each component, `(n, C)`."""
+        out = np.zeros((latents.shape[1], self.columns.shape[1]))
+        for t, span, at in self._places():
+            out[:, at] += latents[t, :, span]
+        return out
+
+    def pairs(self, of_tuples: np.ndarray) -> np.ndarray:
+        """Matrices `(T, S (1 + R), S (1 + R))` summed over the tuples of each pair of components, `(C, C)`."""
+        out = np.zeros((self.columns.shape[1],) * 2)
+        for t, places in itertools.groupby(self._places(), key=lambda place: place[0]):
+            for (_, row, at), (_, column, to) in itertools.product(list(places), repeat=2):
+                out[at, to] += of_tuples[t, row, column]
+        return out
+
+    def _places(self) -> Iterator[tuple[int, slice, slice]]:
+        """Each tuple, and where the numbers of each of its components are in latents and in columns."""
+        for t, where in enumerate(self.where):
+            for span in self._spans:
+                yield t, span, slice(int(where[span.start]), int(where[span.stop - 1]) + 1)
 
     def moved(
         self, y: np.ndarray, t: np.ndarray, x: Mapping[str, np.ndarray], eta: np.ndarray

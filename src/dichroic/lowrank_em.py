@@ -32,6 +32,7 @@ from dichroic.observations import Observations
 
 _SAMPLE = 4000  # observations that a first basis is computed from
 _PROBES = 16  # random vectors that a trace is estimated with
+_NEGLIGIBLE = 1e-12  # probability of a tuple
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
@@ -100,18 +101,16 @@ def low_rank_statistics(
     for y in view.chunks(obs):
         given = view.given(y)
         value += float(given.log_evidence.sum())
-        r = given.responsibilities.T[:, :, None]
-        weighted = r * given.latents
-        tuples += given.latents.swapaxes(1, 2) @ weighted
-        count += r.sum(axis=1)[:, 0]
-        outer += y.T @ _by_component(view, weighted)
+        r = given.responsibilities.T
+        weighted = r[:, :, None] * given.latents
+        for t, rows in enumerate(r > _NEGLIGIBLE):
+            tuples[t] += given.latents[t, rows].T @ weighted[t, rows]
+        count += r.sum(axis=1)
+        outer += y.T @ view.by_component(weighted)
         for name, head in heads.items():
             squares[name] += float(np.sum(head(y.T) ** 2))
-    pairs = view.where[:, :, None], view.where[:, None, :]
-    inner, uncertain = np.zeros((2, *(view.columns.shape[1],) * 2))
-    np.add.at(inner, pairs, tuples)
-    np.add.at(uncertain, pairs, count[:, None, None] * view.covariance)
-    inner = inner + uncertain
+    uncertain = view.pairs(count[:, None, None] * view.covariance)
+    inner = view.pairs(tuples) + uncertain
     left = outer - view.columns @ inner  # Σ r E[e z̄ᵀ]
     found = {}
     for name, head in heads.items():
@@ -122,13 +121,6 @@ def low_rank_statistics(
         lost = float(np.sum(gram * uncertain))
         found[name] = _sums(view, name, mixtures[name], inner, xe, norm, lost, obs.count)
     return value, found
-
-
-def _by_component(view: LowRankView, latents: np.ndarray) -> np.ndarray:
-    """`(T, n, S (1 + R))` summed over the tuples of each component: `(n, C)`."""
-    out = np.zeros((view.columns.shape[1], latents.shape[1]))
-    np.add.at(out, view.where, latents.swapaxes(1, 2))
-    return out.T
 
 
 def _sums(view, name, mixture, inner, left, norm, lost, count) -> LatentSums:
