@@ -68,6 +68,18 @@ def take(tree: Tree, index: Any) -> Tree:
     return eqx.combine(jax.tree.map(lambda a: a[index], rows), shared)
 
 
+def in_batches(function: Callable[..., Any], size: int, *rows: Any) -> np.ndarray:
+    """`function` of arrays of rows, `size` rows at once and the last batch padded, in float64.
+
+    In a loop of Python, where convolutions on a CPU take a fifth of the time that they take in one of XLA.
+    """
+    n, parts = len(rows[0]), []
+    for start in range(0, n, size):
+        index = np.minimum(np.arange(start, start + min(size, n)), n - 1)
+        parts.append(np.asarray(function(*(a[index] for a in rows)), np.float64))
+    return np.concatenate(parts)[:n]
+
+
 def row_counts(tree: Any) -> set[int]:
     """The lengths of the per-observation axes found in `tree` (empty if all is shared)."""
     rows, _ = split(tree)

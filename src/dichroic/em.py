@@ -46,7 +46,7 @@ from dichroic.operator_em import operator_lap
 from dichroic.operators import Shape
 from dichroic.operators.learned import Parameters
 from dichroic.posterior import EXACT_LIMIT, choose_solver
-from dichroic.sample import Draws, ancestral, draw_posterior, make_sampler
+from dichroic.sample import Draws, draw_posterior, make_sampler
 from dichroic.shared import is_shared
 from dichroic.tracking import Silent, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser
@@ -146,7 +146,7 @@ def _learn_operators(
     state: State, current: Mapping[str, Any], train: Sequence[Observations], config: MixtureConfig
 ) -> tuple[Parameters, Metrics]:
     """The operators after an M-step on `train`, and the values and errors of those that are one number."""
-    found, errors = operator_lap({**current}, train, config)
+    found, errors = operator_lap(current, train, config)
     told: Metrics = {}
     for name, arrays in found.items():
         if sum(a.size for a in arrays) == 1:
@@ -310,15 +310,15 @@ def draw(
     denoisers: Denoisers, obs: Observations, key: PRNGKeyArray, config: FitConfig, **kwargs: Any
 ) -> Draws:
     """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not."""
-    used = {k: denoisers[k] for k in obs.sources}
-    if is_shared(obs) and all(map(is_low_rank_prior, used.values())):
+    s, used = config.sampler, {k: denoisers[k] for k in obs.sources}
+    mixtures = all(isinstance(d, Mixture) for d in used.values())
+    low_rank = is_shared(obs) and all(map(is_low_rank_prior, used.values()))
+    if low_rank and (mixtures or s.name in ("auto", "ancestral")):
         kwargs.pop("batch_size", None)
-        mixtures = all(isinstance(d, Mixture) for d in used.values())
-        sampler = None if mixtures else ancestral(config.sampler)
+        sampler = None if mixtures else make_sampler(s)
         return low_rank_draws(used, obs, key, sampler=sampler, **kwargs)
-    s = config.sampler
     solver = choose_solver(obs, s.solver)
-    exact = solver == "exact" and all(isinstance(denoisers[k], Mixture) for k in obs.sources)
+    exact = solver == "exact" and mixtures
     kwargs = {"batch_size": config.batch_size, **kwargs}
     return draw_posterior(
         denoisers,

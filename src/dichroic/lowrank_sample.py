@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from dichroic.batching import in_batches
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.lowrank import LowRankView, gains
 from dichroic.noise import Noise
 from dichroic.observations import Observations
-from dichroic.sample import Ancestral, Draws, Progress, observation_keys
+from dichroic.sample import Draws, Progress, Sampler, observation_keys
 
 _NETWORK_BATCH = 256
 Priors = Mapping[str, Mixture | Preconditioned]
@@ -57,7 +58,7 @@ def low_rank_draws(
     obs: Observations,
     key: PRNGKeyArray,
     *,
-    sampler: Ancestral | None = None,
+    sampler: Sampler | None = None,
     n_draws: int = 1,
     first_index: int = 0,
     progress: Progress | None = None,
@@ -87,7 +88,7 @@ def low_rank_draws(
 class _Walk:
     """Noise levels, from the highest to the lowest, with the view at each; a single one without levels."""
 
-    def __init__(self, priors: Priors, obs: Observations, sampler: Ancestral | None):
+    def __init__(self, priors: Priors, obs: Observations, sampler: Sampler | None):
         self.priors, self.obs = priors, obs
         self.bases = {k: p.base if isinstance(p, Preconditioned) else p for k, p in priors.items()}
         self.sigmas: list[dict[str, float]] = []
@@ -186,14 +187,10 @@ def noised(prior: Mixture | Preconditioned, x_t: np.ndarray, sigma: float) -> No
 
 def _corrections(prior: Preconditioned, x_t: np.ndarray, sigma: float) -> np.ndarray:
     """What the network adds to the mean, `(n, D)`."""
-    parts, level = [], jnp.asarray(sigma, float)
-    for start in range(0, len(x_t), _NETWORK_BATCH):
-        some = x_t[start : start + _NETWORK_BATCH]
-        padded = np.zeros((_NETWORK_BATCH, x_t.shape[1]), np.float32)
-        padded[: len(some)] = some
-        found = _correct(prior, jnp.asarray(padded).reshape(-1, *prior.shape), level)
-        parts.append(np.asarray(found, np.float64).reshape(_NETWORK_BATCH, -1)[: len(some)])
-    return np.concatenate(parts)
+    level = jnp.asarray(sigma, float)
+    x = np.asarray(x_t, np.float32).reshape(-1, *prior.shape)
+    found = in_batches(lambda some: _correct(prior, some, level), _NETWORK_BATCH, x)
+    return found.reshape(x_t.shape)
 
 
 @eqx.filter_jit

@@ -12,7 +12,8 @@ the tuples of components that matter (`dichroic.evidence`), and never falls: a s
 tried again, smaller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.evidence import project, simulate, tuple_log_evidence
-from dichroic.mixture_em import Mixtures, active_tuples
+from dichroic.mixture_em import active_tuples
 from dichroic.mixture_sums import chunks
 from dichroic.observations import Observations
 from dichroic.operators.learned import Parameters, parameters, with_parameters
@@ -44,7 +45,7 @@ class Scores(eqx.Module):
 
 
 def operator_lap(
-    mixtures: Mixtures, views: Sequence[Observations], config: MixtureConfig
+    mixtures: Mapping[str, Any], views: Sequence[Observations], config: MixtureConfig
 ) -> tuple[Parameters, Parameters]:
     """The learned arrays of the operators in `views` after an M-step, and their standard errors.
 

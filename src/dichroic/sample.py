@@ -385,8 +385,3 @@ def make_sampler(config: SamplerConfig, *, solver: str = "exact") -> Sampler:
             "sampler.solver is 'cg'); choose sampler.name: heun, ddpm or auto"
         )
     return SAMPLERS[name](config.steps, schedule)
-
-
-def ancestral(config: SamplerConfig) -> Ancestral:
-    """The steps and the schedule of `config`, for the ancestral sampler."""
-    return Ancestral(config.steps, SCHEDULES[config.schedule](config.sigma_min, config.sigma_max))

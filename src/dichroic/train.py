@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dichroic.batching import in_batches
 from dichroic.config import DiffusionConfig
 from dichroic.denoise import Denoiser, Preconditioned
 from dichroic.nn import UNet
@@ -72,7 +73,8 @@ def evidence_gain(
     total = np.zeros(draws * n)
     for i in range(repeats):
         levels, z = _noise(old, x, jax.random.fold_in(key, i), sigma_min)
-        total += _in_batches(lambda *rows: _gains(old, new, *rows, sigma_min), x, levels, z)
+        gains = lambda *rows: _gains(old, new, *rows, sigma_min)
+        total += in_batches(gains, _BATCH, x, levels, z)
     gains = total.reshape(draws, n).mean(axis=0) / repeats
     return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
 
@@ -90,15 +92,6 @@ def _noise(old: Denoiser, x: Array, key: PRNGKeyArray, sigma_min: float) -> tupl
     even = (jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size
     sigma = old.scale * sigma_min * jnp.exp(span * jax.random.permutation(key_order, even))
     return sigma, jax.random.normal(key_noise, x.shape)
-
-
-def _in_batches(function: Callable[..., Array], *rows: Array) -> np.ndarray:
-    """`function` of the rows, `_BATCH` at once; not in a loop of XLA, as in `_train_in_turn`."""
-    n, parts = rows[0].shape[0], []
-    for start in range(0, n, _BATCH):
-        index = np.minimum(np.arange(start, start + min(_BATCH, n)), n - 1)
-        parts.append(np.asarray(function(*(a[index] for a in rows)), float))
-    return np.concatenate(parts)[:n]
 
 
 @eqx.filter_jit
