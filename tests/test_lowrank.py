@@ -165,6 +165,64 @@ def test_draws_have_the_moments_of_the_posterior(kind, sampler):
         np.testing.assert_array_less(np.abs(outer.mean(axis=0) - square), error * outer.std(axis=0))
 
 
+def own_operators(n=5, seed=0):
+    """Observations that differ in operators, noise and missing entries; and each as a view of its own."""
+    rng = np.random.default_rng(seed)
+    mixtures = {k: ppca(i, s[0], 6, s[2]) for i, (k, s) in enumerate(SIZES.items())}
+    dense, gains = rng.normal(size=(n, 6, 6)), rng.uniform(0.5, 2, size=(n, 6))
+    std, mask = rng.uniform(0.1, 0.3, size=(n, 6)), rng.uniform(size=(n, 6)) < 0.8
+    y = rng.normal(size=(n, 6))
+    view = lambda i, a, g: View(
+        y[i], {"a": Dense(a), "b": Diagonal(g, shape=6)}, DiagonalNoise(std[i] ** 2), mask=mask[i]
+    ).prepare()
+    alone = [view(slice(i, i + 1), dense[i], gains[i]) for i in range(n)]
+    return mixtures, view(slice(None), dense, gains), alone
+
+
+def test_observations_with_operators_of_their_own_add_up():
+    mixtures, obs, alone = own_operators()
+    value, sums = low_rank_statistics(mixtures, obs)
+    parts = [low_rank_statistics(mixtures, one) for one in alone]
+    assert value == pytest.approx(sum(v for v, _ in parts), rel=1e-9)
+    assert low_rank_log_evidence(mixtures, obs) == pytest.approx(value, rel=1e-9)
+    for name, found in sums.items():
+        expect = sum((p[name] for _, p in parts[1:]), parts[0][1][name])
+        for field in ("inner", "cross", "square", "scatter", "information", "count"):
+            np.testing.assert_allclose(getattr(found, field), getattr(expect, field), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [None, Ancestral(3)], ids=["exact", "ancestral"])
+def test_draws_of_observations_with_operators_of_their_own_are_as_of_each_alone(sampler):
+    mixtures, obs, alone = own_operators()
+    key, options = jax.random.key(2), {"sampler": sampler, "n_draws": 3}
+    whole = low_rank_draws(mixtures, obs, key, **options).x
+    for i, one in enumerate(alone):
+        part = low_rank_draws(mixtures, one, key, first_index=i, **options).x
+        for k, x in part.items():
+            np.testing.assert_allclose(whole[k][:, i : i + 1], x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_from_masked_observations_has_the_moments_of_the_source():
+    """Half of the entries are missing at random: means and covariance are those of what is left, scaled."""
+    rng = np.random.default_rng(6)
+    d, n = 12, 6000
+    axis = np.sin(np.arange(d))
+    x = 2 + rng.normal(size=(n, 1)) * axis + 0.1 * rng.normal(size=(n, d))
+    mask = rng.uniform(size=(n, d)) < 0.5
+    y = x + 0.1 * rng.normal(size=x.shape)
+    obs = View(y, {"a": Identity(d)}, 0.1, mask=mask).prepare()
+    start = initial_low_rank("a", [obs], 2, 1.0, {}, 1)
+    assert np.isfinite(np.asarray(start.variances)).all()
+    np.testing.assert_allclose(start.means[0], 2, rtol=0.15)
+    found, _ = low_rank_lap(
+        {"a": start}, [take(obs, slice(0, 400))], ["a"], MixtureConfig(steps=30)
+    )
+    basis, variances = np.asarray(found["a"].basis[0]), np.asarray(found["a"].variances[0])
+    top = basis[:, np.argmax(variances)]
+    assert abs(top @ axis) / np.linalg.norm(axis) > 0.98
+    assert variances.max() == pytest.approx(axis @ axis, rel=4 * np.sqrt(2 / 400))
+
+
 def test_draws_depend_on_the_number_of_the_observation_and_the_draw_only():
     mixtures, obs = case("diagonal", n=5)
     whole = low_rank_draws(mixtures, obs, jax.random.key(1), n_draws=2).x["b"]

@@ -25,9 +25,9 @@ from dichroic.mixture_em import (
 from dichroic.mixture_step import joint_shifts, maximise
 from dichroic.mixture_sums import Sums, view_statistics
 from dichroic.noise import DenseNoise, Isotropic, Masked
-from dichroic.observations import Observations
+from dichroic.observations import Observations, is_shared
 from dichroic.operators import Dense, Identity
-from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
+from dichroic.shared import shared_log_evidence, shared_statistics
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -47,7 +47,6 @@ from dichroic.operators import Shape
 from dichroic.operators.learned import Parameters
 from dichroic.posterior import EXACT_LIMIT, choose_solver
 from dichroic.sample import Draws, draw_posterior, make_sampler
-from dichroic.shared import is_shared
 from dichroic.tracking import Silent, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser
 
@@ -312,7 +311,7 @@ def draw(
     """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not."""
     s, used = config.sampler, {k: denoisers[k] for k in obs.sources}
     mixtures = all(isinstance(d, Mixture) for d in used.values())
-    low_rank = is_shared(obs) and all(map(is_low_rank_prior, used.values()))
+    low_rank = all(map(is_low_rank_prior, used.values()))
     if low_rank and (mixtures or s.name in ("auto", "ancestral")):
         kwargs.pop("batch_size", None)
         sampler = None if mixtures else make_sampler(s)

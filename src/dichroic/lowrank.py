@@ -1,7 +1,7 @@
 """Mixtures of probabilistic PCA in many dimensions: their evidence and posterior without a matrix of that size.
 
-For views whose observations share their operators and noise. A source is `x = μ_k + U_k z + √τ ε` with a
-component `k`, `z ~ N(0, I)` of `R` numbers, and one floor `τ` for all components; then for a tuple `t` of them
+For observations that share their operators and noise, or one with its own. A source is
+`x = μ_k + U_k z + √τ ε`: a component `k`, `z ~ N(0, I)` of `R` numbers, and one floor `τ` for all. For a tuple `t`
 
     y = m_t + W_t z + e,   W_t = (A_β U_kβ)_β,   e ~ N(0, B),   B = Σ + Σ_β τ_β A_β A_βᵀ,
 
@@ -29,7 +29,7 @@ import numpy as np
 from dichroic.denoise import Mixture
 from dichroic.errors import DataError
 from dichroic.noise import DiagonalNoise, Isotropic, Masked, Noise
-from dichroic.observations import Observations
+from dichroic.observations import Observations, groups
 from dichroic.operators import Compose, Diagonal, Identity, Learned, Operator, Scale
 
 MOST_TUPLES = 4096
@@ -94,7 +94,7 @@ class LowRankView:
     ):
         """`sigmas` are noise levels of the sources, where components are to be those given noised values."""
         one = obs.one(0)
-        self.seen = np.asarray(obs.noise.observed(obs.size), np.float64)
+        self.seen = np.asarray(one.noise.observed(obs.size), np.float64)
         self.size, names = obs.size, list(obs.sources)
         level = lambda k: None if sigmas is None else sigmas[k]
         self.parts = {k: _part(mixtures[k], one.operators[k], self.seen, level(k)) for k in names}
@@ -230,8 +230,11 @@ class LowRankView:
 
 def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:
     """`Σ_i log p(y_i)`."""
-    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs)
-    return sum(float(view.given(y).log_evidence.sum()) for y in view.chunks(obs))
+    total = 0.0
+    for _, some in groups(obs):
+        view = LowRankView({k: mixtures[k] for k in obs.sources}, some)
+        total += sum(float(view.given(y).log_evidence.sum()) for y in view.chunks(some))
+    return total
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

@@ -16,22 +16,29 @@ over pairs of components that are in a tuple together. No matrix of D × D numbe
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from dichroic.batching import split, take
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.lowrank import LowRankView, moments, products
 from dichroic.mixture_step import ascend
-from dichroic.observations import Observations
+from dichroic.observations import Observations, groups, is_shared
+from dichroic.posterior import EXACT_LIMIT
 
 _SAMPLE = 4000  # observations that a first basis is computed from
+_OPERATORS = 16  # of different ones, that a first covariance is computed from
 _PROBES = 16  # random vectors that a trace is estimated with
+_FEW_TUPLES = 4  # below which all are kept
 _NEGLIGIBLE = 1e-12  # probability of a tuple
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
@@ -49,6 +56,13 @@ class LatentSums:
     scatter: float
     information: float
     count: int
+
+    def among(self, index: np.ndarray, mixture: Mixture) -> "LatentSums":
+        """These sums, of the components `index`, as those of all components of `mixture`."""
+        spread = lambda a: np.zeros((mixture.log_weights.size, *a.shape[1:]))
+        inner, cross = spread(self.inner), spread(self.cross)
+        inner[index], cross[index] = self.inner, self.cross
+        return replace(self, inner=inner, cross=cross)
 
     def __add__(self, other: "LatentSums") -> "LatentSums":
         return LatentSums(
@@ -73,26 +87,49 @@ def low_rank_lap(
         step = partial(maximise_low_rank, least=config.floor, textbook=textbook)
         return {**mixtures, **{n: step(mixtures[n], found[n]) for n in names}}
 
-    evaluate = lambda mixtures: _all_statistics(mixtures, views)
+    evaluate = lambda mixtures: _added(low_rank_statistics(mixtures, obs) for obs in views)
     mixtures, value = ascend(dict(mixtures), evaluate, update, steps=config.steps, tolerance=1e-9)
     return mixtures, value / sum(obs.count for obs in views)
-
-
-def _all_statistics(
-    mixtures: Mapping[str, Mixture], views: Sequence[Observations]
-) -> tuple[float, dict[str, LatentSums]]:
-    value, sums = 0.0, {}
-    for obs in views:
-        here, found = low_rank_statistics(mixtures, obs)
-        value += here
-        sums |= {k: sums[k] + s if k in sums else s for k, s in found.items()}
-    return value, sums
 
 
 def low_rank_statistics(
     mixtures: Mapping[str, Mixture], obs: Observations
 ) -> tuple[float, dict[str, LatentSums]]:
     """`Σ_i log p(y_i)`, and the sums of every source that the view sees."""
+    if is_shared(obs):
+        return _shared_statistics(mixtures, obs)
+    mixtures, obs = jax.tree.map(np.asarray, (dict(mixtures), obs))  # slices of JAX take their time
+    return _added(_statistics_of_one(mixtures, one) for _, one in groups(obs))
+
+
+def _statistics_of_one(
+    mixtures: Mapping[str, Mixture], one: Observations
+) -> tuple[float, dict[str, LatentSums]]:
+    """The same of one observation, by the components alone that it may be of."""
+    if math.prod(mixtures[k].log_weights.size for k in one.sources) < _FEW_TUPLES:
+        return _shared_statistics(mixtures, one)
+    view = LowRankView({k: mixtures[k] for k in one.sources}, one)
+    given = view.given(next(view.chunks(one)))
+    likely = view.tuples[given.responsibilities[0] > _NEGLIGIBLE]
+    kept = {k: np.unique(c) for k, c in zip(one.sources, likely.T, strict=True)}
+    value, sums = _shared_statistics({k: mixtures[k].pick(i) for k, i in kept.items()}, one)
+    return value, {k: s.among(kept[k], mixtures[k]) for k, s in sums.items()}
+
+
+def _added(
+    parts: Iterable[tuple[float, dict[str, LatentSums]]],
+) -> tuple[float, dict[str, LatentSums]]:
+    value, sums = 0.0, {}
+    for here, found in parts:
+        value += here
+        sums |= {k: sums[k] + s if k in sums else s for k, s in found.items()}
+    return value, sums
+
+
+def _shared_statistics(
+    mixtures: Mapping[str, Mixture], obs: Observations
+) -> tuple[float, dict[str, LatentSums]]:
+    """The same of observations that share their operators and noise."""
     view = LowRankView({k: mixtures[k] for k in obs.sources}, obs)
     value, squares, count = 0.0, dict.fromkeys(view.parts, 0.0), np.zeros(len(view.tuples))
     tuples = np.zeros((*view.where.shape, view.where.shape[1]))
@@ -213,40 +250,77 @@ def initial_low_rank(
 
 
 class _Moments:
-    """The mean of `x̂` in one view, and products with its covariance, less what is known of it."""
+    """The mean of `x̂` in one view, and products with its covariance, less what is known of it.
+
+    Where operators differ from one observation to another, what is known is a mean over some of them.
+    """
 
     def __init__(self, name: str, obs: Observations, known: Mapping[str, Mixture]):
-        one, self.count = obs.one(0), obs.count
-        self.operator, self.noise = one.operators[name], one.noise
-        seen = np.asarray(obs.noise.observed(obs.size), np.float64)
-        self.forward, self.back = products(self.operator, seen)
+        self.count, self.operator = obs.count, obs.one(0).operators[name]
         index = np.linspace(0, obs.count - 1, min(obs.count, _SAMPLE)).astype(int)
-        y, self.known = np.asarray(obs.y[index], np.float64).T, []
-        for other in obs.sources:
-            if other != name and other in known:
-                forward, back = products(one.operators[other], seen)
-                mixture = known[other]
-                y = y - forward(np.asarray(mixture.location, np.float64).reshape(-1, 1))
-                columns, floor = moments(mixture)
-                weights = np.exp(np.asarray(mixture.log_weights))
-                columns[:, :, 0] -= np.einsum("k,kd->d", weights, columns[:, :, 0])
-                self.known.append((forward, back, columns, floor, weights))
-        probes = np.random.default_rng(2).normal(size=(_PROBES, obs.size))
-        square = np.sum(self.back(probes.T) ** 2, axis=0)
-        self.gain = float(np.mean(square)) / math.prod(self.operator.in_shape)
-        x = self.back(y).T / self.gain
+        few = 1 if is_shared(obs) else min(obs.count, _OPERATORS)
+        self.known = [_Known(name, obs.one(int(i)), known) for i in index[:: -(-len(index) // few)]]
+        self.gain = mean_gain(take(obs, index), name) / math.prod(self.operator.in_shape)
+        others = {k: jnp.asarray(known[k].location) for k in obs.sources if k in known}
+        x = np.asarray(_back_projected(take(obs, index), name, others), np.float64) / self.gain
         self.mean = x.mean(axis=0)
         self.sample = x - self.mean
 
     def product(self, v: np.ndarray) -> np.ndarray:
         """The covariance of the source, as far as it is left, times `v` `(D,)`."""
+        known = np.mean([k.product(v) for k in self.known], axis=0) / self.gain**2
+        return self.sample.T @ (self.sample @ v) / len(self.sample) - known
+
+
+@eqx.filter_jit
+def _back_projected(obs: Observations, name: str, others: dict[str, Array]) -> Array:
+    """`Aᵀ (y − Σ A_β μ_β)` of each observation, `(n, D)`, for the means of `others`."""
+    rows, shared = split(obs)
+
+    def one(row: Observations) -> Array:
+        o = eqx.combine(row, shared)
+        rest = {k: others.get(k, jnp.zeros(op.in_shape)) for k, op in o.operators.items()}
+        rest = {**rest, name: jnp.zeros(o.operators[name].in_shape)}
+        return o.adjoint(o.y - o.apply(rest))[name].ravel()
+
+    return jax.vmap(one)(rows)
+
+
+def mean_gain(obs: Observations, name: str) -> float:
+    """`tr(A Aᵀ)`, the mean over observations; for large ones from random vectors."""
+    rows, shared = split(obs)
+
+    def norm(r) -> Array:
+        one = eqx.combine(r, shared)
+        if max(one.size, one.dims[name]) <= EXACT_LIMIT:
+            return jnp.sum(one.system()[1][name] ** 2)
+        probes = jax.random.normal(jax.random.key(0), (_PROBES, one.size))
+        return jnp.sum(jax.vmap(lambda v: one.adjoint(v)[name])(probes) ** 2) / _PROBES
+
+    return float(jnp.mean(jax.vmap(norm)(rows)))
+
+
+class _Known:
+    """What is known of `Aᵀ y` of one observation: the covariance of its noise and of known sources."""
+
+    def __init__(self, name: str, one: Observations, known: Mapping[str, Mixture]):
+        self.noise, self.sources = one.noise, []
+        seen = np.asarray(one.noise.observed(one.size), np.float64)
+        self.forward, self.back = products(one.operators[name], seen)
+        for other in set(one.sources) & set(known) - {name}:
+            columns, floor = moments(known[other])
+            weights = np.exp(np.asarray(known[other].log_weights))
+            columns[:, :, 0] -= np.einsum("k,kd->d", weights, columns[:, :, 0])
+            self.sources.append((*products(one.operators[other], seen), columns, floor, weights))
+
+    def product(self, v: np.ndarray) -> np.ndarray:
+        """The covariance of `Aᵀ y`, as far as it is known, times `A v`."""
         u = self.forward(v.reshape(-1, 1))
         noise = self.noise.mv(jnp.asarray(u[:, 0], jnp.float32))
         other = np.asarray(noise, np.float64)[:, None]
-        for forward, back, columns, floor, weights in self.known:
+        for forward, back, columns, floor, weights in self.sources:
             w = back(u)[:, 0]
             inside = np.einsum("kdr,d,k->kr", columns, w, weights, optimize=True)
             spread = np.einsum("kdr,kr->d", columns, inside, optimize=True) + floor * w
             other = other + forward(spread[:, None])
-        known = self.back(other)[:, 0] / self.gain**2
-        return self.sample.T @ (self.sample @ v) / len(self.sample) - known
+        return self.back(other)[:, 0]

@@ -7,8 +7,10 @@ exact one, at every noise level. One evaluation of each network a step, no Jacob
 network of zero the chain is exact at any number of steps.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from dichroic.batching import in_batches
+from dichroic.batching import in_batches, split, take
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.lowrank import LowRankView, gains
 from dichroic.noise import Noise
-from dichroic.observations import Observations
+from dichroic.observations import Observations, groups, is_shared
 from dichroic.sample import Draws, Progress, Sampler, observation_keys
 
 _NETWORK_BATCH = 256
+_CHUNK_BYTES = 256 * 2**20
 Priors = Mapping[str, Mixture | Preconditioned]
 
 
@@ -36,6 +39,11 @@ class Normals:
     sources: dict[str, np.ndarray]
     noise: np.ndarray
 
+    def rows(self, index: np.ndarray) -> "Normals":
+        """Those of the rows `index`."""
+        x = {k: v[index] for k, v in self.sources.items()}
+        return Normals(self.uniform[index], self.latents[index], x, self.noise[index])
+
 
 @dataclass(frozen=True)
 class Noised:
@@ -44,6 +52,10 @@ class Noised:
     log_weights: np.ndarray
     coefficients: np.ndarray
     offset: np.ndarray
+
+    def rows(self, index: np.ndarray) -> "Noised":
+        """Those of the rows `index`."""
+        return Noised(self.log_weights[index], self.coefficients[index], self.offset[index])
 
 
 def is_low_rank_prior(denoiser: Denoiser) -> bool:
@@ -67,83 +79,117 @@ def low_rank_draws(
 
     An observation's draws depend on `key`, its number and that of the draw.
     """
-    priors, start, n = {k: priors[k] for k in obs.sources}, 0, obs.count
+    priors, n = {k: priors[k] for k in obs.sources}, obs.count
     walk = _Walk(priors, obs, sampler)
-    found: dict[str, list[list[np.ndarray]]] = {k: [[] for _ in range(n_draws)] for k in priors}
-    for y in walk.views[-1].chunks(obs):
-        index = jnp.asarray(first_index + start + np.arange(len(y)))
-        for d in range(n_draws):
-            x = walk.draw(y, observation_keys(key, jnp.asarray(d), index))
-            for name, values in x.items():
-                shaped = values.reshape(-1, *priors[name].shape)
-                found[name][d].append(shaped.astype(np.float32))
-            if progress:
-                progress(d * n + start + len(y), n * n_draws)
-        start += len(y)
-    x = {k: np.stack([np.concatenate(part) for part in parts]) for k, parts in found.items()}
+    found: dict[str, list[np.ndarray]] = {k: [] for k in priors}
+    for start, stop in walk.chunks(n_draws):
+        index = jnp.asarray(first_index + np.arange(start, stop))
+        keys = [observation_keys(key, jnp.asarray(d), index) for d in range(n_draws)]
+        x = walk.draw(np.arange(start, stop), jnp.concatenate(keys))
+        for name, values in x.items():
+            shaped = values.reshape(n_draws, stop - start, *priors[name].shape)
+            found[name].append(shaped.astype(np.float32))
+        if progress:
+            progress(stop * n_draws, n * n_draws)
     zero = np.zeros((n_draws, n), np.float32)
-    return Draws(x, zero, zero, zero + 1)
+    return Draws({k: np.concatenate(x, axis=1) for k, x in found.items()}, zero, zero, zero + 1)
 
 
 class _Walk:
-    """Noise levels, from the highest to the lowest, with the view at each; a single one without levels."""
+    """Noise levels, from the highest to the lowest, at each of which every source is drawn; one without levels."""
 
     def __init__(self, priors: Priors, obs: Observations, sampler: Sampler | None):
         self.priors, self.obs = priors, obs
         self.bases = {k: p.base if isinstance(p, Preconditioned) else p for k, p in priors.items()}
-        self.sigmas: list[dict[str, float]] = []
-        if sampler is None:
-            self.views = [LowRankView(self.bases, obs)]
-            return
-        levels = np.asarray(sampler.schedule.grid(sampler.steps), float)
-        scales = {k: float(p.scale) for k, p in priors.items()}
-        self.sigmas = [{k: s * level for k, s in scales.items()} for level in levels]
-        self.start = {k: s * np.sqrt(1 + levels[0] ** 2) for k, s in scales.items()}
-        self.views = [LowRankView(self.bases, obs, s) for s in self.sigmas]
+        self.sigmas: list[dict[str, float] | None] = [None]
+        self._shared: dict[int, LowRankView] = {}
+        if sampler is not None:
+            levels = np.asarray(sampler.schedule.grid(sampler.steps), float)
+            scales = {k: float(p.scale) for k, p in priors.items()}
+            self.sigmas = [{k: s * level for k, s in scales.items()} for level in levels]
+            self.start = {k: s * np.sqrt(1 + levels[0] ** 2) for k, s in scales.items()}
 
-    def draw(self, y: np.ndarray, keys: Array) -> dict[str, np.ndarray]:
-        """One draw of all sources `(n, D)`, for observations `(n, M)` with these keys."""
-        if not self.sigmas:
-            view = self.views[0]
-            ones = np.tile(view.spread_ones, (len(y), 1))
-            nothing = {k: np.zeros((len(y), p.source.shape[0])) for k, p in view.parts.items()}
-            return _draw(view, y, self._normals(view, keys, 0), None, ones, nothing)
-        normals = self._normals(self.views[0], keys, 0)
-        x = {
-            k: np.asarray(p.location, float).ravel() + self.start[k] * normals.sources[k]
-            for k, p in self.priors.items()
-        }
-        for i, (view, here) in enumerate(zip(self.views, self.sigmas, strict=True)):
-            given = {k: noised(p, x[k], here[k]) for k, p in self.priors.items()}
-            weights = sum(
-                given[k].log_weights[:, c] for k, c in zip(given, view.tuples.T, strict=True)
-            )
-            coefficients = np.concatenate(
-                [g.coefficients.reshape(len(y), -1) for g in given.values()], axis=1
-            )
-            offsets = {k: g.offset for k, g in given.items()}
-            normals = self._normals(view, keys, 2 * i + 1)
-            drawn = _draw(view, y, normals, weights, coefficients, offsets)
-            if i + 1 == len(self.views):
+    def chunks(self, n_draws: int) -> Iterator[tuple[int, int]]:
+        """First and last of as many observations as can be drawn at once."""
+        width = sum(1 + b.variances.shape[1] for b in self.bases.values())
+        count = math.prod(b.log_weights.size for b in self.bases.values())
+        columns = sum(b.means.shape[0] * (1 + b.variances.shape[1]) for b in self.bases.values())
+        each = 4 * count * width + 3 * self.obs.size + columns
+        step = max(1, _CHUNK_BYTES // (8 * n_draws * each))
+        for start in range(0, self.obs.count, step):
+            yield start, min(start + step, self.obs.count)
+
+    def draw(self, index: np.ndarray, keys: Array) -> dict[str, np.ndarray]:
+        """Draws of all sources `(S n, D)` of the observations `index` `(n,)`, one for each key."""
+        some = take(self.obs, index)
+        x: dict[str, np.ndarray] = {}
+        for i, here in enumerate(self.sigmas):
+            normals = self._normals(some, keys, 2 * i + (here is not None))
+            if here is None:
+                drawn = self._draw(some, i, normals, None)
+            else:
+                if not x:
+                    x = self._noise(some, keys)
+                given = {k: noised(p, x[k], here[k]) for k, p in self.priors.items()}
+                drawn = self._draw(some, i, normals, given)
+            there = self.sigmas[i + 1] if i + 1 < len(self.sigmas) else None
+            if here is None or there is None:
                 return drawn
-            z = self._normals(view, keys, 2 * i + 2).sources
-            x = {k: _bridge(x[k], drawn[k], z[k], here[k], self.sigmas[i + 1][k]) for k in x}
+            z = self._normals(some, keys, 2 * i + 2).sources
+            x = {k: _bridge(x[k], drawn[k], z[k], here[k], there[k]) for k in x}
         raise AssertionError("there is at least one level")
 
-    def _normals(self, view: LowRankView, keys: Array, number: int) -> Normals:
-        sizes = tuple((k, p.source.shape[0]) for k, p in view.parts.items())
-        width = view.where.shape[1]
-        u, z, x, eta = _random(keys, jnp.asarray(number), sizes, width, self.obs.noise, view.size)
+    def _noise(self, some: Observations, keys: Array) -> dict[str, np.ndarray]:
+        z = self._normals(some, keys, 0).sources
+        location = {k: np.asarray(p.location, float).ravel() for k, p in self.priors.items()}
+        return {k: location[k] + self.start[k] * z[k] for k in z}
+
+    def _draw(
+        self, some: Observations, level: int, normals: Normals, given: dict[str, Noised] | None
+    ) -> dict[str, np.ndarray]:
+        """One draw at a level of every row, observation after observation where they differ."""
+        out = {k: np.empty((len(normals.uniform), p.means.shape[1])) for k, p in self.bases.items()}
+        for part, alike in groups(some):
+            view = self._view(alike, level)
+            rows = np.arange(len(normals.uniform)).reshape(-1, some.count)[:, part].ravel()
+            y = view.seen * np.asarray(some.y, np.float64)[rows % some.count]
+            mine = None if given is None else {k: g.rows(rows) for k, g in given.items()}
+            for k, x in _draw(view, y, normals.rows(rows), mine).items():
+                out[k][rows] = x
+        return out
+
+    def _view(self, alike: Observations, level: int) -> LowRankView:
+        """The view of observations that share all; kept where all do."""
+        if level in self._shared:
+            return self._shared[level]
+        view = LowRankView(self.bases, alike, self.sigmas[level])
+        if is_shared(self.obs):
+            self._shared[level] = view
+        return view
+
+    def _normals(self, some: Observations, keys: Array, number: int) -> Normals:
+        sizes = tuple((k, b.means.shape[1]) for k, b in self.bases.items())
+        width = sum(1 + b.variances.shape[1] for b in self.bases.values())
+        often = take(some.noise, np.arange(len(keys)) % some.count)
+        u, z, x, eta = _random(keys, jnp.asarray(number), often, sizes, width, some.size)
         to64 = lambda a: np.asarray(a, np.float64)
         return Normals(to64(u), to64(z), {k: to64(v) for k, v in x.items()}, to64(eta))
 
 
-def _draw(view, y, normals, weights, coefficients, offsets) -> dict[str, np.ndarray]:
+def _draw(
+    view: LowRankView, y: np.ndarray, normals: Normals, noised: dict[str, Noised] | None
+) -> dict[str, np.ndarray]:
     """A tuple by its probability, a prior draw of it, moved to the posterior."""
-    if weights is None:  # nothing is noised: the components are those of the priors
-        given = view.given(y)
+    if noised is None:
+        given, coefficients = view.given(y), np.tile(view.spread_ones, (len(y), 1))
+        offsets: dict[str, Any] = dict.fromkeys(view.parts, 0.0)
     else:
-        outside = sum(p.forward(offsets[k].T) for k, p in view.parts.items()).T
+        offsets = {k: g.offset for k, g in noised.items()}
+        pairs = zip(noised.values(), view.tuples.T, strict=True)
+        weights = np.asarray(sum(g.log_weights[:, c] for g, c in pairs))
+        flat = [g.coefficients.reshape(len(y), -1) for g in noised.values()]
+        coefficients = np.concatenate(flat, axis=1)
+        outside = np.asarray(sum(p.forward(offsets[k].T) for k, p in view.parts.items())).T
         given = view.given(y - outside, weights, coefficients)
     edges = np.cumsum(given.responsibilities, axis=1)
     t = np.sum(edges < normals.uniform[:, None] * edges[:, -1:], axis=1)
@@ -199,17 +245,19 @@ def _correct(prior: Preconditioned, x_t: Array, sigma: Array) -> Array:
 
 
 @eqx.filter_jit
-def _random(keys: Array, number: Array, sizes, width: int, noise: Noise, size: int):
+def _random(keys: Array, number: Array, noise: Noise, sizes, width: int, size: int):
     """`(uniform, latents, {source: normal}, noise)` of each key."""
+    own, shared = split(noise)
 
-    def one(key):
+    def one(key, own):
+        noise = eqx.combine(own, shared)
         key = jax.random.fold_in(key, number)
         u, z, e, *rest = jax.random.split(key, 3 + len(sizes))
         x = {k: jax.random.normal(kk, (d,)) for (k, d), kk in zip(sizes, rest, strict=True)}
         eta = noise.observed(size) * noise.sample(e, size)
         return jax.random.uniform(u), jax.random.normal(z, (width,)), x, eta
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(keys, own)
 
 
 def _bridge(x, drawn, z, here, there):

@@ -13,7 +13,6 @@ from functools import partial
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -28,18 +27,17 @@ from dichroic.evidence import (
     project,
 )
 from dichroic.lowrank import low_rank_log_evidence
-from dichroic.lowrank_em import initial_low_rank, low_rank_lap
+from dichroic.lowrank_em import initial_low_rank, low_rank_lap, mean_gain
 from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.mixture_sums import Statistics, chunks, pairs, sum_over, view_statistics
-from dichroic.observations import Observations
+from dichroic.observations import Observations, is_shared
 from dichroic.posterior import EXACT_LIMIT
-from dichroic.shared import is_shared, shared_log_evidence, shared_statistics
+from dichroic.shared import shared_log_evidence, shared_statistics
 
 Mixtures = dict[str, Mixture]
 # Tuples (n, T, sources) of each observation; None where a view is one mixture, see `dichroic.shared`.
 Chosen = Int[Array, "_ _ _"] | None
 _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
-_PROBES = 16
 
 
 def em_lap(
@@ -50,8 +48,8 @@ def em_lap(
 ) -> tuple[Mixtures, float]:
     """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
 
-    Returns all mixtures, and the mean log evidence before the last step. Sources of low rank, in views whose
-    observations share their operators, have an EM of their own: `dichroic.lowrank_em`.
+    Returns all mixtures, and the mean log evidence before the last step. Sources of low rank have an EM of
+    their own: `dichroic.lowrank_em`.
     """
     if any(is_low_rank(mixtures, obs) for obs in views):
         return low_rank_lap(mixtures, views, names, config)
@@ -131,13 +129,12 @@ def mean_log_evidence(
 
 def is_low_rank(mixtures: Mixtures, obs: Observations) -> bool:
     """Whether `dichroic.lowrank` is for this view."""
-    return is_shared(obs) and any(not mixtures[k].full_rank for k in obs.sources)
+    return any(not mixtures[k].full_rank for k in obs.sources)
 
 
 def is_large(views: Sequence[Observations]) -> bool:
-    """Whether sources start as mixtures of low rank: many numbers, and operators that observations share."""
-    largest = max(max(obs.size, *obs.dims.values()) for obs in views)
-    return largest > EXACT_LIMIT and all(map(is_shared, views))
+    """Whether sources start as mixtures of low rank."""
+    return max(max(obs.size, *obs.dims.values()) for obs in views) > EXACT_LIMIT
 
 
 def _one_mixture(priors: dict[str, Components], obs: Observations) -> bool:
@@ -189,27 +186,13 @@ def initial_gaussian(
     seeing, powers = [obs for obs in views if name in obs.sources], []
     for obs in seeing:
         some = take(obs, np.arange(min(obs.count, 64)))
-        gain = sum(_mean_gain(some, n) for n in obs.sources if n in group)
+        gain = sum(mean_gain(some, n) for n in obs.sources if n in group)
         power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
         powers.append(power / max(gain, 1e-30))
     variance, shape = max(min(powers), 1e-30), seeing[0].operators[name].in_shape
     if rank is not None:
         return initial_low_rank(name, seeing, rank, variance, known or {}, len(group))
     return gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
-
-
-def _mean_gain(obs: Observations, name: str) -> float:
-    """`tr(A Aᵀ)`, the mean over observations; for large ones from random vectors."""
-    rows, shared = split(obs)
-
-    def norm(r) -> Array:
-        one = eqx.combine(r, shared)
-        if max(one.size, one.dims[name]) <= EXACT_LIMIT:
-            return jnp.sum(one.system()[1][name] ** 2)
-        probes = jax.random.normal(jax.random.key(0), (_PROBES, one.size))
-        return jnp.sum(jax.vmap(lambda v: one.adjoint(v)[name])(probes) ** 2) / _PROBES
-
-    return float(jnp.mean(jax.vmap(norm)(rows)))
 
 
 def split_components(mixture: Mixture, components: int) -> Mixture:

@@ -5,13 +5,14 @@ data of the same shapes never recompile. Views of the same draws are already sta
 """
 
 import math
+from collections.abc import Iterator
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dichroic.batching import param, take
+from dichroic.batching import param, split, take
 from dichroic.noise import Noise
 from dichroic.operators import Operator
 
@@ -78,6 +79,21 @@ class Observations(eqx.Module):
         """The same observation with `y` drawn anew from the sources `x`."""
         noise = self.noise.observed(self.size) * self.noise.sample(key, self.size)
         return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
+
+
+def is_shared(obs: Observations) -> bool:
+    """Whether every observation has the same operators, noise and missing entries."""
+    rows, _ = split((obs.operators, obs.noise))
+    return not jax.tree.leaves(rows)
+
+
+def groups(obs: Observations) -> Iterator[tuple[slice, Observations]]:
+    """The observations by what they share: all of them, or each by itself, with their numbers."""
+    if is_shared(obs):
+        yield slice(0, obs.count), obs
+    else:
+        for i in range(obs.count):
+            yield slice(i, i + 1), take(obs, slice(i, i + 1))
 
 
 def whitened_chi2(

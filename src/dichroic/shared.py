@@ -15,18 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dichroic.batching import Tree, split
+from dichroic.batching import Tree
 from dichroic.evidence import Components
 from dichroic.mixture_sums import Pair, Statistics, Sums, pull_back_pair
 from dichroic.observations import Observations
 
 _CHUNK_BYTES = 96 * 2**20
-
-
-def is_shared(obs: Observations) -> bool:
-    """Whether every observation has the same operators, noise and missing entries."""
-    rows, _ = split((obs.operators, obs.noise))
-    return not jax.tree.leaves(rows)
 
 
 def shared_log_evidence(priors: dict[str, Components], obs: Observations) -> float:

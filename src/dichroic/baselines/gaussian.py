@@ -25,8 +25,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from dichroic.batching import split, take
-from dichroic.observations import Observations
-from dichroic.shared import is_shared
+from dichroic.observations import Observations, is_shared
 
 Arrays = dict[str, np.ndarray]
 _CACHE_BYTES = 2**28

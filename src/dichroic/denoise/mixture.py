@@ -121,6 +121,10 @@ class Mixture(Denoiser):
         within = jnp.sum(self.variances, -1) / self.dim + self.floor
         return jnp.sqrt(jnp.exp(self.log_weights) @ (between + within))
 
+    def pick(self, index: Any) -> "Mixture":
+        """The components `index` alone, with their weights as they are."""
+        return jax.tree.map(lambda a: a[index], self)
+
     def ordered(self) -> "Mixture":
         """The same mixture with components that lie together next to each other.
 
