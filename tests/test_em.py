@@ -9,7 +9,7 @@ import pytest
 
 from dichroic.config import FitConfig
 from dichroic.data import learning_order, prepare
-from dichroic.denoise import Mixture
+from dichroic.denoise import Mixture, gaussian
 from dichroic.em import State, advance, draw, with_network
 from dichroic.errors import ConfigError
 from dichroic.io import pack
@@ -363,6 +363,36 @@ def image_problem(count, seed):
             View(behind + bump + noise(), operators, 0.1, "both", truth={"bump": bump}),
         ],
     )
+
+
+@pytest.mark.parametrize(
+    ("true", "most", "found"), [(3, 64, 8), (14, 64, 16), (14, 8, 8), (40, 64, 64)]
+)
+def test_the_rank_of_large_sources_doubles_while_held_out_evidence_grows(true, most, found):
+    rng = np.random.default_rng(true)
+    x = rng.normal(size=(800, true)) @ rng.normal(size=(true, 150)) / np.sqrt(true)
+    view = View(x + 0.1 * rng.normal(size=x.shape), {"a": Identity(150)}, 0.1)
+    settings = {"components": 1, "rank": most, "gaussian_laps": 2}
+    config = {"mixture": settings, "diffusion": {"laps": 0}}
+    separator = Separator(Problem([Source("a", (150,))], [view]), config).fit(progress=False)
+    assert separator.denoisers["a"].variances.shape == (1, found)
+    tried = [m["rank"] for m in separator.metrics if "heldout_log_evidence" in m]
+    assert tried == [r for r in (8, 16, 32, 64) if r <= min(2 * found, most)]
+
+
+def test_large_gaussians_of_full_rank_are_drawn_from_exactly(rng):
+    """More numbers than the dense draws are for: means and variances over 2,000 draws."""
+    dim, n_draws = 140, 2000
+    basis = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    cov = (basis * np.linspace(0.01, 2, dim)) @ basis.T
+    obs = joint_observations([View(rng.normal(size=(3, dim)), {"a": Identity(dim)}, 0.3)])
+    prior = {"a": gaussian(np.zeros(dim), cov)}
+    x = draw(prior, obs, jax.random.key(0), FitConfig(), n_draws=n_draws).x["a"]
+    gain = cov @ np.linalg.inv(cov + 0.09 * np.eye(dim))
+    variance = np.diag(cov - gain @ cov)
+    off = (x.mean(axis=0) - np.asarray(obs.y) @ gain.T) / np.sqrt(variance / n_draws)
+    assert np.abs(off).max() < 5
+    assert np.abs(x.var(axis=0) / variance - 1).max() < 5 * np.sqrt(2 / n_draws)
 
 
 def test_images_are_separated_by_mixtures_of_low_rank_and_a_unet():

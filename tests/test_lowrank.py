@@ -21,6 +21,7 @@ from dichroic.lowrank_em import (
 )
 from dichroic.lowrank_sample import low_rank_draws
 from dichroic.noise import DenseNoise, DiagonalNoise
+from dichroic.observations import Observations
 from dichroic.operators import Dense, Diagonal, Identity, Scale
 from dichroic.problem import View
 from dichroic.sample import Ancestral
@@ -194,6 +195,11 @@ def test_observations_with_operators_of_their_own_add_up():
 @pytest.mark.parametrize("sampler", [None, Ancestral(3)], ids=["exact", "ancestral"])
 def test_draws_of_observations_with_operators_of_their_own_are_as_of_each_alone(sampler):
     mixtures, obs, alone = own_operators()
+    backwards = {
+        k: obs.operators[k] for k in "ba"
+    }  # the order of sources is not that of the alphabet
+    obs = Observations(obs.y, backwards, obs.noise)
+    alone = [Observations(o.y, {k: o.operators[k] for k in "ba"}, o.noise) for o in alone]
     key, options = jax.random.key(2), {"sampler": sampler, "n_draws": 3}
     whole = low_rank_draws(mixtures, obs, key, **options).x
     for i, one in enumerate(alone):

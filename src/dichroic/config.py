@@ -44,7 +44,7 @@ class MixtureConfig(_Ranged):
     """The closed-form start: expectation-maximisation of mixtures of Gaussians."""
 
     components: int = _count(64)  # per source, reached by doubling from one
-    rank: int = _count(32)  # of the covariances of sources of more than 128 numbers
+    rank: int = _count(64)  # of the covariances of sources of more than 128 numbers, at most
     gaussian_laps: int = _count(20)  # laps of the single Gaussian that everything starts from
     laps: int = _count(3)  # laps at each size
     final_laps: int = _count(10)  # laps at the last size

@@ -50,6 +50,9 @@ from dichroic.sample import Draws, draw_posterior, make_sampler
 from dichroic.tracking import Silent, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser
 
+LEAST_RANK = (
+    8  # of the covariances of large sources, which doubles while the held-out evidence grows
+)
 Denoisers = dict[str, Denoiser]
 Metrics = dict[str, Any]
 
@@ -102,15 +105,16 @@ def _mixture_lap(
     train = [obs for obs in data.train if relevant(obs)]
     current = state.current
     if names[0] not in current:
-        rank = c.rank if is_large(data.train) else None
-        start = partial(initial_gaussian, views=train, group=names, known=current, rank=rank)
-        current = {**current, **{n: start(n) for n in names}}
+        rank = min(LEAST_RANK, c.rank) if is_large(data.train) else None
+        current = {**current, **_start(names, train, current, rank)}
     current, evidence = em_lap(current, train, names, c)
     operators, told = _learn_operators(state, current, train, c)
     size = current[names[0]].log_weights.size
     laps = c.final_laps if size >= c.components else c.laps
     laps = c.gaussian_laps if size == 1 else laps
+    rank = None if current[names[0]].full_rank else current[names[0]].variances.shape[1]
     metrics: Metrics = {"sources": "+".join(names), "components": size, "log_evidence": evidence}
+    metrics |= {} if rank is None else {"rank": rank}
     metrics |= told
     state = dataclasses.replace(state, operators=operators)
     tracker.progress(f"{'+'.join(names)}: {size} components", state.lap + 1, laps)
@@ -124,7 +128,14 @@ def _mixture_lap(
     better = score > state.score
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
-    stale = 0 if better else state.stale + 1
+    if size == 1 and rank is not None:
+        most = min(c.rank, *(current[n].dim - 1 for n in names))
+        if better and rank < most:
+            wider = {**current, **_start(names, train, current, min(2 * rank, most))}
+            wide = dataclasses.replace(state, current=wider, best=best, score=score, lap=0)
+            return wide, metrics
+        current = {**current, **{n: best[n] for n in names}}  # of the rank with the best score
+    stale = 0 if better or size == 1 else state.stale + 1
     if size < c.components and stale < c.patience:
         target = min(2 * size, c.components)
         grown = {n: split_components(current[n], target).ordered() for n in names}
@@ -139,6 +150,14 @@ def _mixture_lap(
         return grown, metrics
     metrics |= _scores(best, data.at(best_operators), test, config)
     return _next_group(state, best, data, config), metrics
+
+
+def _start(
+    names: Sequence[str], views: Sequence[Observations], known: Denoisers, rank: int | None
+) -> dict[str, Mixture]:
+    """One Gaussian for each of the sources `names`, which are new."""
+    mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, Mixture)}
+    return {n: initial_gaussian(n, views, names, known=mixtures, rank=rank) for n in names}
 
 
 def _learn_operators(
@@ -311,7 +330,7 @@ def draw(
     """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not."""
     s, used = config.sampler, {k: denoisers[k] for k in obs.sources}
     mixtures = all(isinstance(d, Mixture) for d in used.values())
-    low_rank = all(map(is_low_rank_prior, used.values()))
+    low_rank = all(map(is_low_rank_prior, used.values())) or (mixtures and is_large([obs]))
     if low_rank and (mixtures or s.name in ("auto", "ancestral")):
         kwargs.pop("batch_size", None)
         sampler = None if mixtures else make_sampler(s)

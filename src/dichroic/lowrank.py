@@ -199,7 +199,9 @@ class LowRankView:
         given = sum(p.forward(x[k].T) for k, p in self.parts.items())
         v = self.base.solve((y - eta).T - given).T
         along = np.take_along_axis(v @ self.columns, self.where[t], axis=1)
-        w = np.einsum("nc,ncd->nd", along, self.covariance[t])  # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ
+        w = np.empty_like(along)  # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ
+        for u in np.unique(t):
+            w[t == u] = along[t == u] @ self.covariance[u]
         back = self.spread(t, w)
         v = v - back @ self.solved.T
         return {

@@ -84,8 +84,8 @@ def low_rank_draws(
     found: dict[str, list[np.ndarray]] = {k: [] for k in priors}
     for start, stop in walk.chunks(n_draws):
         index = jnp.asarray(first_index + np.arange(start, stop))
-        keys = [observation_keys(key, jnp.asarray(d), index) for d in range(n_draws)]
-        x = walk.draw(np.arange(start, stop), jnp.concatenate(keys))
+        keys = jax.vmap(lambda d, index=index: observation_keys(key, d, index))(jnp.arange(n_draws))
+        x = walk.draw(np.arange(start, stop), keys.reshape(-1))
         for name, values in x.items():
             shaped = values.reshape(n_draws, stop - start, *priors[name].shape)
             found[name].append(shaped.astype(np.float32))
@@ -184,6 +184,7 @@ def _draw(
         given, coefficients = view.given(y), np.tile(view.spread_ones, (len(y), 1))
         offsets: dict[str, Any] = dict.fromkeys(view.parts, 0.0)
     else:
+        noised = {k: noised[k] for k in view.parts}
         offsets = {k: g.offset for k, g in noised.items()}
         pairs = zip(noised.values(), view.tuples.T, strict=True)
         weights = np.asarray(sum(g.log_weights[:, c] for g, c in pairs))

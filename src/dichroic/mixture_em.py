@@ -129,7 +129,7 @@ def mean_log_evidence(
 
 def is_low_rank(mixtures: Mixtures, obs: Observations) -> bool:
     """Whether `dichroic.lowrank` is for this view."""
-    return any(not mixtures[k].full_rank for k in obs.sources)
+    return is_large([obs]) or any(not mixtures[k].full_rank for k in obs.sources)
 
 
 def is_large(views: Sequence[Observations]) -> bool:

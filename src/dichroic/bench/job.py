@@ -114,7 +114,9 @@ def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[st
             rows.append({"view": held.name, "source": source, **found})
     points, seed = spec.config.points, spec.seed
     for source, fresh in case.fresh.items():
-        near = partial(distances, points=points, seed=seed, features=case.features.get(source))
+        features, transport = case.features.get(source), not spec.problem.pixels
+        options = {"points": points, "seed": seed, "features": features, "transport": transport}
+        near = partial(distances, **options)
         for row in [r for r in rows if r["source"] == source][:1]:
             x = np.concatenate([d[source][0] for d in draws if source in d])
             if method is not None:  # of the limit there are too few observations

@@ -112,7 +112,7 @@ def _manifolds(name: ProblemName, seed: int, config: BenchConfig) -> Case:
 
 
 GRASSY_FIT: Mapping[str, Any] = {
-    "mixture": {"components": 8, "rank": 64, "gaussian_laps": 6, "final_laps": 4},
+    "mixture": {"components": 16, "rank": 128, "gaussian_laps": 4, "final_laps": 4},
 }
 
 
