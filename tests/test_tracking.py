@@ -116,6 +116,11 @@ def test_the_console_prints_one_line_per_scored_lap(capsys):
     ]
 
 
+def test_the_console_says_the_rank_of_large_sources(capsys):
+    Console().lap({**LAP, "rank": 16, "heldout_log_evidence": 1.5})
+    assert "mixture a+b × 4, rank 16: heldout_log_evidence 1.5" in capsys.readouterr().err
+
+
 def test_silence_is_silent(capsys):
     silent = Silent()
     silent.progress("a", 1, 2)

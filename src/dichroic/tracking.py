@@ -47,6 +47,7 @@ class Console:
             self._close()
             text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
             size = f" × {metrics['components']}" if "components" in metrics else ""
+            size += f", rank {metrics['rank']}" if "rank" in metrics else ""
             head = f"{metrics['phase']} {metrics['sources']}{size}"
             tqdm.write(f"[{metrics['seconds']:6.1f} s] {head}: {text}", file=sys.stderr)
 
