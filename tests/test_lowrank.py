@@ -220,13 +220,11 @@ def test_a_start_from_masked_observations_has_the_moments_of_the_source():
     start = initial_low_rank("a", [obs], 2, 1.0, {}, 1)
     assert np.isfinite(np.asarray(start.variances)).all()
     np.testing.assert_allclose(start.means[0], 2, rtol=0.15)
-    found, _ = low_rank_lap(
-        {"a": start}, [take(obs, slice(0, 400))], ["a"], MixtureConfig(steps=30)
-    )
+    found, _ = low_rank_lap({"a": start}, [take(obs, slice(0, 100))], ["a"], MixtureConfig(steps=8))
     basis, variances = np.asarray(found["a"].basis[0]), np.asarray(found["a"].variances[0])
     top = basis[:, np.argmax(variances)]
-    assert abs(top @ axis) / np.linalg.norm(axis) > 0.98
-    assert variances.max() == pytest.approx(axis @ axis, rel=4 * np.sqrt(2 / 400))
+    assert abs(top @ axis) / np.linalg.norm(axis) > 0.95
+    assert variances.max() == pytest.approx(axis @ axis, rel=4 * np.sqrt(2 / 100))
 
 
 def test_draws_depend_on_the_number_of_the_observation_and_the_draw_only():
