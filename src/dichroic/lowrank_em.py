@@ -98,7 +98,7 @@ def low_rank_statistics(
     """`Σ_i log p(y_i)`, and the sums of every source that the view sees."""
     if is_shared(obs):
         return _shared_statistics(mixtures, obs)
-    mixtures, obs = jax.tree.map(np.asarray, (dict(mixtures), obs))  # slices of JAX take their time
+    mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
     return _added(_statistics_of_one(mixtures, one) for _, one in groups(obs))
 
 
@@ -260,9 +260,10 @@ class _Moments:
         index = np.linspace(0, obs.count - 1, min(obs.count, _SAMPLE)).astype(int)
         few = 1 if is_shared(obs) else min(obs.count, _OPERATORS)
         self.known = [_Known(name, obs.one(int(i)), known) for i in index[:: -(-len(index) // few)]]
-        self.gain = mean_gain(take(obs, index), name) / math.prod(self.operator.in_shape)
+        some = take(obs, index)
+        self.gain = mean_gain(some, name) / math.prod(self.operator.in_shape)
         others = {k: jnp.asarray(known[k].location) for k in obs.sources if k in known}
-        x = np.asarray(_back_projected(take(obs, index), name, others), np.float64) / self.gain
+        x = np.asarray(_back_projected(some, name, others), np.float64) / self.gain
         self.mean = x.mean(axis=0)
         self.sample = x - self.mean
 

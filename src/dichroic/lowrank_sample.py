@@ -101,7 +101,7 @@ class _Walk:
     def __init__(self, priors: Priors, obs: Observations, sampler: Sampler | None):
         self.priors, self.obs = priors, obs
         self.bases = {k: p.base if isinstance(p, Preconditioned) else p for k, p in priors.items()}
-        self.sigmas: list[dict[str, float] | None] = [None]
+        self.sigmas: list[dict[str, float]] = []
         self._shared: dict[int, LowRankView] = {}
         if sampler is not None:
             levels = np.asarray(sampler.schedule.grid(sampler.steps), float)
@@ -122,27 +122,21 @@ class _Walk:
     def draw(self, index: np.ndarray, keys: Array) -> dict[str, np.ndarray]:
         """Draws of all sources `(S n, D)` of the observations `index` `(n,)`, one for each key."""
         some = take(self.obs, index)
-        x: dict[str, np.ndarray] = {}
+        normals = self._normals(some, keys, 0)
+        if not self.sigmas:
+            return self._draw(some, 0, normals, None)
+        x = {
+            k: np.asarray(p.location, float).ravel() + self.start[k] * normals.sources[k]
+            for k, p in self.priors.items()
+        }
         for i, here in enumerate(self.sigmas):
-            normals = self._normals(some, keys, 2 * i + (here is not None))
-            if here is None:
-                drawn = self._draw(some, i, normals, None)
-            else:
-                if not x:
-                    x = self._noise(some, keys)
-                given = {k: noised(p, x[k], here[k]) for k, p in self.priors.items()}
-                drawn = self._draw(some, i, normals, given)
-            there = self.sigmas[i + 1] if i + 1 < len(self.sigmas) else None
-            if here is None or there is None:
+            given = {k: noised(p, x[k], here[k]) for k, p in self.priors.items()}
+            drawn = self._draw(some, i, self._normals(some, keys, 2 * i + 1), given)
+            if i + 1 == len(self.sigmas):
                 return drawn
             z = self._normals(some, keys, 2 * i + 2).sources
-            x = {k: _bridge(x[k], drawn[k], z[k], here[k], there[k]) for k in x}
+            x = {k: _bridge(x[k], drawn[k], z[k], here[k], self.sigmas[i + 1][k]) for k in x}
         raise AssertionError("there is at least one level")
-
-    def _noise(self, some: Observations, keys: Array) -> dict[str, np.ndarray]:
-        z = self._normals(some, keys, 0).sources
-        location = {k: np.asarray(p.location, float).ravel() for k, p in self.priors.items()}
-        return {k: location[k] + self.start[k] * z[k] for k in z}
 
     def _draw(
         self, some: Observations, level: int, normals: Normals, given: dict[str, Noised] | None
@@ -162,7 +156,8 @@ class _Walk:
         """The view of observations that share all; kept where all do."""
         if level in self._shared:
             return self._shared[level]
-        view = LowRankView(self.bases, alike, self.sigmas[level])
+        sigmas = self.sigmas[level] if self.sigmas else None
+        view = LowRankView(self.bases, alike, sigmas)
         if is_shared(self.obs):
             self._shared[level] = view
         return view

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.batching import param, split, take
@@ -92,6 +93,7 @@ def groups(obs: Observations) -> Iterator[tuple[slice, Observations]]:
     if is_shared(obs):
         yield slice(0, obs.count), obs
     else:
+        obs = jax.tree.map(np.asarray, obs)  # many slices of JAX arrays take their time
         for i in range(obs.count):
             yield slice(i, i + 1), take(obs, slice(i, i + 1))
 

@@ -45,9 +45,10 @@ def shared_statistics(
     information = n[:, None, None] * (back @ root)
     own = Sums(n, g, back @ s @ root, information)
     sums = {k: view.collect(own, k).pull_back(view.matrices[k]) for k in view.matrices}
-    cross = {(a, b): view.collect(information, a, b) for a, b in coupled}
-    back_pair = lambda a, b: pull_back_pair(cross[a, b], view.matrices[a], view.matrices[b])
-    return Statistics(value, sums, {(a, b): back_pair(a, b) for a, b in coupled})
+    cross = lambda a, b: pull_back_pair(
+        view.collect(information, a, b), view.matrices[a], view.matrices[b]
+    )
+    return Statistics(value, sums, {(a, b): cross(a, b) for a, b in coupled})
 
 
 class _View:
