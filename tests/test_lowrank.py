@@ -15,13 +15,14 @@ from dichroic.lowrank import LowRankView, low_rank_log_evidence, moments
 from dichroic.lowrank_em import (
     from_columns,
     initial_low_rank,
+    largest_eigenpairs,
     low_rank_lap,
     low_rank_statistics,
     maximise_low_rank,
 )
 from dichroic.lowrank_sample import low_rank_draws
 from dichroic.noise import DenseNoise, DiagonalNoise
-from dichroic.observations import Observations
+from dichroic.observations import Observations, groups
 from dichroic.operators import Dense, Diagonal, Identity, Scale
 from dichroic.problem import View
 from dichroic.sample import Ancestral
@@ -206,6 +207,49 @@ def test_draws_of_observations_with_operators_of_their_own_are_as_of_each_alone(
         part = low_rank_draws(mixtures, one, key, first_index=i, **options).x
         for k, x in part.items():
             np.testing.assert_allclose(whole[k][:, i : i + 1], x, rtol=1e-4, atol=1e-5)
+
+
+def test_observations_with_the_same_operators_and_masks_are_taken_together():
+    rng = np.random.default_rng(8)
+    kinds = np.array([0, 1, 0, 2, 1, 0, 0, 2])
+    gains, masks = np.array([0.5, 1, 2])[kinds], rng.uniform(size=(3, 6))[kinds] < 0.7
+    mixtures, alike = case("diagonal", n=8)
+    operators = {"a": Scale(6, gains), "b": alike.operators["b"]}
+    obs = View(np.asarray(alike.y), operators, 0.3, mask=masks).prepare()
+    found = list(groups(obs))
+    assert sorted(i.tolist() for i, _ in found) == [[0, 2, 5, 6], [1, 4], [3, 7]]
+    for index, some in found:
+        np.testing.assert_array_equal(some.y, np.asarray(obs.y)[index])
+        assert np.ptp(np.asarray(some.operators["a"].factor)) == 0
+    value, sums = low_rank_statistics(mixtures, obs)
+    parts = [low_rank_statistics(mixtures, obs_i) for _, obs_i in each(obs)]
+    assert value == pytest.approx(sum(v for v, _ in parts), rel=1e-9)
+    for name, mine in sums.items():
+        expect = sum((p[name] for _, p in parts[1:]), parts[0][1][name])
+        for field in ("inner", "cross", "square", "scatter", "information", "count"):
+            np.testing.assert_allclose(getattr(mine, field), getattr(expect, field), rtol=1e-6)
+
+
+def each(obs):
+    """Every observation by itself, as one that is alone."""
+    for i in range(obs.count):
+        one = obs.one(i)
+        yield i, Observations(np.asarray(one.y)[None], one.operators, one.noise)
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_the_largest_eigenvalues_of_an_indefinite_matrix(rank):
+    rng = np.random.default_rng(9)
+    q, _ = np.linalg.qr(rng.normal(size=(200, 200)))
+    values = np.concatenate([2.0 ** -np.arange(20), -np.linspace(0, 1, 180)])
+    matrix = (q * values) @ q.T
+    found, vectors = largest_eigenpairs(lambda v: matrix @ v, 200, rank)
+    np.testing.assert_allclose(found[:3], values[:3], rtol=0.02)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(rank), atol=1e-10)
+    assert np.all(found <= values[:rank] + 1e-10)  # Rayleigh quotients
+    small = q[:30, :30] + q[:30, :30].T  # a space that is the whole
+    found, vectors = largest_eigenpairs(lambda v: small @ v, 30, rank)
+    np.testing.assert_allclose(small @ vectors, vectors * found, atol=1e-10)
 
 
 def test_a_start_from_masked_observations_has_the_moments_of_the_source():

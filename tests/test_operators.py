@@ -17,6 +17,7 @@ from dichroic.operators import (
     Function,
     Identity,
     Learned,
+    Place,
     Scale,
     Stack,
     Sum,
@@ -74,12 +75,17 @@ SHARED = {
     "convolve-image": lambda: Convolve(normal(3, 5), shape=(6, 5)),
     "convolve-channels": lambda: Convolve(normal(5, 3), shape=(2, 6, 5), ndim=2),
     "convolve-last-axis": lambda: Convolve(normal(3), shape=(4, 6), ndim=1),
+    "place": lambda: Place((3, 4), (8, 9), (2, 5)),
+    "place-partly-outside": lambda: Place((3, 4), (8, 9), (-2, 7)),
+    "place-outside": lambda: Place(4, 6, (9,)),
+    "place-larger-than-the-scene": lambda: Place((8, 9), (3, 4), (-2, -3)),
 }
 PER_OBSERVATION = {
     "scale-rows": lambda: Scale((2, 3), normal(N)),
     "diagonal-rows": lambda: Diagonal(normal(N, 2, 3), shape=(2, 3)),
     "dense-rows": lambda: Dense(normal(N, 4, 6), in_shape=(2, 3)),
     "function-rows": lambda: function(True),
+    "place-rows": lambda: Place((2, 3), (4, 6), [[1, 2], [-1, 4], [9, -9]]),
     "convolve-rows-1d": lambda: Convolve(normal(N, 3), shape=6),
     "convolve-rows-image": lambda: Convolve(normal(N, 3, 3), shape=(5, 4)),
     "convolve-rows-channels": lambda: Convolve(normal(N, 3, 3), shape=(2, 5, 4), ndim=2),
@@ -201,6 +207,21 @@ def test_block_average_is_a_reshape_and_mean(rng):
     assert op.out_shape == (2, 3, 3)
     expect = x.reshape(2, 2, 3, 2, 3).mean(axis=(1, 3))
     np.testing.assert_allclose(op.mv(jnp.asarray(x)), expect, atol=1e-6)
+
+
+def test_place_puts_a_patch_where_it_is_said(rng):
+    x, scene = rng.normal(size=(2, 3)).astype(np.float32), np.zeros((4, 6), np.float32)
+    scene[1:3, 4:6] = x[:, :2]  # the last column is outside
+    np.testing.assert_array_equal(Place((2, 3), (4, 6), (1, 4)).mv(jnp.asarray(x)), scene)
+    scene[:] = 0
+    scene[:1, :3] = x[1:]
+    np.testing.assert_array_equal(Place((2, 3), (4, 6), (-1, 0)).mv(jnp.asarray(x)), scene)
+
+
+@pytest.mark.parametrize("offset", [(1,), (1, 2, 3), [[[1, 2]]], (0.5, 1)])
+def test_place_needs_whole_offsets_for_every_axis(offset):
+    with pytest.raises(ShapeError, match="Place: "):
+        Place((2, 3), (4, 6), offset)
 
 
 def test_block_average_names_an_axis_once():

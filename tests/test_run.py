@@ -14,8 +14,10 @@ import yaml
 from dichroic.cli import main
 from dichroic.config import FitConfig
 from dichroic.datasets.manifolds import manifold_problem
-from dichroic.errors import FormatError, RunError
+from dichroic.errors import ConfigError, FormatError, RunError
 from dichroic.io import load_model
+from dichroic.operators import Identity
+from dichroic.problem import View
 from dichroic.separator import Separator
 from dichroic.tracking import read_metrics
 
@@ -102,6 +104,21 @@ def test_the_saved_model_separates_as_the_fitted_one(problem, whole, tmp_path):
         for k, x in expected.draws.items():
             np.testing.assert_array_equal(got.draws[k], x)
     assert expected.mean["source1"].shape == expected.std["source1"].shape == (400, 5)
+
+
+def test_several_sources_may_be_of_one_learned_kind(whole):
+    """Two draws of one source in an observation: the posterior of each is the same, and they add up."""
+    _, separator = whole
+    blend = separator.with_sources({"left": "source1", "right": "source1"})
+    x = separator.sample_prior("source1", 2 * 64).reshape(2, 64, 5)
+    view = View(x.sum(axis=0), {"left": Identity(5), "right": Identity(5)}, 0.01)
+    draws = blend.separate(view, n_draws=64).draws
+    total = draws["left"] + draws["right"] - x.sum(axis=0)
+    assert np.sqrt(np.mean(total**2)) < 0.02
+    gap = (draws["left"] - draws["right"]).mean(axis=0)  # nothing tells left from right
+    assert np.all(np.abs(gap.mean(axis=0)) < 5 * gap.std(axis=0) / np.sqrt(len(gap)) + 1e-3)
+    with pytest.raises(ConfigError, match="with_sources: unknown key 'source9'; did you mean"):
+        separator.with_sources({"left": "source9"})
 
 
 def test_prior_samples_follow_the_learned_prior(whole):

@@ -21,6 +21,7 @@ from dichroic.operators import (
     Diagonal,
     Function,
     Identity,
+    Place,
     Scale,
     Stack,
     Sum,
@@ -161,6 +162,11 @@ def test_operator_kinds(tmp_path, arrays):
         operators: {x: {convolve: {kernel: [0.25, 0.5, 0.25], ndim: 1}}}
         noise: 0.1
         mask: nan
+      scene:
+        observations: y.npy
+        operators:
+          x: {compose: [{place: {offset: o.npy, out_shape: [8, 8]}}, {place: {offset: [1, -2], out_shape: [9, 9]}}]}
+        noise: 0.1
     """
     rng = np.random.default_rng(1)
     a = {
@@ -173,6 +179,7 @@ def test_operator_kinds(tmp_path, arrays):
         "z": rng.normal(size=(N, 2, 1)),
         "m": rng.normal(size=(2, 64)),
         "k": np.ones((N, 3, 3)),
+        "o": rng.integers(-3, 3, size=(N, 2)),
     }
     for name, value in a.items():
         np.save(tmp_path / f"{name}.npy", value)
@@ -182,12 +189,14 @@ def test_operator_kinds(tmp_path, arrays):
     stack = Stack((Identity(s), BlockAverage(s, 4, axes=(0,)), Zero(s, (2,))))
     dense = Compose((Dense(a["m"], in_shape=s, out_shape=(2, 1)), Convolve(a["k"], shape=s)))
     line = Convolve([0.25, 0.5, 0.25], shape=s, ndim=1)
+    scene = Place((9, 9), s, a["o"]) @ Place(s, (9, 9), (1, -2))
     low_rank = LowRankNoise(jnp.asarray(a["u"]), jnp.asarray(a["v"]))
     views = [
         View(a["y"], {"x": total}, Isotropic(jnp.asarray(a["std"])), "zero"),
         View(a["s"], {"x": stack}, low_rank, "stack"),
         View(a["z"], {"x": dense}, DenseNoise(jnp.diag(jnp.array([2.0, 1.0]))), "dense", group="7"),
         View(a["y"], {"x": line}, 0.1, "conv", "nan"),
+        View(a["y"], {"x": scene}, 0.1, "scene"),
     ]
     assert problem.fingerprint() == Problem([Source("x", s)], views).fingerprint()
     assert fit == {}

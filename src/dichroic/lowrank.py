@@ -25,6 +25,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from dichroic.denoise import Mixture
 from dichroic.errors import DataError
@@ -315,13 +316,16 @@ def _base(one: Observations, parts: Mapping[str, Part], seen: np.ndarray) -> Bas
             f"observations of {one.size:,} numbers whose operators or noise are not diagonal; at most "
             f"{MOST_DENSE:,} are supported"
         )
-    squares = {k: p.forward(p.back(np.eye(one.size))) for k, p in parts.items()}
-    noise = np.asarray(one.noise.as_matrix(one.size), np.float64)
+    rows = np.flatnonzero(seen)  # of missing entries, `y` and all columns are 0
+    unit = np.eye(one.size)[:, rows]
+    squares = {k: p.forward(p.back(unit))[rows] for k, p in parts.items()}
+    noise = np.asarray(one.noise.as_matrix(one.size), np.float64)[np.ix_(rows, rows)]
     b = sum((parts[k].floor * s for k, s in squares.items()), noise)
     low = np.linalg.cholesky(0.5 * (b + b.T))
-    half = np.linalg.inv(low)
-    inverse = half.T @ half
-    traces = {k: float(np.sum(inverse * s)) for k, s in squares.items()}
+    half = solve_triangular(low, np.eye(len(rows)), lower=True)
+    inverse = np.zeros((one.size,) * 2)
+    inverse[np.ix_(rows, rows)] = half.T @ half
+    traces = {k: float(np.sum(inverse[np.ix_(rows, rows)] * s)) for k, s in squares.items()}
     return Base(lambda v: inverse @ v, 2 * float(np.log(np.diagonal(low)).sum()), traces)
 
 

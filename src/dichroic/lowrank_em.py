@@ -25,20 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from scipy.sparse.linalg import LinearOperator, eigsh
 
 from dichroic.batching import split, take
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
-from dichroic.lowrank import LowRankView, moments, products
+from dichroic.lowrank import Columns, LowRankView, moments, products
 from dichroic.mixture_step import ascend
+from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
 from dichroic.posterior import EXACT_LIMIT
 
 _SAMPLE = 4000  # observations that a first basis is computed from
 _OPERATORS = 16  # of different ones, that a first covariance is computed from
 _PROBES = 16  # random vectors that a trace is estimated with
-_FEW_TUPLES = 4  # below which all are kept
+_PRODUCTS, _EXTRA = 6, 8  # blocks of a Krylov space, and vectors of each beyond those wanted
+_FEW = (
+    4  # tuples, or observations: for them components are picked only beyond, or only up to, as many
+)
 _NEGLIGIBLE = 1e-12  # probability of a tuple
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
@@ -99,20 +102,21 @@ def low_rank_statistics(
     if is_shared(obs):
         return _shared_statistics(mixtures, obs)
     mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
-    return _added(_statistics_of_one(mixtures, one) for _, one in groups(obs))
+    return _added(_statistics_of_few(mixtures, some) for _, some in groups(obs))
 
 
-def _statistics_of_one(
-    mixtures: Mapping[str, Mixture], one: Observations
+def _statistics_of_few(
+    mixtures: Mapping[str, Mixture], obs: Observations
 ) -> tuple[float, dict[str, LatentSums]]:
-    """The same of one observation, by the components alone that it may be of."""
-    if math.prod(mixtures[k].log_weights.size for k in one.sources) < _FEW_TUPLES:
-        return _shared_statistics(mixtures, one)
-    view = LowRankView({k: mixtures[k] for k in one.sources}, one)
-    given = view.given(next(view.chunks(one)))
-    likely = view.tuples[given.responsibilities[0] > _NEGLIGIBLE]
-    kept = {k: np.unique(c) for k, c in zip(one.sources, likely.T, strict=True)}
-    value, sums = _shared_statistics({k: mixtures[k].pick(i) for k, i in kept.items()}, one)
+    """The same of observations alike, if they are few by the components alone that they may be of."""
+    tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
+    if obs.count > _FEW or tuples < _FEW:
+        return _shared_statistics(mixtures, obs)
+    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs)
+    given = view.given(next(view.chunks(obs)))
+    likely = view.tuples[given.responsibilities.max(axis=0) > _NEGLIGIBLE]
+    kept = {k: np.unique(c) for k, c in zip(obs.sources, likely.T, strict=True)}
+    value, sums = _shared_statistics({k: mixtures[k].pick(i) for k, i in kept.items()}, obs)
     return value, {k: s.among(kept[k], mixtures[k]) for k, s in sums.items()}
 
 
@@ -236,17 +240,30 @@ def initial_low_rank(
     shape = parts[0].operator.in_shape
     d = math.prod(shape)
     product = lambda v: sum(w * p.product(v) for w, p in zip(weights, parts, strict=True)) / share
-    start = np.random.default_rng(0).normal(size=d)
-    operator = LinearOperator((d, d), matvec=product, dtype=np.float64)
-    values, vectors = eigsh(operator, k=min(rank, d - 1), which="LA", v0=start, tol=1e-3)
+    values, vectors = largest_eigenpairs(product, d, min(rank, d - 1))
     values = np.maximum(values, 1e-6 * max(values.max(), 1e-3 * variance))
-    probes = np.random.default_rng(1).normal(size=(_PROBES, d))
-    trace = np.mean([p @ product(p) for p in probes])
+    probes = np.random.default_rng(1).normal(size=(d, _PROBES))
+    trace = np.sum(probes * product(probes)) / _PROBES
     floor = max((trace - values.sum()) / (d - len(values)), 1e-3 * values.mean())
     columns = np.zeros((1, d, 1 + len(values)))
     columns[0, :, 0] = sum(w * p.mean for w, p in zip(weights, parts, strict=True)) / share
     columns[0, :, 1:] = vectors * np.sqrt(values)
     return from_columns(np.ones(1), columns, floor, shape)
+
+
+def largest_eigenpairs(product: Columns, d: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `rank` largest eigenvalues of a symmetric `d × d` matrix, which may be indefinite, and their vectors.
+
+    By a block Krylov space of a few products (Musco and Musco, NeurIPS 2015); exact where that is the whole.
+    """
+    blocks = [np.random.default_rng(0).normal(size=(d, min(rank + _EXTRA, d)))]
+    for _ in range(_PRODUCTS - 1):
+        blocks.append(np.linalg.qr(product(blocks[-1]))[0])
+    q, _ = np.linalg.qr(np.concatenate(blocks, axis=1))
+    inside = q.T @ product(q)
+    values, vectors = np.linalg.eigh(0.5 * (inside + inside.T))
+    top = slice(-1, -rank - 1, -1)
+    return values[top], q @ vectors[:, top]
 
 
 class _Moments:
@@ -268,7 +285,7 @@ class _Moments:
         self.sample = x - self.mean
 
     def product(self, v: np.ndarray) -> np.ndarray:
-        """The covariance of the source, as far as it is left, times `v` `(D,)`."""
+        """The covariance of the source, as far as it is left, times the columns `v` `(D, n)`."""
         known = np.mean([k.product(v) for k in self.known], axis=0) / self.gain**2
         return self.sample.T @ (self.sample @ v) / len(self.sample) - known
 
@@ -315,13 +332,18 @@ class _Known:
             self.sources.append((*products(one.operators[other], seen), columns, floor, weights))
 
     def product(self, v: np.ndarray) -> np.ndarray:
-        """The covariance of `Aᵀ y`, as far as it is known, times `A v`."""
-        u = self.forward(v.reshape(-1, 1))
-        noise = self.noise.mv(jnp.asarray(u[:, 0], jnp.float32))
-        other = np.asarray(noise, np.float64)[:, None]
+        """The covariance of `Aᵀ y`, as far as it is known, times `A v`, for columns `v` `(D, n)`."""
+        u = self.forward(v)
+        other = np.asarray(_noise_columns(self.noise, jnp.asarray(u, jnp.float32)), np.float64)
         for forward, back, columns, floor, weights in self.sources:
-            w = back(u)[:, 0]
-            inside = np.einsum("kdr,d,k->kr", columns, w, weights, optimize=True)
-            spread = np.einsum("kdr,kr->d", columns, inside, optimize=True) + floor * w
-            other = other + forward(spread[:, None])
-        return self.back(other)[:, 0]
+            w = back(u)
+            inside = np.einsum("kdr,dn,k->krn", columns, w, weights, optimize=True)
+            spread = np.einsum("kdr,krn->dn", columns, inside, optimize=True) + floor * w
+            other = other + forward(spread)
+        return self.back(other)
+
+
+@eqx.filter_jit
+def _noise_columns(noise: Noise, columns: Array) -> Array:
+    """`Σ` times columns `(M, n)`."""
+    return jax.vmap(noise.mv, in_axes=1, out_axes=1)(columns)

@@ -6,6 +6,7 @@ data of the same shapes never recompile. Views of the same draws are already sta
 
 import math
 from collections.abc import Iterator
+from hashlib import blake2b
 
 import equinox as eqx
 import jax
@@ -88,14 +89,24 @@ def is_shared(obs: Observations) -> bool:
     return not jax.tree.leaves(rows)
 
 
-def groups(obs: Observations) -> Iterator[tuple[slice, Observations]]:
-    """The observations by what they share: all of them, or each by itself, with their numbers."""
+def groups(obs: Observations) -> Iterator[tuple[np.ndarray, Observations]]:
+    """The observations with the same operators, noise and missing entries, and their numbers.
+
+    Masks that recur, stamps of a few sizes, amplitudes in classes: groups are found by comparing the numbers.
+    """
     if is_shared(obs):
-        yield slice(0, obs.count), obs
-    else:
-        obs = jax.tree.map(np.asarray, obs)  # many slices of JAX arrays take their time
-        for i in range(obs.count):
-            yield slice(i, i + 1), take(obs, slice(i, i + 1))
+        yield np.arange(obs.count), obs
+        return
+    obs = jax.tree.map(np.asarray, obs)  # many slices of JAX arrays take their time
+    leaves = jax.tree.leaves(split((obs.operators, obs.noise))[0])
+    found: dict[bytes, list[int]] = {}
+    for i in range(obs.count):
+        key = blake2b(digest_size=16)
+        for leaf in leaves:
+            key.update(np.ascontiguousarray(leaf[i]).data)
+        found.setdefault(key.digest(), []).append(i)
+    for index in found.values():
+        yield np.array(index), take(obs, np.array(index))
 
 
 def whitened_chi2(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dichroic.config import FitConfig
+from dichroic.config import FitConfig, check_keys
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import draw, predictive_chi2
 from dichroic.errors import DataError, RunError
@@ -150,6 +150,20 @@ class Separator:
         return draw_prior(
             denoiser, n, jax.random.key(seed), sampler=sampler, batch_size=self.config.batch_size
         )
+
+    def with_sources(self, sources: Mapping[str, str]) -> "Separator":
+        """A separator of other sources, each of a kind that was learned: `{new name: learned source}`.
+
+        Several sources may be of one kind, such as all galaxies of a blend; what is to be separated is then a
+        `View` with an operator for each.
+
+        >>> blend = separator.with_sources({"left": "galaxy", "right": "galaxy"})  # doctest: +SKIP
+        """
+        check_keys(dict.fromkeys(sources.values()), self._fitted(), "with_sources")
+        other = Separator(None, self.config)
+        other.denoisers = {name: self.denoisers[kind] for name, kind in sources.items()}
+        other.operators = dict(self.operators)
+        return other
 
     def save(self, path: str | Path) -> None:
         """Save the learned priors to a folder, as safetensors and JSON."""

@@ -11,6 +11,7 @@ from dichroic.operators.elementary import Zero as Zero
 from dichroic.operators.image import BlockAverage as BlockAverage
 from dichroic.operators.image import BlockProject as BlockProject
 from dichroic.operators.image import Convolve as Convolve
+from dichroic.operators.image import Place as Place
 from dichroic.operators.learned import Learned as Learned
 from dichroic.operators.structure import Compose as Compose
 from dichroic.operators.structure import Stack as Stack

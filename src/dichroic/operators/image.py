@@ -1,9 +1,11 @@
-"""Operators of imaging and time series: block averaging (fewer outputs) and convolution by FFT."""
+"""Operators of imaging and time series: block averaging, convolution by FFT, a patch in a scene."""
 
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dichroic.batching import as_float, param
@@ -138,3 +140,48 @@ class Convolve(Operator):
         full = jnp.fft.irfftn(spectrum, size, axes=axes)
         crop = [slice(k // 2, k // 2 + d) for d, k in zip(dims, self._kernel_shape, strict=True)]
         return full[(..., *crop)]
+
+
+class Place(Operator):
+    """A patch put into a larger scene: `(A x)[o + i] = x[i]`, 0 elsewhere; what lies outside is cut off.
+
+    `offset` is where the first number of the patch comes to lie, one integer per axis (possibly negative), or
+    `(n, axes)` with one per observation: objects of one kind, each at its own position of the scene.
+    """
+
+    in_shape: Shape = eqx.field(static=True)
+    out_shape: Shape = eqx.field(static=True)
+    offset: Float[Array, "..."] = param(1)
+
+    def __init__(
+        self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...], offset: Any
+    ):
+        self.in_shape, self.out_shape = as_shape(in_shape), as_shape(out_shape)
+        self.offset = as_float(offset)
+        axes = len(self.in_shape)
+        if (
+            len(self.out_shape) != axes
+            or self.offset.ndim not in (1, 2)
+            or (self.offset.shape[-1] != axes)
+        ):
+            raise ShapeError(
+                f"Place: a patch of shape {self.in_shape} in a scene of shape {self.out_shape} needs offsets "
+                f"of shape ({axes},) or (n, {axes}), got {self.offset.shape}"
+            )
+        if not np.all(np.asarray(self.offset) == np.round(self.offset)):
+            raise ShapeError("Place: offsets are whole numbers of pixels")
+
+    def _start(self) -> list[Array]:
+        """Where the patch is in the scene with a margin of the patch's size; outside of it, at its edge."""
+        pairs = zip(self.offset.astype(int), self.in_shape, self.out_shape, strict=True)
+        return [jnp.clip(o + size, 0, room + size) for o, size, room in pairs]
+
+    def mv(self, x: Array) -> Array:
+        room = [o + 2 * i for i, o in zip(self.in_shape, self.out_shape, strict=True)]
+        wide = jax.lax.dynamic_update_slice(jnp.zeros(room, x.dtype), x, self._start())
+        inner = zip(self.in_shape, self.out_shape, strict=True)
+        return wide[tuple(slice(i, i + o) for i, o in inner)]
+
+    def rmv(self, y: Array) -> Array:
+        wide = jnp.pad(y, [(i, i) for i in self.in_shape])
+        return jax.lax.dynamic_slice(wide, self._start(), self.in_shape)

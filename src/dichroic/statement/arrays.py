@@ -1,7 +1,10 @@
-"""Arrays in files: `.npz`, `.npy`, HDF5 and zarr, by references such as `file.npz:key`."""
+"""Arrays in files, by references such as `file.npz:key`: `.npz`, `.npy`, HDF5, zarr, and the formats of a field.
+
+`folder/*.png` stands for all such files, stacked in the order of their names.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,18 +13,19 @@ import jax
 import numpy as np
 
 from dichroic.config import check_keys
-from dichroic.errors import ConfigError, DataError, DichroicError
+from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
+from dichroic.statement.formats import READERS, Reader
 from dichroic.statement.values import as_number, available, short
-
-_REFERENCE = re.compile(r"(?P<file>.+?\.(?P<kind>npz|npy|hdf5|h5|zarr))(?::(?P<key>.+))?")
 
 
 def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
     """The array that `reference` stands for.
 
     Args:
-        reference: `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path`, the same as
-            `{file: …, key: …}`, a number, a (nested) list of numbers, or an array.
+        reference: `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path`, `file.fits:unit`,
+            `file.fits:unit/column`, `file.png`, `file.wav`, `file.mseed:channel`, the same as
+            `{file: …, key: …}`, with `*` in the name for several files, stacked; a number, a (nested)
+            list of numbers, or an array.
         base_dir: the folder that files are relative to.
 
     Raises:
@@ -40,9 +44,25 @@ def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
     if match is None:
         raise ConfigError(
             f"expected an array such as 'file.npz:key', 'file.npy', 'file.h5:/dataset', "
-            f"'file.zarr:path', a number or a list, got {short(reference)}"
+            f"'file.zarr:path', 'file.fits:unit', 'files/*.png', a number or a list, got {short(reference)}"
         )
-    return _read(Path(base_dir) / match["file"], match["kind"], match["key"])
+    path, kind, key = Path(base_dir) / match["file"], match["kind"], match["key"]
+    return _stacked(path, kind, key) if "*" in path.name else _read(path, kind, key)
+
+
+def _stacked(pattern: Path, kind: str, key: str | None) -> np.ndarray:
+    """The arrays of all files that match, in the order of their names."""
+    paths = sorted(pattern.parent.glob(pattern.name))
+    if not paths:
+        raise DataError(no_file(pattern))
+    arrays = [_read(path, kind, key) for path in paths]
+    for path, array in zip(paths, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            raise ShapeError(
+                f"{path.name!r} has shape {array.shape} and {paths[0].name!r} {arrays[0].shape}: files "
+                "that are stacked need the same"
+            )
+    return np.stack(arrays)
 
 
 def no_file(path: Path) -> str:
@@ -169,10 +189,12 @@ def _needs(package: str, path: Path) -> str:
     return f"reading {path.name!r} needs {package}: pip install 'dichroic[data]'"
 
 
-_READERS: dict[str, Callable[[Path, str | None], np.ndarray]] = {
+_READERS: dict[str, Reader] = {
     "npz": _read_npz,
     "npy": _read_npy,
     "h5": _read_hdf5,
     "hdf5": _read_hdf5,
     "zarr": _read_zarr,
+    **READERS,
 }
+_REFERENCE = re.compile(rf"(?P<file>.+?\.(?P<kind>{'|'.join(_READERS)}))(?::(?P<key>.+))?")

@@ -138,6 +138,15 @@ def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -
     )
 
 
+def _place(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    values = _arguments(args, "offset", ("out_shape",), spot)
+    if "out_shape" in values:
+        out_shape = parse_shape(values["out_shape"])
+    if out_shape is None:
+        raise ConfigError("give the shape of the scene: {place: {offset: …, out_shape: […]}}")
+    return ops.Place(in_shape, out_shape, spot.array(values["offset"]))
+
+
 def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
     chain: list[Operator] = []
     for i, spec in reversed(list(enumerate(_several(args, spot)))):
@@ -179,6 +188,7 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
     "block_average": _block_average,
     "block_project": _block_project,
     "convolve": _convolve,
+    "place": _place,
     "compose": _compose,
     "sum": _sum,
     "stack": _stack,
