@@ -113,6 +113,20 @@ def over_rows(operator, fn, *args):
 
 
 @every_operator
+def test_each_applies_the_operator_of_every_observation(make, rng):
+    op = make()
+    x = rng.normal(size=(2, N, *op.in_shape)).astype(np.float32)
+    expect = [
+        [one.mv(jnp.asarray(v)) for one, v in zip((ones(op) * N)[:N], draw, strict=True)]
+        for draw in x
+    ]
+    np.testing.assert_allclose(op.each(x), expect, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(op.each(x[0]), expect[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ShapeError, match="expected"):
+        op.each(x[0, 0])
+
+
+@every_operator
 def test_adjoint_identity(make, rng):
     for op in ones(make()):
         x = rng.normal(size=op.in_shape).astype(np.float32)

@@ -16,7 +16,6 @@ one, the photograph of grass that scikit-image ships. `mnist.npz` is fetched whe
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from dichroic.datasets.remote import RemoteFile, fetch, find_file
@@ -187,7 +186,7 @@ def _view(
     seen: dict[str, tuple[Operator, np.ndarray]],
     held_out: np.ndarray | None,
 ) -> View:
-    clean = sum(np.asarray(jax.vmap(op.mv)(x)) for op, x in seen.values())
+    clean = sum(op.each(x) for op, x in seen.values())
     y = clean + NOISE * rng.normal(size=np.shape(clean))
     operators = {k: op for k, (op, _) in seen.items()}
     truth = {k: x.astype(np.float32) for k, (_, x) in seen.items()}

@@ -15,8 +15,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from dichroic.batching import split
 from dichroic.errors import ShapeError
 
 Shape = tuple[int, ...]
@@ -54,6 +56,18 @@ class Operator(eqx.Module):
         basis = jnp.eye(size).reshape(size, *self.in_shape)
         return jax.vmap(lambda x: self.mv(x).ravel())(basis).T
 
+    def each(self, x: Any) -> np.ndarray:
+        """`A_i x_i` of every observation: `(n, *in_shape)` to `(n, *out_shape)`, also of draws `(draws, n, …)`.
+
+        So what a source looks like in a view: `view.operators["galaxy"].each(result.draws["galaxy"])`.
+        """
+        x = np.asarray(x)
+        if x.ndim - len(self.in_shape) == 2:
+            return np.stack([self.each(draw) for draw in x])
+        if x.ndim - len(self.in_shape) != 1 or x.shape[1:] != self.in_shape:
+            raise ShapeError(f"expected (n, {', '.join(map(str, self.in_shape))}), got {x.shape}")
+        return np.asarray(_each(self, jnp.asarray(x, float)))
+
     def __matmul__(self, other: "Operator") -> "Operator":
         from dichroic.operators.structure import Compose
 
@@ -71,3 +85,9 @@ class Operator(eqx.Module):
         return Compose((Scale(self.out_shape, factor), self))
 
     __rmul__ = __mul__
+
+
+@eqx.filter_jit
+def _each(op: Operator, x: Array) -> Array:
+    rows, shared = split(op)
+    return jax.vmap(lambda row, x: eqx.combine(row, shared).mv(x))(rows, x)
