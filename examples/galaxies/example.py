@@ -117,6 +117,16 @@ def real_scene(separator: Separator, data_dir: str | None, out: Path) -> None:
     gallery(columns, range(len(scene.bands)), out / "scene.png", scale=3)
 
 
+def new_galaxies(separator: Separator, arrays: dict, data_dir: str | None, out: Path) -> None:
+    """Samples of the prior, as the camera would see them, beside stamps."""
+    _, camera = galaxies.load_galaxies(data_dir)
+    drawn = camera.look(4.0).each(separator.sample_prior("galaxy", 30))
+    stamps = (arrays["galaxy"] * 4 / arrays["amplitude"][:, None, None])[::20]
+    split = lambda images, name: {f"{name} {i + 1}": images[i:30:5] for i in range(5)}
+    columns = {"observed": stamps[30:], **split(stamps, "stamp"), **split(drawn, "new")}
+    gallery(columns, range(6), out / "prior.png")
+
+
 def gallery(columns: dict, rows, path: Path, *, scale: float = 4) -> None:
     """Images side by side, by name, in units in which the noise is even: `arcsinh(x / scale)`."""
     from matplotlib.figure import Figure
@@ -125,8 +135,8 @@ def gallery(columns: dict, rows, path: Path, *, scale: float = 4) -> None:
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, at in zip(rows, axes, strict=True):
-        unit = scale * np.median(np.abs(columns["observed"][i])) + 1e-12
-        top = np.arcsinh(columns["observed"][i].max() / unit)
+        seen = np.abs(columns["observed"][i][columns["observed"][i] != 0])
+        unit, top = scale * np.median(seen), np.arcsinh(seen.max() / np.median(seen) / scale)
         for axis, (name, images) in zip(at, columns.items(), strict=True):
             axis.imshow(np.arcsinh(images[i] / unit), vmin=-0.3, vmax=top, origin="lower")
             axis.set(xticks=[], yticks=[])
@@ -148,6 +158,7 @@ def main() -> None:
     held_out(separator, arrays, args.data_dir, args.out)
     two_galaxies(separator, args.data_dir, args.out)
     real_scene(separator, args.data_dir, args.out)
+    new_galaxies(separator, arrays, args.data_dir, args.out)
     page = write_report(args.out / "run", separator=separator, metrics=separator.metrics)
     print(f"\nfigures in {args.out}, report: {page}")
 
