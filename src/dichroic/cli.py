@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
     _add_settings(fit)
 
+    moved = "the problem file that RUN was fitted to, if it has moved"
     separate = add("separate", _separate, "draw the sources of observations from their posterior")
     separate.add_argument(
         "run_folder", type=Path, metavar="RUN", help="a run folder or saved model"
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     separate.add_argument(
         "--like", help="the view whose operators and noise a file without them has"
     )
+    separate.add_argument("--problem", type=Path, metavar="FILE", help=moved)
     separate.add_argument("--seed", type=int, default=0)
     separate.add_argument("--out", type=Path, help="an .npz file (separated.npz)")
 
@@ -75,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write RUN/report.html: what was learned, and how well")
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--draws", type=_positive, default=32)
+    report.add_argument("--problem", type=Path, metavar="FILE", help=moved)
 
     bench = add("bench", _bench, "compare methods on problems whose answers are known")
     bench.add_argument(
@@ -177,19 +180,13 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _separate(args: argparse.Namespace) -> None:
-    from dichroic.errors import RunError
     from dichroic.separator import Separator
     from dichroic.statement import load_view
     from dichroic.tracking import Console
 
-    problem = _problem_of(args.run_folder)
+    problem = _problem_of(args)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
-    if problem is None:
-        raise RunError(
-            f"{args.run_folder} does not know its problem file, which says what its sources look like; "
-            "fit from a problem file, or use Separator.load and separate() from Python"
-        )
     if Path(view).exists() or view not in [v.name for v in problem.views]:
         view = load_view(Path(view), problem, like=args.like)
     bar = Console()
@@ -215,17 +212,12 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from dichroic.errors import RunError
     from dichroic.identify import identifiability
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.tracking import read_metrics
 
-    problem = _problem_of(args.run_folder)
-    if problem is None:
-        raise RunError(
-            f"{args.run_folder} does not know its problem file; write_report() can be called"
-        )
+    problem = _problem_of(args)
     page = write_report(
         args.run_folder,
         separator=Separator.load(args.run_folder, problem=problem),
@@ -236,13 +228,26 @@ def _report(args: argparse.Namespace) -> None:
     print(f"report: {page}")
 
 
-def _problem_of(run: Path) -> Any:
-    """The problem that a run was fitted to, from the file it was stated in; `None` without one."""
-    from dichroic.io import read_json
+def _problem_of(args: argparse.Namespace) -> Any:
+    """The problem that a run was fitted to, from `--problem` or the file that the run names."""
+    from dichroic.errors import RunError
+    from dichroic.records import read_record
     from dichroic.statement import load_problem
 
-    file = read_json(run / "run.json").get("problem_file") if (run / "run.json").exists() else ""
-    return load_problem(Path(file))[0] if file and Path(file).exists() else None
+    run, file = args.run_folder, args.problem
+    if file is None and (run / "run.json").exists():
+        named = read_record(run / "run.json").get("problem_file")
+        file = Path(named) if isinstance(named, str) and named and "\0" not in named else None
+        if file is not None and not file.is_file():
+            raise RunError(
+                f"the problem file of {run}, {file}, is not there any more: say where it is (--problem)"
+            )
+    if file is None:
+        raise RunError(
+            f"{run} does not know the problem file that it was fitted to: say where it is (--problem), "
+            "or use Separator.load from Python"
+        )
+    return load_problem(file)[0]
 
 
 def _bench(args: argparse.Namespace) -> int:
