@@ -25,13 +25,13 @@ from dichroic.files import writing
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.operators import Shape
 from dichroic.operators.learned import from_lists, to_lists
+from dichroic.tracking import event
 
 LATEST, PREVIOUS, DAMAGED = (f"{n}.safetensors" for n in ("latest", "previous", "damaged"))
 PHASES = ("mixture", "polish", "diffusion", "done")
 _DENOISERS = ("current", "best")
 _OPERATORS = ("operators", "best_operators")
 _COUNTS = ("group", "lap", "stale", "total", "metrics_length")
-_log = logging.getLogger(__name__)
 
 
 def save_state(path: Path, state: State, *, keep: Path | None = None) -> None:
@@ -117,9 +117,11 @@ def last_state(folder: Path, shapes: Mapping[str, Shape], order: Sequence[Sequen
             ) from None
         with writing(latest):
             os.replace(latest, folder / DAMAGED)
-        _log.warning(
-            "%s; going on from the state before it, after %d laps (the damaged file is now %s)",
-            *(error, state.total, folder / DAMAGED),
+        event(
+            f"{error}; going on from the state before it, of lap {state.total}",
+            level=logging.WARNING,
+            damaged=DAMAGED,
+            laps=state.total,
         )
         return state
 

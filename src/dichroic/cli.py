@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -15,17 +16,25 @@ from dichroic.errors import DichroicError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 2 for an error, 130 after Ctrl-C, 1 if jobs of a benchmark failed."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
     try:
         status = args.run(args)
     except DichroicError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = {"fit": "; go on with: dichroic fit … --resume", "bench": "; run it again to go on"}
-        print(f"\ninterrupted; finished laps are kept{hint.get(args.command, '')}", file=sys.stderr)
+        print(f"\ninterrupted{_going_on(args, words)}", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _going_on(args: argparse.Namespace, words: Sequence[str]) -> str:
+    """How to go on with what was interrupted."""
+    if args.command == "fit" and (args.out / "run.json").exists():
+        again = [*(w for w in words if w != "--resume"), "--resume"]
+        return f"; finished laps are kept; go on with:\n  {shlex.join(['dichroic', *again])}"
+    return "; finished laps are kept; run it again to go on" if args.command == "bench" else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN, if any")
     fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
+    fit.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="KIND:WHERE",
+        help="also send metrics to tensorboard:DIR, wandb:PROJECT or mlflow:URI; may be repeated",
+    )
     _add_settings(fit)
 
     moved = "the problem file that RUN was fitted to, if it has moved"
@@ -164,13 +180,16 @@ def _fit(args: argparse.Namespace) -> None:
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.statement import load_problem
+    from dichroic.tracking import parse_tracker
 
+    trackers = [parse_tracker(text) for text in args.track]
     problem, section = load_problem(args.problem)
     config = _config(args, section)
     warnings = identifiability(problem).warnings
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    separator = Separator(problem, config).fit(args.out, resume=args.resume)
+    separator = Separator(problem, config)
+    separator.fit(args.out, resume=args.resume, progress=[True, *trackers])
     print(f"model: {args.out / 'best'}")
     if not args.no_report:
         page = write_report(
@@ -252,7 +271,6 @@ def _problem_of(args: argparse.Namespace) -> Any:
 
 def _bench(args: argparse.Namespace) -> int:
     import dataclasses
-    import shlex
 
     from dichroic.bench.names import QUICK, BenchConfig
     from dichroic.bench.runner import plan, run_bench

@@ -121,7 +121,7 @@ def _network(weights: list[np.ndarray], about: Any, shape: Shape) -> eqx.Module:
     """The network that `about` describes, with `weights`; its sizes are bounded by those of `weights`."""
     settings = dict(about) if isinstance(about, Mapping) else {}
     kind = settings.pop("kind", None)
-    if kind not in NETWORKS:
+    if kind not in tuple(NETWORKS):
         raise FormatError(f"no network of kind {_short(kind)}; there are {', '.join(NETWORKS)}")
     most, blocks = sum(a.size for a in weights), 1
     for name, value in settings.items():

@@ -2,6 +2,7 @@
 
 run.json                what is fitted: format version, fingerprint of the problem, configuration
 metrics.jsonl           one line per lap
+log.jsonl               when it was started, gone back, ended (`dichroic.tracking.events`)
 latest.safetensors      the state after the last finished lap, replaced atomically
 previous.safetensors    the state before it (`dichroic.checkpoint`)
 best/                   the best model so far (`dichroic.io.load_model`)
@@ -21,10 +22,19 @@ from dichroic.em import Denoisers, State, advance
 from dichroic.errors import RunError
 from dichroic.files import locked, writing
 from dichroic.io import save_model
+from dichroic.machine import machine
 from dichroic.operators.learned import to_lists
 from dichroic.problem import Problem
 from dichroic.records import read_record, write_record
-from dichroic.tracking import MetricsFile, Silent, Tracker, read_metrics
+from dichroic.tracking import (
+    MetricsFile,
+    Silent,
+    Tracker,
+    event,
+    following,
+    logged,
+    read_metrics,
+)
 
 FREE_SETTINGS = ("batch_size",)  # may differ when a run is resumed: they change no result
 CHECKPOINT_SECONDS = 1.0  # laps of closed-form EM can be far shorter than a flush to the disk
@@ -47,18 +57,22 @@ def fit(
     """
     tracker = tracker or Silent()
     data = prepare(problem, config)
-    if out is None:
-        return _run(State(), [], data, config, tracker)
-    path = Path(out)
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        folder = RunFolder.open(path, problem, config, data, resume=resume)
-        rows = read_metrics(path / "metrics.jsonl")
-        try:
-            return _run(folder.state, rows, data, config, tracker, folder.record)
-        finally:
-            folder.flush()
+    with following(tracker, stated(problem, config)):
+        if out is None:
+            return _run(State(), [], data, config, tracker)
+        path = Path(out)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with locked(path), logged(path / "log.jsonl"):
+            folder = RunFolder.open(path, problem, config, data, resume=resume)
+            rows = read_metrics(path / "metrics.jsonl")
+            event("fitting", laps_done=len(rows), **machine())
+            try:
+                state, rows = _run(folder.state, rows, data, config, tracker, folder.record)
+            finally:
+                folder.flush()
+            event("finished", laps=state.total, seconds=round(state.seconds, 3))
+            return state, rows
 
 
 def _run(
@@ -143,8 +157,12 @@ def _same(a: Denoisers, b: Denoisers) -> bool:
 
 def describe(problem: Problem, config: FitConfig) -> dict[str, Any]:
     """The contents of `run.json`."""
+    return {"fingerprint": problem.fingerprint(), **stated(problem, config)}
+
+
+def stated(problem: Problem, config: FitConfig) -> dict[str, Any]:
+    """What is fitted, as plain values."""
     return {
-        "fingerprint": problem.fingerprint(),
         "problem_file": problem.origin,
         "config": config.to_dict(),
         "views": [
