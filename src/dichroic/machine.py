@@ -12,8 +12,6 @@ def machine() -> dict[str, Any]:
     """Processor, device and versions, as plain values."""
     import jax
 
-    import dichroic
-
     return {
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
@@ -21,7 +19,7 @@ def machine() -> dict[str, Any]:
         "device": str(jax.devices()[0].device_kind),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "dichroic": dichroic.__version__,
+        "dichroic": sys.modules["dichroic"].__version__,
     }
 
 

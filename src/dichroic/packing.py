@@ -21,6 +21,7 @@ from dichroic.operators import Shape
 NETWORKS = {"mlp": Mlp, "unet": UNet}
 MIXTURE_FIELDS = ("log_weights", "means", "basis", "variances", "floor")
 Arrays = Mapping[str, np.ndarray]
+_WORDS = {"attention": (False, True), "precision": ("float32", "bfloat16")}  # others are counts
 
 
 def pack(denoiser: Denoiser) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -125,7 +126,8 @@ def _network(weights: list[np.ndarray], about: Any, shape: Shape) -> eqx.Module:
         raise FormatError(f"no network of kind {_short(kind)}; there are {', '.join(NETWORKS)}")
     most, blocks = sum(a.size for a in weights), 1
     for name, value in settings.items():
-        if not isinstance(value, (bool, str)) and not (_is_count(value) and value <= most):
+        words = _WORDS.get(name)
+        if not (_is_count(value) and value <= most if words is None else value in words):
             raise FormatError(f"a network with {name} {_short(value)}, but {most:,} numbers in all")
         blocks *= value if name in ("depth", "levels") else 1
     if blocks > len(weights):
@@ -138,7 +140,7 @@ def _network(weights: list[np.ndarray], about: Any, shape: Shape) -> eqx.Module:
         raise FormatError(f"a network with settings {_short(settings)}: {error}") from None
     slots, frozen = eqx.partition(empty, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     _check_weights(weights, jax.tree.leaves(slots))
-    if _typed(empty.settings) != _typed(settings):
+    if empty.settings != settings:
         raise FormatError(f"a network with settings {_short(settings)}")
     filled = jax.tree.unflatten(jax.tree.structure(slots), [jnp.asarray(a) for a in weights])
     return eqx.combine(filled, frozen)
@@ -152,10 +154,6 @@ def _check_weights(weights: list[np.ndarray], slots: list[Any]) -> None:
         )
     for a in weights:
         _check_numbers("an array of a network", a)
-
-
-def _typed(settings: Mapping[str, Any]) -> dict[str, tuple[type, Any]]:
-    return {k: (type(v), v) for k, v in settings.items()}
 
 
 def _is_count(value: Any) -> bool:

@@ -42,10 +42,11 @@ ZARR_CODECS = {
 }
 
 
-def check_npy(file: IO[bytes], size: int, what: str, *, exact: bool = False) -> None:
+def check_npy(file: IO[bytes], size: int, what: str, *, packed: int | None = None) -> None:
     """Raise `DataError` unless the `.npy` data in `file`, of `size` bytes, hold the numbers they state.
 
-    With `exact`, nothing may follow them. `file` is read up to the end of the header.
+    With `packed`, the bytes that they have in an archive, nothing may follow them there. `file` is read up
+    to the end of the header.
     """
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -59,8 +60,8 @@ def check_npy(file: IO[bytes], size: int, what: str, *, exact: bool = False) -> 
     if dtype.hasobject:
         raise DataError(f"{what} holds pickled objects, which are not read: they can run code")
     left = size - file.tell()
-    stated = check_array(shape, dtype.itemsize, what, held=left)
-    if stated > left or (exact and stated != left):
+    stated = check_array(shape, dtype.itemsize, what, held=left if packed is None else packed)
+    if stated > left or (packed is not None and stated != left):
         raise DataError(
             f"{what} is damaged: it states {stated:,} bytes of numbers, and has {left:,}"
         )
@@ -79,7 +80,7 @@ def check_npz(archive: Any, file: str, names: Iterable[str]) -> None:
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError(f"{what} is compressed in a way that numpy does not write")
         with archive.open(entry) as data:
-            check_npy(data, entry.file_size, what, exact=True)
+            check_npy(data, entry.file_size, what, packed=entry.compress_size)
 
 
 def check_hdf5(dataset: Any, what: str) -> None:
