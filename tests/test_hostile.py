@@ -67,6 +67,7 @@ def laughs(form):
         ("a: !!python/name:os.system x", "line 1: a value of kind"),
         ("a: !!binary aGk=", "line 1: a value of kind"),
         ("b: 1\nb: 2", "line 2: key 'b' appears twice"),
+        ('sources: {"a\\e[31m": 3}\nviews: {}', "'a.x1b.31m' is no name: it holds characters that control"),
         ("a: \0", "special characters are not allowed"),
         ("a: 1\n" * 200_000, "MiB, more than 0.5: keep arrays in files of their own"),
         ("sources: {a: [4294967296, 4294967296]}\nviews: {}", "at most 16,777,216 numbers"),
@@ -74,7 +75,7 @@ def laughs(form):
 )  # fmt: skip
 def test_yaml_is_bounded(tmp_path, text, match):
     (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=rf"^p\.yaml: (sources\.a: .*)?{match}|{match}"):
+    with pytest.raises(ConfigError, match=match):
         load_problem(tmp_path / "p.yaml")
 
 
@@ -334,6 +335,17 @@ def test_a_mixture_without_an_array_is_refused(tensors):
     write_tensors(path, {k: a for k, a in arrays.items() if k != "basis"}, meta)
     with pytest.raises(FormatError, match="a mixture without its array 'basis'"):
         load_denoiser(path)
+
+
+def test_tensors_without_a_description_are_refused(tmp_path):
+    from safetensors.numpy import save
+
+    from dichroic.io import _digest
+
+    header = {"format_version": "1", "sha256": _digest({"x": np.zeros(1)}, "")}
+    (tmp_path / "x").write_bytes(save({"x": np.zeros(1)}, metadata=header))
+    with pytest.raises(FormatError, match="x is damaged"):
+        read_tensors(tmp_path / "x")
 
 
 def test_types_that_numpy_does_not_have_are_refused(tmp_path):

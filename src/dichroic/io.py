@@ -65,7 +65,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any
         raise FormatError(f"{path} is damaged: {error}") from None
     if header.get("sha256") != _digest(arrays, header.get("meta", "")):
         raise FormatError(f"{path} is damaged: its contents do not match its hash")
-    return arrays, parse_object(header["meta"], path)
+    return arrays, parse_object(header.get("meta", ""), path)
 
 
 def _digest(arrays: Mapping[str, np.ndarray], meta: str) -> str:

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from dichroic.config import FitConfig, MixtureConfig
 
-LEAST_RANK = (
-    8  # of the covariances of large sources, which doubles while the held-out evidence grows
-)
+LEAST_RANK = 8  # of covariances of large sources; it doubles while the held-out evidence grows
 
 
 def laps_of(size: int, config: MixtureConfig) -> int:

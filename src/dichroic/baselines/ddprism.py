@@ -40,6 +40,7 @@ from dichroic.data import learning_order
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import Denoisers, predictive_chi2
 from dichroic.errors import DataError, FormatError, RunError
+from dichroic.files import writing
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.observations import Observations
 from dichroic.problem import (
@@ -169,7 +170,8 @@ def save_state(path: Path, state: State, about: Mapping[str, Any]) -> None:
 def _open(folder: Path, about: Mapping[str, Any], *, resume: bool) -> State:
     """The state kept in `folder`, checked to be of the same fit; the initial one if there is none."""
     path = folder / FILE
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return State()
     if not resume:

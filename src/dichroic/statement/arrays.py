@@ -38,7 +38,8 @@ def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
     number = as_number(reference)
     if number is not None or isinstance(reference, (list, tuple)):
         return _inline(reference if number is None else number)
-    match = _REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    is_name = isinstance(reference, str) and len(reference) < 4096
+    match = _REFERENCE.fullmatch(reference) if is_name else None
     if match is None:
         raise ConfigError(
             f"expected an array such as 'file.npz:key', 'file.npy', 'file.h5:/dataset', "

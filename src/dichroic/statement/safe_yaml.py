@@ -14,7 +14,8 @@ MOST_BYTES = 2**19
 MOST_VALUES = 100_000
 MOST_DEPTH = 64
 MOST_DIGITS = 1000
-_TAGS = {f"tag:yaml.org,2002:{t}" for t in ("null", "bool", "int", "float", "str", "seq", "map")}
+_TAG = "tag:yaml.org,2002:"
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")
 
 
 def parse_yaml(data: bytes) -> Any:
@@ -71,16 +72,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        known = node.tag in _TAGS or node.tag == "tag:yaml.org,2002:timestamp"
-        _refuse(not known, f"a value of kind {node.tag!r}", node.start_mark)
-        if node.tag not in ("tag:yaml.org,2002:str",) and isinstance(node, yaml.ScalarNode):
-            _refuse(len(node.value) > MOST_DIGITS, "a number that is too long", node.start_mark)
-            try:
-                return super().construct_object(node, deep)
-            except (ValueError, KeyError, IndexError, AttributeError) as error:
-                shown = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
-                raise yaml.MarkedYAMLError(problem=shown, problem_mark=node.start_mark) from error
-        return super().construct_object(node, deep)
+        kind = node.tag.removeprefix(_TAG)
+        _refuse(kind not in _KINDS, f"a value of kind {node.tag!r}", node.start_mark)
+        if kind == "str" or not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep)
+        _refuse(len(node.value) > MOST_DIGITS, "a number that is too long", node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, IndexError, AttributeError) as error:
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value!r} is no {kind}", problem_mark=node.start_mark
+            ) from error
 
 
 def _refuse(fault: bool, problem: str, mark: Any) -> None:

@@ -64,6 +64,8 @@ def as_table(value: Any, spot: Spot) -> dict[str, Any]:
             raise ConfigError(
                 f"{spot}: {key!r} is no name; put names such as 'on' or '1.5' in quotes"
             )
+        if not str(key).isprintable():  # names are shown on terminals
+            raise ConfigError(f"{spot}: {short(key)} is no name: it holds characters that control")
     return {str(k): v for k, v in value.items()}
 
 
