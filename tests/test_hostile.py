@@ -153,6 +153,16 @@ def test_two_entries_of_one_name_and_rare_compression_are_refused(tmp_path):
         load_array("x.npz", tmp_path)
 
 
+def test_an_archive_that_lost_entries_is_refused(tmp_path):
+    """Its directory states how many there are."""
+    np.savez(tmp_path / "x.npz", y=np.zeros(2))
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[-12] += 1
+    (tmp_path / "x.npz").write_bytes(bytes(data))
+    with pytest.raises(DataError, match="does not have as many arrays as it states"):
+        load_array("x.npz:y", tmp_path)
+
+
 def test_hdf5_reads_no_other_file(tmp_path):
     with h5py.File(tmp_path / "secret.h5", "w") as file:
         file["x"] = np.arange(4.0)

@@ -72,6 +72,9 @@ def check_npz(archive: Any, file: str, names: Iterable[str]) -> None:
     entries = archive.infolist()
     if len({e.filename for e in entries}) < len(entries):
         raise DataError(f"{file!r} is damaged: two arrays have the same name")
+    stated = _stated_count(archive)
+    if stated not in (None, 0xFFFF, len(entries)):
+        raise DataError(f"{file!r} is damaged: it does not have as many arrays as it states")
     by_name = {e.filename.removesuffix(".npy"): e for e in entries}
     for name in names:
         entry, what = by_name[name.removesuffix(".npy")], f"{file}:{name}"
@@ -81,6 +84,15 @@ def check_npz(archive: Any, file: str, names: Iterable[str]) -> None:
             raise DataError(f"{what} is compressed in a way that numpy does not write")
         with archive.open(entry) as data:
             check_npy(data, entry.file_size, what, packed=entry.compress_size)
+
+
+def _stated_count(archive: Any) -> int | None:
+    """The number of entries that the end of an archive states (0xFFFF: too many for its field)."""
+    archive.fp.seek(0, 2)
+    archive.fp.seek(max(archive.fp.tell() - 2**16 - 22, 0))
+    end = archive.fp.read()
+    at = end.rfind(b"PK\x05\x06")
+    return int.from_bytes(end[at + 10 : at + 12], "little") if at >= 0 else None
 
 
 def check_hdf5(dataset: Any, what: str) -> None:
