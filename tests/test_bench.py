@@ -174,7 +174,7 @@ def test_missing_files_are_said_before_any_work(tmp_path, monkeypatch):
 def test_peak_memory_is_of_the_process_alone():
     """A large parent does not count: what `ru_maxrss` of Linux gets wrong."""
     ballast = np.ones(300 * 2**17)  # 300 MiB
-    script = "from dichroic.bench.job import peak_memory; print(peak_memory())"
+    script = "from dichroic.machine import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     empty = float(done.stdout)
     script = "import numpy as np; x = np.ones(200 * 2**17); " + script

@@ -8,6 +8,7 @@ import pytest
 
 from dichroic import Separator
 from dichroic.baselines import ClvmLinear, ClvmVae, Ddprism
+from dichroic.checkpoint import load_state, save_state
 from dichroic.config import FitConfig, MixtureConfig
 from dichroic.denoise import Mixture, gaussian
 from dichroic.em import State
@@ -17,7 +18,6 @@ from dichroic.operator_em import observation_scores, operator_lap
 from dichroic.operators import Dense, Function, Identity, Learned, Scale
 from dichroic.operators.learned import from_lists, parameters, to_lists, with_parameters
 from dichroic.problem import Problem, Source, View
-from dichroic.run import load_state, save_state
 from dichroic.statement import load_problem, summary_rows
 
 CONFIG = MixtureConfig()

@@ -15,6 +15,7 @@ from dichroic.report.markup import duration
 from dichroic.report.page import Page
 from dichroic.report.scores import Held
 from dichroic.report.sections import _data_fit
+from dichroic.report.timings import timings
 from dichroic.separator import Separation, Separator
 
 SETTINGS = {
@@ -197,3 +198,23 @@ def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, 
 def test_a_report_needs_the_problem(tmp_path):
     with pytest.raises(RunError, match="needs the problem"):
         write_report(tmp_path, separator=Separator(), metrics=[])
+
+
+def test_timings_say_where_the_time_went_and_the_memory():
+    rows = [
+        {"phase": "mixture", "seconds": 2.0, "seconds_e_step": 1.25, "peak_memory_mib": 512.0},
+        {"phase": "mixture", "seconds": 5.0, "seconds_e_step": 1.5, "seconds_m_step": 0.5},
+        {
+            "phase": "diffusion<",
+            "seconds": 205.0,
+            "seconds_scoring": 150.0,
+            "peak_memory_mib": 1536.0,
+        },
+    ]
+    cells = [t for t in Reader(timings(rows, 3.0)).text if t.strip()]
+    assert cells[7:14] == ["mixture", "2", "5.0 s", "2.8 s", "0.5 s", "–", "0.50 GiB"]
+    assert cells[14:21] == ["diffusion<", "1", "3 min 20 s", "–", "–", "2 min 30 s", "1.50 GiB"]
+    assert cells[21:28] == [
+        *("total of the fit", "3", "3 min 25 s", "2.8 s", "0.5 s", "2 min 30 s", "1.50 GiB"),
+    ]
+    assert cells[28:30] == ["separation for this page", "3.0 s"]

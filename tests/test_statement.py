@@ -547,7 +547,9 @@ def test_an_empty_file_is_no_problem(tmp_path):
 
 
 def test_yaml_cannot_construct_python_objects(tmp_path):
-    with pytest.raises(ConfigError, match="could not determine a constructor"):
+    with pytest.raises(
+        ConfigError, match=r"^problem.yaml: line 1: a value of kind .*python/object/apply"
+    ):
         load_problem(write(tmp_path, "sources: !!python/object/apply:os.getcwd []"))
 
 
@@ -626,7 +628,7 @@ def test_a_name_with_slashes_is_read_exactly_where_two_are_alike(tmp_path):
 
 def test_arrays_of_objects_or_text_are_refused(tmp_path):
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match=r"cannot read 'object.npy'.*allow_pickle"):
+    with pytest.raises(DataError, match=r"object.npy holds pickled objects, which are not read"):
         load_array("object.npy", tmp_path)
     np.save(tmp_path / "text.npy", np.array(["a"]))
     with pytest.raises(DataError, match=r"text.npy holds <U1, not real numbers"):
@@ -640,7 +642,7 @@ def test_arrays_of_objects_or_text_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["bad.npz:x", "bad.npy", "bad.h5:/x", "bad.zarr"])
 def test_a_damaged_file_is_named(tmp_path, name, content):
     (tmp_path / name.partition(":")[0]).write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot read 'bad\."):
+    with pytest.raises(DataError, match=r"(cannot read |^)'bad\."):
         load_array(name, tmp_path)
 
 

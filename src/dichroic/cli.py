@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -15,17 +16,25 @@ from dichroic.errors import DichroicError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 2 for an error, 130 after Ctrl-C, 1 if jobs of a benchmark failed."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
     try:
         status = args.run(args)
     except DichroicError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = {"fit": "; go on with: dichroic fit … --resume", "bench": "; run it again to go on"}
-        print(f"\ninterrupted; finished laps are kept{hint.get(args.command, '')}", file=sys.stderr)
+        print(f"\ninterrupted{_going_on(args, words)}", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _going_on(args: argparse.Namespace, words: Sequence[str]) -> str:
+    """How to go on with what was interrupted."""
+    if args.command == "fit" and (args.out / "run.json").exists():
+        again = [*(w for w in words if w != "--resume"), "--resume"]
+        return f"; finished laps are kept; go on with:\n  {shlex.join(['dichroic', *again])}"
+    return "; finished laps are kept; run it again to go on" if args.command == "bench" else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,8 +58,16 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN, if any")
     fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
+    fit.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="KIND:WHERE",
+        help="also send metrics to tensorboard:DIR, wandb:PROJECT or mlflow:URI; may be repeated",
+    )
     _add_settings(fit)
 
+    moved = "the problem file that RUN was fitted to, if it has moved"
     separate = add("separate", _separate, "draw the sources of observations from their posterior")
     separate.add_argument(
         "run_folder", type=Path, metavar="RUN", help="a run folder or saved model"
@@ -62,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     separate.add_argument(
         "--like", help="the view whose operators and noise a file without them has"
     )
+    separate.add_argument("--problem", type=Path, metavar="FILE", help=moved)
     separate.add_argument("--seed", type=int, default=0)
     separate.add_argument("--out", type=Path, help="an .npz file (separated.npz)")
 
@@ -75,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write RUN/report.html: what was learned, and how well")
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--draws", type=_positive, default=32)
+    report.add_argument("--problem", type=Path, metavar="FILE", help=moved)
 
     bench = add("bench", _bench, "compare methods on problems whose answers are known")
     bench.add_argument(
@@ -161,13 +180,16 @@ def _fit(args: argparse.Namespace) -> None:
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.statement import load_problem
+    from dichroic.tracking import parse_tracker
 
+    trackers = [parse_tracker(text) for text in args.track]
     problem, section = load_problem(args.problem)
     config = _config(args, section)
     warnings = identifiability(problem).warnings
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    separator = Separator(problem, config).fit(args.out, resume=args.resume)
+    separator = Separator(problem, config)
+    separator.fit(args.out, resume=args.resume, progress=[True, *trackers])
     print(f"model: {args.out / 'best'}")
     if not args.no_report:
         page = write_report(
@@ -177,19 +199,13 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _separate(args: argparse.Namespace) -> None:
-    from dichroic.errors import RunError
     from dichroic.separator import Separator
     from dichroic.statement import load_view
     from dichroic.tracking import Console
 
-    problem = _problem_of(args.run_folder)
+    problem = _problem_of(args)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
-    if problem is None:
-        raise RunError(
-            f"{args.run_folder} does not know its problem file, which says what its sources look like; "
-            "fit from a problem file, or use Separator.load and separate() from Python"
-        )
     if Path(view).exists() or view not in [v.name for v in problem.views]:
         view = load_view(Path(view), problem, like=args.like)
     bar = Console()
@@ -215,17 +231,12 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from dichroic.errors import RunError
     from dichroic.identify import identifiability
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.tracking import read_metrics
 
-    problem = _problem_of(args.run_folder)
-    if problem is None:
-        raise RunError(
-            f"{args.run_folder} does not know its problem file; write_report() can be called"
-        )
+    problem = _problem_of(args)
     page = write_report(
         args.run_folder,
         separator=Separator.load(args.run_folder, problem=problem),
@@ -236,18 +247,30 @@ def _report(args: argparse.Namespace) -> None:
     print(f"report: {page}")
 
 
-def _problem_of(run: Path) -> Any:
-    """The problem that a run was fitted to, from the file it was stated in; `None` without one."""
-    from dichroic.io import read_json
+def _problem_of(args: argparse.Namespace) -> Any:
+    """The problem that a run was fitted to, from `--problem` or the file that the run names."""
+    from dichroic.errors import RunError
+    from dichroic.records import read_record
     from dichroic.statement import load_problem
 
-    file = read_json(run / "run.json").get("problem_file") if (run / "run.json").exists() else ""
-    return load_problem(Path(file))[0] if file and Path(file).exists() else None
+    run, file = args.run_folder, args.problem
+    if file is None and (run / "run.json").exists():
+        named = read_record(run / "run.json").get("problem_file")
+        file = Path(named) if isinstance(named, str) and named and "\0" not in named else None
+        if file is not None and not file.is_file():
+            raise RunError(
+                f"the problem file of {run}, {file}, is not there any more: say where it is (--problem)"
+            )
+    if file is None:
+        raise RunError(
+            f"{run} does not know the problem file that it was fitted to: say where it is (--problem), "
+            "or use Separator.load from Python"
+        )
+    return load_problem(file)[0]
 
 
 def _bench(args: argparse.Namespace) -> int:
     import dataclasses
-    import shlex
 
     from dichroic.bench.names import QUICK, BenchConfig
     from dichroic.bench.runner import plan, run_bench

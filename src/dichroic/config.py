@@ -20,9 +20,9 @@ NetworkName = Literal["auto", "mlp", "unet"]
 SamplerName = Literal["auto", "ancestral", "ddpm", "ddim", "heun", "predictor-corrector"]
 
 
-def _count(default: int) -> Any:
-    """A number that is at least 1 (others are at least 0)."""
-    return field(default=default, metadata={"least": 1})
+def _count(default: int, *, most: int = 10**6) -> Any:
+    """A number that is at least 1 (others are at least 0), and at most `most`."""
+    return field(default=default, metadata={"least": 1, "most": most})
 
 
 def _fraction(default: float) -> Any:
@@ -37,6 +37,8 @@ class _Ranged:
             if isinstance(value, (int, float)) and not least <= value < below:
                 most = f" and below {below}" if math.isfinite(below) else ""
                 raise ConfigError(f"{f.name}: must be at least {least}{most}, got {value!r}")
+            if isinstance(value, int) and value > f.metadata.get("most", math.inf):
+                raise ConfigError(f"{f.name}: must be at most {f.metadata['most']}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class DiffusionConfig(_Ranged):
     """Diffusion laps: posterior draws of the training data, then score matching on them."""
 
     laps: int = 4
-    steps: int = _count(2000)  # training steps per source and lap
+    steps: int = _count(2000, most=10**8)  # training steps per source and lap
     batch_size: int = _count(512)
     learning_rate: float = 1e-3
     ema: float = _fraction(0.999)
@@ -107,7 +109,7 @@ class SamplerConfig(_Ranged):
 class FitConfig(_Ranged):
     """All settings of a fit."""
 
-    seed: int = 0
+    seed: int = field(default=0, metadata={"most": 2**62})
     holdout: float = _fraction(0.1)  # fraction of each view kept for stopping and scoring
     order: tuple[tuple[str, ...], ...] | None = None  # groups of sources, learned in turn
     polish: int = 4  # mixture laps over all sources and views together after the last group

@@ -28,10 +28,11 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from dichroic.batching import split, take
-from dichroic.config import DiffusionConfig, FitConfig, MixtureConfig
+from dichroic.config import FitConfig, MixtureConfig
 from dichroic.data import Data
-from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.denoise import Denoiser, Mixture
 from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
+from dichroic.machine import peak_memory
 from dichroic.metrics.psnr import psnr
 from dichroic.mixture_em import (
     em_lap,
@@ -40,19 +41,15 @@ from dichroic.mixture_em import (
     mean_log_evidence,
     split_components,
 )
-from dichroic.nn import Mlp, UNet
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.operator_em import operator_lap
-from dichroic.operators import Shape
 from dichroic.operators.learned import Parameters
-from dichroic.posterior import EXACT_LIMIT, choose_solver
+from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
+from dichroic.posterior import choose_solver
 from dichroic.sample import Draws, draw_posterior, make_sampler
-from dichroic.tracking import Silent, Tracker
-from dichroic.train import evidence_gain, is_gain, train_denoiser
+from dichroic.tracking import Clock, Tracker
+from dichroic.train import evidence_gain, is_gain, train_denoiser, with_network
 
-LEAST_RANK = (
-    8  # of the covariances of large sources, which doubles while the held-out evidence grows
-)
 Denoisers = dict[str, Denoiser]
 Metrics = dict[str, Any]
 
@@ -84,20 +81,38 @@ def advance(
     state: State, data: Data, config: FitConfig, tracker: Tracker | None = None
 ) -> tuple[State, Metrics]:
     """One lap: the next state, and what was measured."""
-    began = time.perf_counter()
+    began, clock = time.perf_counter(), Clock(tracker)
     laps = {"mixture": _mixture_lap, "polish": _polish_lap, "diffusion": _diffusion_lap}
     at = data.at(state.operators)
-    new, metrics = laps[state.phase](state, at, config, tracker or Silent())
-    seconds = state.seconds + time.perf_counter() - began
-    new = dataclasses.replace(new, total=state.total + 1, seconds=seconds)
-    return new, {"lap": new.total, "phase": state.phase, **metrics, "seconds": round(seconds, 3)}
+    new, metrics = laps[state.phase](state, at, config, clock)
+    took = time.perf_counter() - began
+    new = dataclasses.replace(new, total=state.total + 1, seconds=state.seconds + took)
+    cost: dict[str, float] = {"seconds": round(new.seconds, 3), **clock.metrics}
+    cost["seconds_left"] = _seconds_left(state, new, took, data, config)
+    cost["peak_memory_mib"] = round(peak_memory(), 1)
+    return new, {"lap": new.total, "phase": state.phase, **metrics, **cost}
+
+
+def _seconds_left(old: State, new: State, took: float, data: Data, config: FitConfig) -> float:
+    """What is left of the phase of the lap from `old` to `new`, which took `took` seconds, at most."""
+    if new.phase != old.phase:
+        return 0.0
+    size = lambda s: _components(s, data.order[s.group]) if s.phase == "mixture" else 1
+    more, large = len(data.order) - new.group - 1, is_large(data.train)
+    costs = costs_left(new.phase, new.lap, size(new), more, config, large=large)
+    return seconds_left(took, size(old), list(costs))
+
+
+def _components(state: State, names: Sequence[str]) -> int:
+    found = state.current.get(names[0])
+    return found.log_weights.size if isinstance(found, Mixture) else 1
 
 
 # Mixture phase
 
 
 def _mixture_lap(
-    state: State, data: Data, config: FitConfig, tracker: Tracker
+    state: State, data: Data, config: FitConfig, clock: Clock
 ) -> tuple[State, Metrics]:
     names, c = data.order[state.group], config.mixture
     usable = set(names).union(*data.order[: state.group])
@@ -107,23 +122,25 @@ def _mixture_lap(
     if names[0] not in current:
         rank = min(LEAST_RANK, c.rank) if is_large(data.train) else None
         current = {**current, **_start(names, train, current, rank)}
-    current, evidence = em_lap(current, train, names, c)
-    operators, told = _learn_operators(state, current, train, c)
-    size = current[names[0]].log_weights.size
-    laps = c.final_laps if size >= c.components else c.laps
-    laps = c.gaussian_laps if size == 1 else laps
+    current, evidence = em_lap(current, train, names, c, clock)
+    with clock.during("m_step"):
+        operators, told = _learn_operators(state, current, train, c)
+    size = _components(State(current=current), names)
+    laps = laps_of(size, c)
     rank = None if current[names[0]].full_rank else current[names[0]].variances.shape[1]
     metrics: Metrics = {"sources": "+".join(names), "components": size, "log_evidence": evidence}
     metrics |= {} if rank is None else {"rank": rank}
     metrics |= told
     state = dataclasses.replace(state, operators=operators)
-    tracker.progress(f"{'+'.join(names)}: {size} components", state.lap + 1, laps)
+    clock.progress(f"{'+'.join(names)}: {size} components", state.lap + 1, laps)
     if state.lap + 1 < laps:
         return dataclasses.replace(state, current=current, lap=state.lap + 1), metrics
 
     data = data.at(operators)
     test = [i for i, obs in enumerate(data.test) if relevant(obs)]
-    score = mean_log_evidence(current, [data.test[i] for i in test], max_tuples=c.max_tuples)
+    with clock.during("scoring"):
+        held_out = [data.test[i] for i in test]
+        score = mean_log_evidence(current, held_out, max_tuples=c.max_tuples)
     metrics["heldout_log_evidence"] = score
     better = score > state.score
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
@@ -148,7 +165,8 @@ def _mixture_lap(
             stale=stale,
         )
         return grown, metrics
-    metrics |= _scores(best, data.at(best_operators), test, config)
+    with clock.during("scoring"):
+        metrics |= _scores(best, data.at(best_operators), test, config)
     return _next_group(state, best, data, config), metrics
 
 
@@ -202,25 +220,27 @@ def _after_mixture(state: State, config: FitConfig) -> State:
 # Polish phase
 
 
-def _polish_lap(
-    state: State, data: Data, config: FitConfig, tracker: Tracker
-) -> tuple[State, Metrics]:
+def _polish_lap(state: State, data: Data, config: FitConfig, clock: Clock) -> tuple[State, Metrics]:
     names = [n for group in data.order for n in group]
     evaluate = partial(mean_log_evidence, max_tuples=config.mixture.max_tuples)
-    score = evaluate(state.current, data.test) if state.lap == 0 else state.score
-    current, evidence = em_lap(state.current, data.train, names, config.mixture)
-    operators, told = _learn_operators(state, current, data.train, config.mixture)
-    tracker.progress("all sources together", state.lap + 1, config.polish)
+    with clock.during("scoring"):
+        score = evaluate(state.current, data.test) if state.lap == 0 else state.score
+    current, evidence = em_lap(state.current, data.train, names, config.mixture, clock)
+    with clock.during("m_step"):
+        operators, told = _learn_operators(state, current, data.train, config.mixture)
+    clock.progress("all sources together", state.lap + 1, config.polish)
     metrics: Metrics = {"sources": "+".join(names), "log_evidence": evidence, **told}
     state = dataclasses.replace(state, operators=operators, lap=state.lap + 1, score=score)
     if state.lap < config.polish:
         return dataclasses.replace(state, current=current), metrics
-    new = evaluate(current, data.at(operators).test)
+    with clock.during("scoring"):
+        new = evaluate(current, data.at(operators).test)
     if new > score:
         state = dataclasses.replace(state, best=current, best_operators=operators)
     metrics["heldout_log_evidence"] = max(new, score)
     best = data.at(state.best_operators)
-    metrics |= _scores(state.best, best, range(len(data.test)), config)
+    with clock.during("scoring"):
+        metrics |= _scores(state.best, best, range(len(data.test)), config)
     state = dataclasses.replace(state, current=state.best, operators=state.best_operators)
     return _after_mixture(state, config), metrics
 
@@ -229,26 +249,29 @@ def _polish_lap(
 
 
 def _diffusion_lap(
-    state: State, data: Data, config: FitConfig, tracker: Tracker
+    state: State, data: Data, config: FitConfig, clock: Clock
 ) -> tuple[State, Metrics]:
     c, old = config.diffusion, state.current
     key = jax.random.fold_in(jax.random.key(config.seed), state.lap + 1)
     few = tuple(take(obs, slice(0, c.evidence_observations)) for obs in data.test)
-    judges = _expectation(
-        old, few, data.names, jax.random.fold_in(key, 1), config, c.evidence_draws
-    )
-    samples = _expectation(old, data.train, data.names, key, config, 1, tracker)
-    new, metrics = _maximisation(old, {k: x[0] for k, x in samples.items()}, key, config, tracker)
+    key_judge, sigma_min = jax.random.fold_in(key, 1), config.sampler.sigma_min
+    with clock.during("scoring"):
+        judges = _expectation(old, few, data.names, key_judge, config, c.evidence_draws)
+    with clock.during("e_step"):
+        samples = _expectation(old, data.train, data.names, key, config, 1, clock)
+    with clock.during("m_step"):
+        first = {k: x[0] for k, x in samples.items()}
+        new, metrics = _maximisation(old, first, key, config, clock)
     kept, gained = dict(old), 0.0
     for i, (name, x) in enumerate(sorted(judges.items())):
         key_gain = jax.random.fold_in(key, 2000 + i)
-        gain, error = evidence_gain(
-            old[name], new[name], x, key_gain, sigma_min=config.sampler.sigma_min
-        )
+        with clock.during("scoring"):
+            gain, error = evidence_gain(old[name], new[name], x, key_gain, sigma_min=sigma_min)
         metrics |= {f"evidence_gain_{name}": gain, f"evidence_gain_error_{name}": error}
         if is_gain(gain, error):
             kept[name], gained = new[name], gained + gain
-    metrics |= {"sources": "+".join(old), **_scores(kept, data, range(len(data.test)), config)}
+    with clock.during("scoring"):
+        metrics |= {"sources": "+".join(old), **_scores(kept, data, range(len(data.test)), config)}
     stale = 0 if gained else state.stale + 1
     ended = state.lap + 1 >= c.laps or stale >= c.patience
     state = dataclasses.replace(
@@ -264,11 +287,11 @@ def _diffusion_lap(
 
 
 def _expectation(
-    current, views, names, key, config, n_draws, tracker: Tracker | None = None
+    current, views, names, key, config, n_draws, clock: Clock | None = None
 ) -> dict[str, np.ndarray]:
     """Joint posterior draws `(n_draws, n, *shape)` of the observations of all `views`, per source."""
     found: dict[str, list[np.ndarray]] = {}
-    say = (tracker or Silent()).progress
+    say = (clock or Clock()).progress
     for i, (obs, name) in enumerate(zip(views, names, strict=True)):
         draws = draw(
             current,
@@ -283,7 +306,7 @@ def _expectation(
     return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
 
 
-def _maximisation(current, samples, key, config, tracker) -> tuple[Denoisers, Metrics]:
+def _maximisation(current, samples, key, config, clock: Clock) -> tuple[Denoisers, Metrics]:
     updated, metrics = {}, {}
     for i, (name, x) in enumerate(sorted(samples.items())):
         key_init, key_train = jax.random.split(jax.random.fold_in(key, 1000 + i))
@@ -293,35 +316,10 @@ def _maximisation(current, samples, key, config, tracker) -> tuple[Denoisers, Me
             key_train,
             config=config.diffusion,
             sigma_min=config.sampler.sigma_min,
-            progress=lambda done, n, name=name: tracker.progress(f"M-step {name}", done, n),
+            progress=lambda done, n, name=name: clock.progress(f"M-step {name}", done, n),
         )
         metrics[f"loss_{name}"] = loss
     return updated, metrics
-
-
-def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> Preconditioned:
-    """A mixture corrected by a fresh network; a denoiser that has a network already stays as it is."""
-    if isinstance(denoiser, Preconditioned):
-        return denoiser
-    assert isinstance(denoiser, Mixture)
-    make = eqx.filter_jit(lambda k: fresh_network(denoiser.shape, config.diffusion, k))
-    return Preconditioned(denoiser, make(key), covariance=config.diffusion.covariance)
-
-
-def fresh_network(shape: Shape, c: DiffusionConfig, key: PRNGKeyArray) -> Mlp | UNet:
-    """The network that `c` asks for; raises `ConfigError` where that is not for arrays of `shape`."""
-    if c.network == "mlp" or (c.network == "auto" and math.prod(shape) <= EXACT_LIMIT):
-        return Mlp(shape, c.width, c.depth, key=key)
-    return UNet(
-        shape,
-        c.channels,
-        c.levels,
-        c.level_depth,
-        c.attention == "lowest",
-        c.precision,
-        c.spatial_axes or None,
-        key=key,
-    )
 
 
 def draw(

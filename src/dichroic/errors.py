@@ -23,3 +23,7 @@ class RunError(DichroicError):
 
 class FormatError(DichroicError):
     """A saved file of another format version, or one whose contents do not match its hash."""
+
+
+class VersionError(FormatError):
+    """A saved file of a format version that this release does not read."""

@@ -34,6 +34,7 @@ from dichroic.mixture_step import ascend
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
 from dichroic.posterior import EXACT_LIMIT
+from dichroic.tracking import Clock
 
 _SAMPLE = 4000  # observations that a first basis is computed from
 _OPERATORS = 16  # of different ones, that a first covariance is computed from
@@ -83,6 +84,7 @@ def low_rank_lap(
     views: Sequence[Observations],
     names: Sequence[str],
     config: MixtureConfig,
+    clock: Clock | None = None,
 ) -> tuple[dict[str, Mixture], float]:
     """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last."""
 
@@ -91,7 +93,8 @@ def low_rank_lap(
         return {**mixtures, **{n: step(mixtures[n], found[n]) for n in names}}
 
     evaluate = lambda mixtures: _added(low_rank_statistics(mixtures, obs) for obs in views)
-    mixtures, value = ascend(dict(mixtures), evaluate, update, steps=config.steps, tolerance=1e-9)
+    options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
+    mixtures, value = ascend(dict(mixtures), evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)
 
 

@@ -33,6 +33,7 @@ from dichroic.mixture_sums import Statistics, chunks, pairs, sum_over, view_stat
 from dichroic.observations import Observations, is_shared
 from dichroic.posterior import EXACT_LIMIT
 from dichroic.shared import shared_log_evidence, shared_statistics
+from dichroic.tracking import Clock
 
 Mixtures = dict[str, Mixture]
 # Tuples (n, T, sources) of each observation; None where a view is one mixture, see `dichroic.shared`.
@@ -45,6 +46,7 @@ def em_lap(
     views: Sequence[Observations],
     names: Sequence[str],
     config: MixtureConfig,
+    clock: Clock | None = None,
 ) -> tuple[Mixtures, float]:
     """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
 
@@ -52,8 +54,10 @@ def em_lap(
     their own: `dichroic.lowrank_em`.
     """
     if any(is_low_rank(mixtures, obs) for obs in views):
-        return low_rank_lap(mixtures, views, names, config)
-    chosen = [choose(mixtures, obs, config) for obs in views]
+        return low_rank_lap(mixtures, views, names, config, clock)
+    clock = clock or Clock()
+    with clock.during("e_step"):
+        chosen = [choose(mixtures, obs, config) for obs in views]
     share = max(len(set(names) & set(obs.sources)) for obs in views)
     coupled = names if sum(mixtures[n].means.size for n in names) <= MOST_MEANS else ()
 
@@ -68,7 +72,8 @@ def em_lap(
         new = lambda n: step(mixtures[n], found.sums[n], floor=floor[n], shift=shifts.get(n))
         return {**mixtures, **{n: new(n) for n in names}}
 
-    mixtures, value = ascend(mixtures, evaluate, update, steps=config.steps, tolerance=1e-6)
+    options = {"steps": config.steps, "tolerance": 1e-6, "clock": clock}
+    mixtures, value = ascend(mixtures, evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)
 
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from dichroic.denoise import Mixture
 from dichroic.mixture_sums import Statistics, Sums
+from dichroic.tracking import Clock
 
 Found = TypeVar("Found")
 MOST_MEANS = 2048  # numbers in the means of all sources, up to which they are solved for together
@@ -45,21 +46,24 @@ def ascend(
     *,
     steps: int,
     tolerance: float,
+    clock: Clock | None = None,
 ) -> tuple[dict[str, Mixture], float]:
     """`steps` EM steps, and the evidence before the last.
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
     the evidence, by more than a part `tolerance` of it, is taken back for a textbook step.
     """
-    before, value = None, -math.inf
+    before, value, clock = None, -math.inf, clock or Clock()
     for _ in range(steps):
-        evidence, found = evaluate(mixtures)
+        with clock.during("e_step"):
+            evidence, found = evaluate(mixtures)
         fell = before is not None and evidence < value - tolerance * abs(value)
         if fell and before is not None:
             mixtures, evidence, found = before
         value = evidence
         before = None if fell else (mixtures, evidence, found)
-        mixtures = update(mixtures, found, fell)
+        with clock.during("m_step"):
+            mixtures = update(mixtures, found, fell)
     return mixtures, value
 
 

@@ -41,10 +41,16 @@ class Source:
 
     def __post_init__(self):
         object.__setattr__(self, "shape", as_shape(self.shape))
-        if not self.name or any(c in self.name for c in "/\\:. \t\n"):
-            raise ShapeError(
-                f"source name {self.name!r}: use letters, digits, '_' and '-' (it names files)"
-            )
+        if fault := name_fault(self.name):
+            raise ShapeError(fault)
+
+
+def name_fault(name: str) -> str | None:
+    """What is wrong with `name` as that of a source, which names files; `None` if nothing is."""
+    long = len(name.encode(errors="replace")) > 200
+    if name and name.isprintable() and not long and not any(c in "/\\:. " for c in name):
+        return None
+    return f"source name {name[:200]!r}: use letters, digits, '_' and '-' (it names files)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,39 +1,42 @@
 """A fit on disk: a run folder that survives being killed.
 
-run.json             what is fitted: format version, fingerprint of the problem, configuration
-metrics.jsonl        one line per lap
-latest.safetensors   the state after the last finished lap, replaced atomically
-best/                the best model so far (`dichroic.io.load_model`)
+run.json                what is fitted: format version, fingerprint of the problem, configuration
+metrics.jsonl           one line per lap
+log.jsonl               when it was started, gone back, ended (`dichroic.tracking.events`)
+latest.safetensors      the state after the last finished lap, replaced atomically
+previous.safetensors    the state before it (`dichroic.checkpoint`)
+best/                   the best model so far (`dichroic.io.load_model`)
+run.lock                held by the process that is fitting
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dichroic.checkpoint import LATEST, PREVIOUS, last_state, save_state
 from dichroic.config import FitConfig
-from dichroic.data import prepare
+from dichroic.data import Data, prepare
 from dichroic.em import Denoisers, State, advance
 from dichroic.errors import RunError
-from dichroic.io import (
-    FORMAT_VERSION,
-    check_version,
-    pack,
-    read_json,
-    read_tensors,
-    save_model,
-    unpack,
-    write_json,
-    write_tensors,
-)
-from dichroic.operators.learned import from_lists, to_lists
+from dichroic.files import locked, writing
+from dichroic.io import save_model
+from dichroic.machine import machine
+from dichroic.operators.learned import to_lists
 from dichroic.problem import Problem
-from dichroic.tracking import MetricsFile, Silent, Tracker, read_metrics
+from dichroic.records import read_record, write_record
+from dichroic.tracking import (
+    MetricsFile,
+    Silent,
+    Tracker,
+    event,
+    following,
+    logged,
+    read_metrics,
+)
 
 FREE_SETTINGS = ("batch_size",)  # may differ when a run is resumed: they change no result
-_OPERATORS = ("operators", "best_operators")
 CHECKPOINT_SECONDS = 1.0  # laps of closed-form EM can be far shorter than a flush to the disk
 
 
@@ -48,71 +51,104 @@ def fit(
     """Run all laps; the final state and the metrics of each lap.
 
     With `out`, the run is kept in that folder; `resume` goes on with what is there (and starts where
-    nothing is). Raises `RunError` if the folder holds a run and `resume` is not given, or if its run
-    belongs to another problem or other settings.
+    nothing is). Raises `RunError` if the folder holds a run and `resume` is not given, if its run
+    belongs to another problem or other settings, if another process is fitting there, or if it cannot
+    be written to; `FormatError` if the run is damaged.
     """
     tracker = tracker or Silent()
     data = prepare(problem, config)
-    folder = None if out is None else RunFolder.open(Path(out), problem, config, resume=resume)
-    state = State() if folder is None else folder.state
-    rows = [] if folder is None else read_metrics(folder.path / "metrics.jsonl")
-    try:
-        while not state.done:
-            state, metrics = advance(state, data, config, tracker)
-            rows.append(metrics)
-            if folder is not None:
-                state = folder.record(state, metrics, problem, config)
-            tracker.lap(metrics)
-    finally:
-        if folder is not None:
-            folder.flush()
+    with following(tracker, stated(problem, config)):
+        if out is None:
+            return _run(State(), [], data, config, tracker)
+        path = Path(out)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with locked(path), logged(path / "log.jsonl"):
+            folder = RunFolder.open(path, problem, config, data, resume=resume)
+            rows = read_metrics(path / "metrics.jsonl")
+            event("fitting", laps_done=len(rows), **machine())
+            try:
+                state, rows = _run(folder.state, rows, data, config, tracker, folder.record)
+            finally:
+                folder.flush()
+            event("finished", laps=state.total, seconds=round(state.seconds, 3))
+            return state, rows
+
+
+def _run(
+    state: State,
+    rows: list[dict[str, Any]],
+    data: Data,
+    config: FitConfig,
+    tracker: Tracker,
+    record: Callable[[State, dict[str, Any]], State] = lambda state, metrics: state,
+) -> tuple[State, list[dict[str, Any]]]:
+    """All laps from `state` on; `record` keeps each of them."""
+    while not state.done:
+        state, metrics = advance(state, data, config, tracker)
+        rows.append(metrics)
+        state = record(state, metrics)
+        tracker.lap(metrics)
     return state, rows
 
 
 class RunFolder:
     """The files of one run."""
 
-    def __init__(self, path: Path, state: State):
-        self.path, self.state = path, state
+    def __init__(self, path: Path, state: State, problem: Problem, config: FitConfig):
+        self.path, self.state, self._problem, self._config = path, state, problem, config
         self._metrics = MetricsFile(path / "metrics.jsonl", length=state.metrics_length)
         self._saved = time.monotonic()
         self._pending: State | None = None
-        self._best: Denoisers | None = state.best if (path / "best/model.json").exists() else None
+        self._best: Denoisers | None = None
+        self._save_best(state)  # a kill may have come between a state and its model
 
     @classmethod
-    def open(cls, path: Path, problem: Problem, config: FitConfig, *, resume: bool) -> "RunFolder":
+    def open(
+        cls, path: Path, problem: Problem, config: FitConfig, data: Data, *, resume: bool
+    ) -> "RunFolder":
         """A new run, or, with `resume`, the one in `path`."""
+        sweep(path)
         if not (path / "run.json").exists():
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "run.json", describe(problem, config))
-            return cls(path, State())
+            write_record(path / "run.json", describe(problem, config))
+            return cls(path, State(), problem, config)
         if not resume:
             raise RunError(
                 f"{path} already holds a run; resume it (--resume) or choose another folder"
             )
         check_same(path, problem, config)
-        return cls(path, load_state(path / "latest.safetensors"))
+        return cls(path, last_state(path, problem.shapes, data.order), problem, config)
 
-    def record(
-        self, state: State, metrics: dict[str, Any], problem: Problem, config: FitConfig
-    ) -> State:
+    def record(self, state: State, metrics: dict[str, Any]) -> State:
         """Append the metrics and keep the state; the returned state knows the metrics' length."""
         self._metrics.append(metrics)
         state = dataclasses.replace(state, metrics_length=self._metrics.length)
         self._pending = state
         if state.done or time.monotonic() - self._saved > CHECKPOINT_SECONDS:
             self.flush()
-        complete = set(state.best) == set(problem.names)
-        if complete and (self._best is None or not _same(self._best, state.best)):
-            save_model(self.path / "best", state.best, model_info(problem, config, state))
-            self._best = state.best
+        self._save_best(state)
         return state
 
     def flush(self) -> None:
         """Write the last recorded state, if it is not on disk yet."""
         if self._pending is not None:
-            save_state(self.path / "latest.safetensors", self._pending)
+            save_state(self.path / LATEST, self._pending, keep=self.path / PREVIOUS)
             self._pending, self._saved = None, time.monotonic()
+
+    def _save_best(self, state: State) -> None:
+        """Write the best model, if it has every source and is not on disk yet."""
+        complete = set(state.best) == set(self._problem.names)
+        if complete and (self._best is None or not _same(self._best, state.best)):
+            info = model_info(self._problem, self._config, state)
+            save_model(self.path / "best", state.best, info)
+            self._best = state.best
+
+
+def sweep(path: Path) -> None:
+    """Remove what writes that were killed have left in a run folder that nobody else writes to."""
+    for folder in (path, path / "best"):
+        for left in [*folder.glob(".*.safetensors.*"), *folder.glob(".*.json.*")]:
+            left.unlink(missing_ok=True)
 
 
 def _same(a: Denoisers, b: Denoisers) -> bool:
@@ -121,9 +157,12 @@ def _same(a: Denoisers, b: Denoisers) -> bool:
 
 def describe(problem: Problem, config: FitConfig) -> dict[str, Any]:
     """The contents of `run.json`."""
+    return {"fingerprint": problem.fingerprint(), **stated(problem, config)}
+
+
+def stated(problem: Problem, config: FitConfig) -> dict[str, Any]:
+    """What is fitted, as plain values."""
     return {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": problem.fingerprint(),
         "problem_file": problem.origin,
         "config": config.to_dict(),
         "views": [
@@ -150,8 +189,7 @@ def model_info(problem: Problem, config: FitConfig, state: State) -> dict[str, A
 
 def check_same(path: Path, problem: Problem, config: FitConfig) -> None:
     """Raise `RunError` unless the run in `path` is of this problem with these settings."""
-    saved = read_json(path / "run.json")
-    check_version(saved.get("format_version"), path / "run.json")
+    saved = read_record(path / "run.json")
     if saved.get("fingerprint") != problem.fingerprint():
         raise RunError(
             f"{path} holds a run of another problem (its names, observations, operators, noise, masks or "
@@ -176,39 +214,3 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""):
             yield from _differences(a[key], b[key], f"{prefix}{key}.")
         elif a[key] != b[key]:
             yield prefix + key, a[key], b[key]
-
-
-def save_state(path: Path, state: State) -> None:
-    """Write a state as one safetensors file."""
-    arrays, meta = {}, {}
-    for which in ("current", "best"):
-        for name, denoiser in getattr(state, which).items():
-            tensors, info = pack(denoiser)
-            arrays |= {f"{which}:{name}:{k}": a for k, a in tensors.items()}
-            meta[f"{which}:{name}"] = info
-    counters = {
-        f.name: getattr(state, f.name)
-        for f in dataclasses.fields(state)
-        if f.name not in ("current", "best")
-    }
-    counters |= {name: to_lists(counters[name]) for name in _OPERATORS}
-    counters["score"] = state.score if math.isfinite(state.score) else None
-    write_tensors(path, arrays, {"counters": counters, "denoisers": meta})
-
-
-def load_state(path: Path) -> State:
-    """Read a state written by `save_state`; the initial one if there is none yet."""
-    if not path.exists():
-        return State()
-    arrays, meta = read_tensors(path)
-    found: dict[str, Denoisers] = {"current": {}, "best": {}}
-    for label, info in meta["denoisers"].items():
-        which, name = label.split(":")
-        prefix = f"{label}:"
-        own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-        found[which][name] = unpack(own, info)
-    counters = meta["counters"]
-    if counters["score"] is None:
-        counters["score"] = -math.inf
-    counters |= {name: from_lists(counters.get(name, {}), str(path)) for name in _OPERATORS}
-    return State(**counters, **found)

@@ -94,9 +94,13 @@ class Separator:
         out: str | Path | None = None,
         *,
         resume: bool = False,
-        progress: bool | Tracker = True,
+        progress: bool | Tracker | Sequence[bool | Tracker] = True,
     ) -> "Separator":
-        """Learn the priors; with `out`, keep the run in that folder, with `resume`, go on with it."""
+        """Learn the priors; with `out`, keep the run in that folder, with `resume`, go on with it.
+
+        `progress` follows the fit: `True` shows it on the terminal, a `Tracker` gets the metrics of
+        every lap, and of a list all do: `[True, TensorBoard("logs")]`.
+        """
         if self.problem is None:
             raise RunError(
                 "this separator was loaded without a problem; Separator(problem) can fit"

@@ -20,3 +20,11 @@ def _numeric(cell: str) -> bool:
     return (
         cell.replace(".", "").replace(",", "").replace("-", "").replace("%", "").strip().isdigit()
     )
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as one reads them: in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else f"{minutes} min {rest} s"

@@ -14,6 +14,7 @@ in nats. As in any EM, the held-out evidence of the new prior exceeds that of th
 Both denoisers get the same noise, so the difference is known far better than either term.
 """
 
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -24,9 +25,11 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.batching import in_batches
-from dichroic.config import DiffusionConfig
-from dichroic.denoise import Denoiser, Preconditioned
-from dichroic.nn import UNet
+from dichroic.config import DiffusionConfig, FitConfig
+from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.nn import Mlp, UNet
+from dichroic.operators import Shape
+from dichroic.posterior import EXACT_LIMIT
 
 _BLOCK = 100  # training steps between reports
 _BATCH = 1024
@@ -171,3 +174,28 @@ def _training_step(carry, frozen, denoiser, data, key, step, config, sigma_min):
 
 
 _one_step = eqx.filter_jit(_training_step)
+
+
+def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> Preconditioned:
+    """A mixture corrected by a fresh network; a denoiser that has a network already stays as it is."""
+    if isinstance(denoiser, Preconditioned):
+        return denoiser
+    assert isinstance(denoiser, Mixture)
+    make = eqx.filter_jit(lambda k: fresh_network(denoiser.shape, config.diffusion, k))
+    return Preconditioned(denoiser, make(key), covariance=config.diffusion.covariance)
+
+
+def fresh_network(shape: Shape, c: DiffusionConfig, key: PRNGKeyArray) -> Mlp | UNet:
+    """The network that `c` asks for; raises `ConfigError` where that is not for arrays of `shape`."""
+    if c.network == "mlp" or (c.network == "auto" and math.prod(shape) <= EXACT_LIMIT):
+        return Mlp(shape, c.width, c.depth, key=key)
+    return UNet(
+        shape,
+        c.channels,
+        c.levels,
+        c.level_depth,
+        c.attention == "lowest",
+        c.precision,
+        c.spatial_axes or None,
+        key=key,
+    )

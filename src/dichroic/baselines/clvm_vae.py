@@ -39,6 +39,7 @@ from dichroic.problem import (
     joint_observations,
     named_views,
 )
+from dichroic.records import understanding
 from dichroic.sample import LANES, Draws, chunks, lanes_width, observation_keys
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker, as_tracker
@@ -211,12 +212,18 @@ class ClvmVae:
         arrays, meta = read_tensors(path)
         if meta.get("kind") != "clvm-vae":
             raise FormatError(f"{path} holds something other than a ClvmVae")
+        with understanding(path):
+            return self._take(path, arrays, meta, problem, settings)
+
+    def _take(self, path: Path, arrays, meta, problem, settings) -> "ClvmVae":
         found = Settings(**meta["settings"])
         if settings is not None and found != settings:
             raise RunError(f"{path} was fitted with other settings: {found}, not {settings}")
         if problem is not None and meta["fingerprint"] != problem.fingerprint():
             raise RunError(f"{path} was fitted to another problem; choose another folder")
         leaves = [arrays[k] for k in sorted(arrays)]
+        if found.depth > len(leaves):
+            raise FormatError(f"{path} is damaged: {found.depth} layers, but {len(leaves)} arrays")
         self.vae = filled(blank(meta["structure"], found), leaves)
         self.settings, self._structure, self.metrics = found, meta["structure"], meta["metrics"]
         self._fingerprint = meta["fingerprint"]

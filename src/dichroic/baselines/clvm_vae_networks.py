@@ -24,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.batching import param, row_counts, split, take
+from dichroic.errors import FormatError
 from dichroic.linalg import inverse_cholesky
 from dichroic.noise import Isotropic
 from dichroic.observations import Observations, whitened_chi2
@@ -213,6 +214,8 @@ def filled(empty: Vae, arrays: Sequence[Any]) -> Vae:
     """The networks with `arrays` in place of their shapes, in the order of `jax.tree.leaves`."""
     shapes, rest = eqx.partition(empty, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     leaves = [jnp.asarray(a) for a in arrays]
+    if [a.shape for a in leaves] != [s.shape for s in jax.tree.leaves(shapes)]:
+        raise FormatError("the arrays of the networks do not fit their settings")
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), leaves), rest)
 
 

@@ -16,6 +16,7 @@ layers by the noise level in the networks of the mixed problem (those of the con
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ from dichroic.baselines.ddprism_sampling import Absolute
 from dichroic.data import learning_order
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import Denoisers, predictive_chi2
-from dichroic.errors import DataError, RunError
+from dichroic.errors import DataError, FormatError, RunError
+from dichroic.files import writing
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.observations import Observations
 from dichroic.problem import (
@@ -50,6 +52,7 @@ from dichroic.problem import (
     joint_observations,
     named_views,
 )
+from dichroic.records import understanding
 from dichroic.sample import draw_prior
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker, as_tracker
@@ -167,12 +170,20 @@ def save_state(path: Path, state: State, about: Mapping[str, Any]) -> None:
 def _open(folder: Path, about: Mapping[str, Any], *, resume: bool) -> State:
     """The state kept in `folder`, checked to be of the same fit; the initial one if there is none."""
     path = folder / FILE
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return State()
     if not resume:
         raise RunError(f"{folder} already holds a fit; resume it, or choose another folder")
     arrays, meta = read_tensors(path)
+    with understanding(path):
+        return _same_fit(folder, arrays, meta, about)
+
+
+def _same_fit(
+    folder: Path, arrays: Any, meta: Mapping[str, Any], about: Mapping[str, Any]
+) -> State:
     if meta["fingerprint"] != about["fingerprint"]:
         raise RunError(f"{folder} holds a fit of another problem; choose another folder")
     before, now = meta["settings"], about["settings"]
@@ -215,8 +226,12 @@ def _unpack(
 ) -> Denoiser:
     if about["kind"] != "network":
         return unpack(arrays, about)
+    if math.prod(about["shape"]) > sum(a.size for a in arrays.values()):
+        raise FormatError("a network for larger sources than its arrays are")
     like = fresh_network(tuple(about["shape"]), jax.random.key(0), config)
     weights, frozen = eqx.partition(like.network, eqx.is_array)
     filled = [jnp.asarray(arrays[k]) for k in sorted(arrays)]
+    if [a.shape for a in filled] != [a.shape for a in jax.tree.leaves(weights)]:
+        raise FormatError("the arrays of a network do not fit its settings")
     network = eqx.combine(jax.tree.unflatten(jax.tree.structure(weights), filled), frozen)
     return eqx.tree_at(lambda d: d.network, like, network)

@@ -15,6 +15,7 @@ from dichroic.denoise import Denoiser
 from dichroic.errors import ConfigError, RunError
 from dichroic.io import load_model, save_model
 from dichroic.problem import Problem, check_known
+from dichroic.records import understanding
 from dichroic.separator import Separator
 from dichroic.tracking import Tracker, as_tracker
 
@@ -75,11 +76,12 @@ class Fitted(Separator):
         if not resume:
             raise RunError(f"{folder} already holds a model; resume it or choose another folder")
         denoisers, info = load_model(folder)
-        if _own(info, self.name, folder)["fingerprint"] != self._fingerprint:
-            raise RunError(f"{folder} holds a model of another problem; choose another folder")
-        if (info["baseline"]["settings"], info["config"]) != (self.settings, _config(self)):
-            raise RunError(f"{folder} holds a model with other settings; choose another folder")
-        self._restore(denoisers, info)
+        with understanding(folder / "model.json"):
+            if _own(info, self.name, folder)["fingerprint"] != self._fingerprint:
+                raise RunError(f"{folder} holds a model of another problem; choose another folder")
+            if (info["baseline"]["settings"], info["config"]) != (self.settings, _config(self)):
+                raise RunError(f"{folder} holds a model with other settings; choose another folder")
+            self._restore(denoisers, info)
         return True
 
     def _restore(self, denoisers: dict[str, Denoiser], info: Mapping[str, Any]) -> None:
@@ -106,10 +108,11 @@ class Fitted(Separator):
     def load(cls, path: str | Path, *, problem: Problem | None = None) -> Self:
         """Load what `save` wrote."""
         denoisers, info = load_model(path)
-        own = _own(info, cls.name, path)
-        loaded = cls(problem, **own["settings"])
-        loaded.config = FitConfig.from_dict(info["config"], where=f"{path}: config")
-        loaded._restore(denoisers, info)
+        with understanding(Path(path) / "model.json"):
+            own = _own(info, cls.name, path)
+            loaded = cls(problem, **own["settings"])
+            loaded.config = FitConfig.from_dict(info["config"], where=f"{path}: config")
+            loaded._restore(denoisers, info)
         return loaded
 
 

@@ -5,10 +5,7 @@ memory are those of the method. `FOLDER/job.json` says what to do; the run of th
 `FOLDER/fit`, so that a job that was killed goes on.
 """
 
-import contextlib
 import datetime
-import os
-import platform
 import sys
 import time
 import traceback
@@ -23,6 +20,7 @@ from dichroic.bench.names import FAILED, HELD_OUT, LIMIT, RESULT, JobSpec
 from dichroic.bench.problems import Case, build_case
 from dichroic.bench.scores import distances, posterior_scores
 from dichroic.io import read_json, write_json
+from dichroic.machine import machine, peak_memory
 from dichroic.separator import save_npz
 
 
@@ -137,38 +135,6 @@ def _read_spent(folder: Path) -> tuple[float, float]:
     path = folder / "seconds.json"
     found = read_json(path) if path.exists() else {}
     return float(found.get("fit", 0)), float(found.get("peak_memory_mib", 0))
-
-
-def peak_memory() -> float:
-    """The largest resident memory of this process so far, MiB.
-
-    On Linux from the kernel's mark of this program: `ru_maxrss` there starts from that of the parent.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def machine() -> dict[str, Any]:
-    """What the job ran on."""
-    import jax
-
-    import dichroic
-
-    return {
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "system": platform.system(),
-        "device": str(jax.devices()[0].device_kind),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "dichroic": dichroic.__version__,
-    }
 
 
 def main(folder: Path) -> int:

@@ -85,4 +85,4 @@ def _prepare(folder: Path, job: JobSpec) -> None:
 
 def _why(folder: Path) -> str:
     path = folder / FAILED
-    return str(read_json(path)["error"]) if path.exists() else "the process was ended"
+    return str(read_json(path).get("error")) if path.exists() else "the process was ended"

@@ -114,9 +114,12 @@ def to_lists(values: Parameters) -> dict[str, list[Any]]:
 def from_lists(lists: Any, where: str) -> Parameters:
     """What `to_lists` wrote; raises `FormatError` where it is something else."""
     try:
-        found = {str(k): tuple(as_float(np.asarray(a, float)) for a in x) for k, x in lists.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+        with np.errstate(over="ignore"):
+            found = {k: tuple(as_float(np.asarray(a, float)) for a in x) for k, x in lists.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{where}: is damaged: {error}") from None
+    if not all(np.all(np.isfinite(a)) for arrays in found.values() for a in arrays):
+        raise FormatError(f"{where}: is damaged: a number is not finite")
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dichroic.errors import RunError
-from dichroic.files import write_atomic
+from dichroic.files import write_atomic, writing
 from dichroic.report.cards import head
 from dichroic.report.markup import document, section
 from dichroic.report.page import Page
@@ -46,7 +46,8 @@ def write_report(
             "a report needs the problem that was fitted: Separator.load(…, problem=problem)"
         )
     folder = Path(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     held = separate_held_out(separator, problem, n_draws, max_observations)
     seconds = time.perf_counter() - began

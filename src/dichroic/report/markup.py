@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dichroic.tables import duration as duration
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --dim: #5c5c5c; --page: #fff; --card: #f5f5f3;
   --rule: #d5d5d0; --note: #9a4a00; }
@@ -65,11 +67,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, first_ours: b
         ours = ' class="ours"' if first_ours and i == 0 else ""
         lines.append(f"<tr{ours}>{''.join(cells)}</tr>\n")
     return f'<div class="scroll"><table><tr>{head}</tr>\n{"".join(lines)}</table></div>\n'
-
-
-def duration(seconds: float) -> str:
-    """`seconds` as one reads them: in seconds, minutes or hours."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else f"{minutes} min {rest} s"

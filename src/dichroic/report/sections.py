@@ -13,9 +13,10 @@ from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.metrics import coverage, rank_histogram
 from dichroic.operators.learned import parameters
 from dichroic.problem import View, sees
-from dichroic.report.markup import duration, esc, table
+from dichroic.report.markup import esc, table
 from dichroic.report.page import Page
 from dichroic.report.scores import Held
+from dichroic.report.timings import timings
 from dichroic.statement import summary_rows
 from dichroic.train import is_gain
 
@@ -53,7 +54,7 @@ def all_sections(page: Page, notes: Sequence[str]) -> list[tuple[str, str]]:
         ("Learning", _learning(page)),
         ("Data fit", _data_fit(page)),
         ("Calibration", _calibration(page)),
-        ("Timings", _timings(page)),
+        ("Timings", timings(page.metrics, page.seconds)),
         ("Which prior was kept", _kept(page)),
         ("Warnings", warnings or "<p>None.</p>"),
         ("Configuration", _configuration(page.separator.config)),
@@ -196,19 +197,6 @@ def _calibration(page: Page) -> str:
         "flat ranks, p-value",
     ]
     return figure + table(header, rows)
-
-
-def _timings(page: Page) -> str:
-    phases: dict[str, list[float]] = {}
-    before = 0.0
-    for row in page.metrics:
-        now = row.get("seconds") or before
-        phases.setdefault(str(row.get("phase", "")), []).append(now - before)
-        before = now
-    rows = [[name, len(laps), duration(sum(laps))] for name, laps in phases.items()]
-    rows.append(["total of the fit", len(page.metrics), duration(before)])
-    rows.append(["separation for this page", "", duration(page.seconds)])
-    return table(["phase", "laps", "time"], rows) + "<p><small>Compilation included.</small></p>\n"
 
 
 def _kept(page: Page) -> str:

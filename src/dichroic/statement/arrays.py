@@ -15,7 +15,10 @@ import numpy as np
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
 from dichroic.statement.formats import READERS, Reader
+from dichroic.statement.guard import check_hdf5, check_npy, check_npz, check_numbers, check_zarr
 from dichroic.statement.values import as_number, available, short
+
+_NPY = b"\x93NUMPY"
 
 
 def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
@@ -40,7 +43,8 @@ def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
     number = as_number(reference)
     if number is not None or isinstance(reference, (list, tuple)):
         return _inline(reference if number is None else number)
-    match = _REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    is_name = isinstance(reference, str) and len(reference) < 4096
+    match = _REFERENCE.fullmatch(reference) if is_name else None
     if match is None:
         raise ConfigError(
             f"expected an array such as 'file.npz:key', 'file.npy', 'file.h5:/dataset', "
@@ -75,8 +79,7 @@ def no_file(path: Path) -> str:
 
 
 def _numeric(array: np.ndarray, what: str) -> np.ndarray:
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"{what} holds {array.dtype}, not real numbers")
+    check_numbers(array.dtype, what)
     return array
 
 
@@ -97,7 +100,7 @@ def _inline(value: Any) -> np.ndarray:
 
 
 def _read(path: Path, kind: str, key: str | None) -> np.ndarray:
-    if not path.exists():
+    if not (path.exists() if kind == "zarr" else path.is_file()):
         raise DataError(no_file(path))
     with _reading(path):
         return _numeric(_READERS[kind](path, key), f"{path.name}:{key}" if key else path.name)
@@ -119,9 +122,10 @@ def _reading(path: Path) -> Iterator[None]:
 def open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     """The arrays of an `.npz` file by name, while it is open; errors name the file."""
     with _reading(path), path.open("rb") as file:
-        archive = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
+        if file.read(len(_NPY)) == _NPY:
             raise DataError(f"{path.name!r} holds a single array, as .npy files do: rename it")
+        file.seek(0)
+        archive = np.load(file, allow_pickle=False)
         yield archive
 
 
@@ -145,17 +149,21 @@ def _entry(path: Path, key: str | None, names: Sequence[str]) -> str:
 
 def _read_npz(path: Path, key: str | None) -> np.ndarray:
     with open_npz(path) as archive:
-        return archive[_entry(path, key, list(archive))]
+        name = _entry(path, key, list(archive))
+        check_npz(archive.zip, path.name, [name])
+        return archive[name]
 
 
 def _read_npy(path: Path, key: str | None) -> np.ndarray:
     if key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
     with path.open("rb") as file:
-        array = np.load(file, allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{path.name!r} is an archive of arrays, as .npz files are: rename it")
-    return array
+        if file.read(2) == b"PK":
+            raise DataError(f"{path.name!r} is an archive of arrays, as .npz files are: rename it")
+        file.seek(0)
+        check_npy(file, path.stat().st_size, path.name)
+        file.seek(0)
+        return np.load(file, allow_pickle=False)
 
 
 def _read_hdf5(path: Path, key: str | None) -> np.ndarray:
@@ -166,7 +174,9 @@ def _read_hdf5(path: Path, key: str | None) -> np.ndarray:
     with h5py.File(path, "r") as file:
         names: list[str] = []
         file.visititems(lambda k, v: names.append(f"/{k}") if isinstance(v, h5py.Dataset) else None)
-        dataset: Any = file[_entry(path, key, names)]
+        name = _entry(path, key, names)
+        dataset: Any = file[name]
+        check_hdf5(dataset, f"{path.name}:{name}")
         return np.asarray(dataset[...])
 
 
@@ -182,6 +192,7 @@ def _read_zarr(path: Path, key: str | None) -> np.ndarray:
         node = node[_entry(path, key, names).strip("/")]
     elif key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
+    check_zarr(node, path.name)
     return np.asarray(node[...])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dichroic.errors import DataError
+from dichroic.limits import check_array
 from dichroic.statement.values import available
 
 Reader = Callable[[Path, str | None], np.ndarray]
@@ -28,7 +29,7 @@ def read_fits(path: Path, key: str | None) -> np.ndarray:
     unit, _, column = (key or "").partition("/")
     with fits.open(path, memmap=False) as units:
         names = [u.name or str(i) for i, u in enumerate(units)]
-        images = [i for i, u in enumerate(units) if u.is_image and u.data is not None]
+        images = [i for i, u in enumerate(units) if u.is_image and u.shape]
         if not unit and len(images) != 1:
             raise DataError(
                 f"{path.name!r} holds {len(images)} images: say which, '{path.name}:unit'; "
@@ -36,12 +37,14 @@ def read_fits(path: Path, key: str | None) -> np.ndarray:
             )
         found = units[_unit(unit, names, path) if unit else images[0]]
         if found.is_image:
-            if column or found.data is None:
+            if column or not found.shape:
                 raise DataError(
                     f"unit {unit!r} of {path.name!r} is an image, without columns"
                     if column
                     else f"unit {unit!r} of {path.name!r} is empty"
                 )
+            width, held = abs(found.header["BITPIX"]) // 8, path.stat().st_size
+            check_array(found.shape, width, path.name, held=held)
             return _native(found.data)
         columns = list(found.columns.names)
         if column not in columns:

@@ -13,6 +13,7 @@ from dichroic.errors import ConfigError, DataError
 from dichroic.noise import Noise
 from dichroic.problem import Problem, View, check_view, sees
 from dichroic.statement.arrays import no_file, open_npz
+from dichroic.statement.guard import check_npz
 from dichroic.statement.parts import NOISES
 from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
 from dichroic.statement.view import VIEW_KEYS, build_view
@@ -80,6 +81,7 @@ def _npz_table(path: Path, names: Sequence[str], spot: Spot) -> dict[str, Any]:
     per_source = [f"{what}/{name}" for what in ("operator", "truth") for name in names]
     with open_npz(path) as archive:
         check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(spot))
+        check_npz(archive.zip, path.name, archive)
         values = {key: archive[key] for key in archive}
     table: dict[str, Any] = {"operators": {}, "truth": {}}
     given = [key for key in values if key.startswith("noise")]

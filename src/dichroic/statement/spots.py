@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DichroicError
+from dichroic.limits import check_text
 from dichroic.statement.arrays import load_array, no_file
+from dichroic.statement.safe_yaml import MOST_BYTES, parse_yaml
 from dichroic.statement.values import short
 
 
@@ -50,6 +51,8 @@ def naming(spot: Spot) -> Iterator[None]:
         raise type(error)(f"{spot}: {error}") from error
     except (ValueError, TypeError, IndexError, OverflowError, OSError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{spot}: {error}") from error
+    except (MemoryError, RecursionError) as error:
+        raise ConfigError(f"{spot}: it is too large or nested too deeply: {error}") from error
 
 
 def as_table(value: Any, spot: Spot) -> dict[str, Any]:
@@ -61,6 +64,8 @@ def as_table(value: Any, spot: Spot) -> dict[str, Any]:
             raise ConfigError(
                 f"{spot}: {key!r} is no name; put names such as 'on' or '1.5' in quotes"
             )
+        if not str(key).isprintable():  # names are shown on terminals
+            raise ConfigError(f"{spot}: {short(key)} is no name: it holds characters that control")
     return {str(k): v for k, v in value.items()}
 
 
@@ -83,27 +88,6 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Spot]:
     spot = Spot(path.name, path.parent)
     if not path.is_file():
         raise ConfigError(f"{spot}: {no_file(path)}")
-    try:
-        values = yaml.load(path.read_bytes(), Loader=_Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{spot}: {line}{error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{spot}: {error}") from error
-    return as_table(values, spot), spot
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that rejects a key given twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        assert node is not None
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} appears twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
+    with naming(spot):
+        check_text(path, MOST_BYTES, "keep arrays in files of their own, and refer to them")
+        return as_table(parse_yaml(path.read_bytes()), spot), spot

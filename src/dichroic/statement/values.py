@@ -1,10 +1,12 @@
 """Plain values in a file, and how messages show them."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from dichroic.errors import ConfigError
+from dichroic.limits import MOST_NUMBERS
 from dichroic.operators import Shape
 from dichroic.operators.base import as_shape
 
@@ -29,7 +31,10 @@ def parse_shape(value: Any) -> Shape:
     dims = value if isinstance(value, (list, tuple)) else [value]
     if not dims or not all(map(is_integer, dims)):
         raise ConfigError(f"expected a shape such as [8, 8], got {short(value)}")
-    return as_shape(tuple(dims))
+    shape = as_shape(tuple(dims))
+    if math.prod(shape) > MOST_NUMBERS:
+        raise ConfigError(f"{short(value)}: at most {MOST_NUMBERS:,} numbers are supported")
+    return shape
 
 
 def parse_count(value: Any, what: str) -> int:

@@ -1,0 +1,149 @@
+"""The state of a fit on disk: the last one, and the one before in case the last is damaged.
+
+latest.safetensors     the state after the last lap that was recorded
+previous.safetensors   the one before it
+damaged.safetensors    a state that could not be read, put aside
+
+A new state is on the disk before the last one becomes the previous one, so that a kill at any point
+leaves at least one of them.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dichroic.denoise import Mixture
+from dichroic.em import Denoisers, State
+from dichroic.errors import FormatError, VersionError
+from dichroic.files import writing
+from dichroic.io import pack, read_tensors, unpack, write_tensors
+from dichroic.operators import Shape
+from dichroic.operators.learned import from_lists, to_lists
+from dichroic.tracking import event
+
+LATEST, PREVIOUS, DAMAGED = (f"{n}.safetensors" for n in ("latest", "previous", "damaged"))
+PHASES = ("mixture", "polish", "diffusion", "done")
+_DENOISERS = ("current", "best")
+_OPERATORS = ("operators", "best_operators")
+_COUNTS = ("group", "lap", "stale", "total", "metrics_length")
+
+
+def save_state(path: Path, state: State, *, keep: Path | None = None) -> None:
+    """Write a state as one safetensors file; with `keep`, the one that was there is moved to it."""
+    arrays, meta = {}, {}
+    for which in _DENOISERS:
+        for name, denoiser in getattr(state, which).items():
+            tensors, info = pack(denoiser)
+            arrays |= {f"{which}:{name}:{k}": a for k, a in tensors.items()}
+            meta[f"{which}:{name}"] = info
+    counters = {
+        f.name: getattr(state, f.name)
+        for f in dataclasses.fields(state)
+        if f.name not in _DENOISERS
+    }
+    counters |= {name: to_lists(counters[name]) for name in _OPERATORS}
+    counters["score"] = state.score if math.isfinite(state.score) else None
+    write_tensors(path, arrays, {"counters": counters, "denoisers": meta}, keep=keep)
+
+
+def load_state(path: Path) -> State:
+    """Read a state written by `save_state`; raises `FormatError` where it is damaged."""
+    arrays, meta = read_tensors(path)
+    tables, counters = meta.get("denoisers"), meta.get("counters")
+    if not isinstance(tables, dict) or not isinstance(counters, dict):
+        raise FormatError(f"{path} is damaged: it holds no state of a fit")
+    found: dict[str, Denoisers] = {which: {} for which in _DENOISERS}
+    for label, info in tables.items():
+        which, _, name = label.partition(":")
+        if which not in found:
+            raise FormatError(f"{path} is damaged: {label!r} is no denoiser of a state")
+        found[which][name] = unpack(_own(arrays, f"{label}:"), info, where=f"{path}: {name}")
+    try:
+        return State(**_counters(counters, str(path)), **found)
+    except TypeError as error:  # counters of other names
+        raise FormatError(f"{path} is damaged: {error}") from None
+
+
+def _own(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+
+
+def _counters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The plain fields of a state; those that older releases did not write have their defaults."""
+    counters = dict(values)
+    if counters.get("score") is None:
+        counters["score"] = -math.inf
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+    counts = [counters.get(k, 0) for k in _COUNTS]
+    seconds = counters.get("seconds", 0.0)
+    if (
+        counters.get("phase") not in PHASES
+        or not all(isinstance(n, int) and number(n) and 0 <= n < 2**53 for n in counts)
+        or not number(counters["score"])
+        or not (number(seconds) and 0 <= seconds < math.inf)
+    ):
+        raise FormatError(f"{where} is damaged: it counts what cannot be")
+    operators = {name: from_lists(counters.get(name, {}), where) for name in _OPERATORS}
+    return {**counters, **operators}
+
+
+def last_state(folder: Path, shapes: Mapping[str, Shape], order: Sequence[Sequence[str]]) -> State:
+    """The last good state in `folder`, or the initial one if there is none yet.
+
+    `shapes` are those of the sources by name, `order` the groups in which they are learned. A damaged
+    last state is put aside and the one before is taken, which the log says. Raises `FormatError` if
+    that is damaged too, or of another format version.
+    """
+    latest, previous = folder / LATEST, folder / PREVIOUS
+    if not latest.exists():
+        return _checked(previous, shapes, order) if previous.exists() else State()
+    try:
+        return _checked(latest, shapes, order)
+    except VersionError:
+        raise
+    except FormatError as error:
+        try:
+            state = _checked(previous, shapes, order)
+        except FormatError:
+            raise FormatError(
+                f"{error}; there is no earlier state to go back to: restore the file, or start anew in "
+                "another folder"
+            ) from None
+        with writing(latest):
+            os.replace(latest, folder / DAMAGED)
+        event(
+            f"{error}; going on from the state before it, of lap {state.total}",
+            level=logging.WARNING,
+            damaged=DAMAGED,
+            laps=state.total,
+        )
+        return state
+
+
+def _checked(path: Path, shapes: Mapping[str, Shape], order: Sequence[Sequence[str]]) -> State:
+    """The state in `path`; raises `FormatError` unless a fit with these sources can be in it."""
+    state = load_state(path)
+    for denoiser_of in (state.current, state.best):
+        for name, denoiser in denoiser_of.items():
+            if shapes.get(name) != denoiser.shape:
+                raise FormatError(f"{path} is damaged: {name!r} is not as the problem states it")
+    early = state.phase in ("mixture", "polish")
+    groups = order[: state.group] if state.phase == "mixture" else order
+    needed = {name for group in groups for name in group}
+    here = set(order[state.group]) if state.group < len(order) else set()
+    known = here & set(state.current)
+    if (
+        state.group >= len(order) + (state.phase != "mixture")
+        or not needed <= set(state.current)
+        or (state.phase != "mixture" and not needed <= set(state.best))
+        or (early and not all(isinstance(d, Mixture) for d in state.current.values()))
+        or (known and known != here)
+    ):
+        raise FormatError(f"{path} is damaged: no fit of this problem is ever in its state")
+    return state

@@ -1,0 +1,38 @@
+"""What this process runs on, and the memory that it has needed."""
+
+import contextlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Processor, device and versions, as plain values."""
+    import jax
+
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "system": platform.system(),
+        "device": str(jax.devices()[0].device_kind),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "dichroic": sys.modules["dichroic"].__version__,
+    }
+
+
+def peak_memory() -> float:
+    """The largest resident memory of this process so far, MiB.
+
+    On Linux from the kernel's mark of this program: `ru_maxrss` there starts from that of the parent.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
