@@ -57,6 +57,9 @@ class BlockAverage(Operator):
             y = jnp.repeat(y, self.factor, axis=a) / self.factor
         return y
 
+    def row_squares(self) -> Array:
+        return jnp.full(self.out_shape, 1 / self.factor ** len(self.axes))
+
 
 class BlockProject(Operator):
     """The mean of each block in place of its samples: a resolution lost on the grid of the source.
@@ -87,6 +90,9 @@ class BlockProject(Operator):
 
     def rmv(self, y: Array) -> Array:
         return self.mv(y)
+
+    def row_squares(self) -> Array:
+        return jnp.full(self.out_shape, 1 / self.average.factor ** len(self.average.axes))
 
 
 class Convolve(Operator):
@@ -129,6 +135,9 @@ class Convolve(Operator):
 
     def rmv(self, y: Array) -> Array:
         return self._filter(y, jnp.flip(self.kernel, range(self.ndim)))
+
+    def row_squares(self) -> Array:
+        return self._filter(jnp.ones(self.shape), self.kernel**2)
 
     def _filter(self, x: Array, kernel: Array) -> Array:
         axes = tuple(range(x.ndim - self.ndim, x.ndim))
