@@ -78,6 +78,21 @@ def test_a_prior_draw_depends_on_its_number_and_the_key_only():
     assert not np.any(other == few)
 
 
+def test_large_priors_are_drawn_without_a_matrix():
+    """Two components of 144 numbers: the share of each, and the variance along an axis of one."""
+    means = np.zeros((2, 12, 12))
+    means[1, 0, 0] = 9.0
+    basis, variances = np.eye(144)[None, :, 1:4].repeat(2, axis=0), np.full((2, 3), 3.0)
+    prior = Mixture(
+        np.log([0.3, 0.7]), means.reshape(2, -1), basis, variances, np.ones(2), (12, 12)
+    )
+    x = draw_prior(prior, N, KEY, sampler=Ancestral(8)).reshape(N, -1)
+    share = np.mean(x[:, 0] > 4.5)
+    assert abs(share - 0.7) < 4 * np.sqrt(0.21 / N)
+    for i, variance in ((1, 4.0), (3, 4.0), (4, 1.0), (143, 1.0)):
+        assert stats.kstest(x[:, i] / np.sqrt(variance), "norm").pvalue > 1e-3
+
+
 def test_prior_draws_have_the_shape_of_the_source():
     prior = gaussian(np.arange(6.0).reshape(2, 3), 1e-4 * np.eye(6))
     x = draw_prior(prior, 3, KEY)

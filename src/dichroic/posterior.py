@@ -95,9 +95,16 @@ class Prior(eqx.Module):
     def draw(self, x_t: Sources, sigma: Sources, key: PRNGKeyArray) -> Estimate:
         """A draw from `p(x_β | x_{t,β})` of every source."""
         keys = jax.random.split(key, len(self.denoisers))
-        given = {k: d.components(x_t[k], sigma[k]) for k, d in self.denoisers.items()}
-        pairs = zip(given.items(), keys, strict=True)
-        return _unconditional({k: c.draw(kk).reshape(x_t[k].shape) for (k, c), kk in pairs})
+        pairs = zip(self.denoisers.items(), keys, strict=True)
+        return _unconditional({k: _draw(d, x_t[k], sigma[k], kk) for (k, d), kk in pairs})
+
+
+def _draw(denoiser: Denoiser, x_t: Array, sigma: Array, key: PRNGKeyArray) -> Array:
+    """A draw of `x` given `x_t`; beyond 128 numbers without a matrix."""
+    if x_t.size <= EXACT_LIMIT:
+        return denoiser.components(x_t, sigma).draw(key).reshape(x_t.shape)
+    moments = denoiser.moments(x_t, sigma)
+    return (moments.mean + moments.deviate(key)).reshape(x_t.shape)
 
 
 def _unconditional(x: Sources) -> Estimate:
@@ -245,6 +252,9 @@ class MatrixFreePosterior(eqx.Module):
         prior = shaped({k: m.mean for k, m in given.items()})
         effort = Effort.one(solution.converged, solution.residual, solution.steps)
         return Estimate(mean, prior, jnp.zeros(()), effort, solution.x)
+
+
+Denoise = Prior | Posterior | MatrixFreePosterior
 
 
 def choose_solver(observation: Observations, solver: str = "auto") -> str:

@@ -29,19 +29,10 @@ from dichroic.batching import split
 from dichroic.config import SamplerConfig
 from dichroic.denoise import Denoiser
 from dichroic.observations import Observations
-from dichroic.posterior import (
-    Effort,
-    Estimate,
-    MatrixFreePosterior,
-    Posterior,
-    Prior,
-    Sources,
-    build_posterior,
-)
+from dichroic.posterior import Denoise, Effort, Estimate, Prior, Sources, build_posterior
 from dichroic.schedule import Geometric, Karras, Schedule
 
 LANES = 64
-Denoise = Prior | Posterior | MatrixFreePosterior
 
 
 def noise_like(key: PRNGKeyArray, x: PyTree[Array]) -> PyTree[Array]:

@@ -137,7 +137,7 @@ class Convolve(Operator):
         return self._filter(y, jnp.flip(self.kernel, range(self.ndim)))
 
     def row_squares(self) -> Array:
-        return self._filter(jnp.ones(self.shape), self.kernel**2)
+        return jnp.maximum(self._filter(jnp.ones(self.shape), self.kernel**2), 0)
 
     def _filter(self, x: Array, kernel: Array) -> Array:
         axes = tuple(range(x.ndim - self.ndim, x.ndim))
