@@ -61,9 +61,9 @@ class DiffusionConfig(_Ranged):
     """Diffusion laps: posterior draws of the training data, then score matching on them.
 
     `covariance` is that of a source given its noised value: `"base"`, the mixture's, which costs no product with a
-    network's Jacobian, or `"jacobian"`, the network's own. With the base, draws are a few per cent too wide where
-    the network has much to correct; the Jacobian makes them some twenty times as expensive
-    (`benchmarks/high_dimensional.py`).
+    network's Jacobian and keeps several modes apart, or `"jacobian"`, the network's own. With the base, draws are
+    too wide (χ²/d of 1.02 to 1.16) where the network has much to correct; the Jacobian makes them some twenty
+    times as expensive (`benchmarks/high_dimensional.py`).
     """
 
     laps: int = 4
