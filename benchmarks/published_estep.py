@@ -69,7 +69,7 @@ def measure(sampler, denoisers, obs, mean, cov, **options) -> tuple[float, float
 def measure_samplers(full: bool) -> list[tuple[str, int, float, float, float]]:
     denoisers, *rest = problem(SEED)
     absolute = {k: Absolute(d, CONFIG.unit) for k, d in denoisers.items()}
-    one = {"solver": "cg", "max_steps": 1}
+    one = {"solver": "cg", "max_steps": 1, "precondition": False, "warm_start": False}
     published = (64, 256, 1024, 4096, *([16384] if full else []))
     runs = [
         ("Exact", 0, Exact(), denoisers, {}),

@@ -10,7 +10,7 @@ import pytest
 # The numerical core. Elsewhere bad input has to reach the package's own, clearer errors.
 CORE = ("batching", "operators", "noise", "linalg", "grid", "evidence", "solve", "schedule")
 CORE += ("observations", "denoise", "nn", "posterior", "sample", "mixture_em", "shared", "train")
-CORE += ("mixture_step", "mixture_sums", "operator_em")
+CORE += ("mixture_step", "mixture_sums", "operator_em", "woodbury")
 
 if os.environ.get("DICHROIC_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"dichroic.{m}" for m in CORE], "beartype.beartype")

@@ -127,7 +127,7 @@ def test_converged_solves_give_the_exact_posterior_mean(masked, rng, x64):
         lambda p, o: (PublishedPosterior(p, o, 1e-10, 20)(x_t, sigma), Posterior(p, o)(x_t, sigma))
     )
     found, exact = both(priors, obs)
-    assert found.converged and found.residual < 1e-10
+    assert found.effort.converged == 1 and found.effort.residual < 1e-10
     for k in priors:
         np.testing.assert_allclose(found.mean[k], exact.mean[k], atol=1e-7)
         np.testing.assert_allclose(found.prior[k], exact.prior[k], atol=1e-10)
@@ -143,7 +143,8 @@ def test_one_step_is_the_formula_with_dense_matrices(ridge, rng, x64):
         for (k, v), v_w in zip(x_t.items(), w.values(), strict=True)
     }
     s = {"a": 0.7, "b": 0.2}
-    found = PublishedPosterior(priors, obs, 1e-6, 1, ridge)(x_t, jax.tree.map(jnp.asarray, s))
+    posterior = PublishedPosterior(priors, obs, 1e-6, 1, ridge=ridge)
+    found = posterior(x_t, jax.tree.map(jnp.asarray, s))
     d = {k: w[k] @ np.asarray(x_t[k]) for k in w}
     r = y - sum(a[k] @ d[k] for k in a)
     c = (0.3**2 + ridge) * np.eye(M) + sum(s[k] ** 2 * a[k] @ w[k].T @ a[k].T for k in a)
@@ -151,14 +152,14 @@ def test_one_step_is_the_formula_with_dense_matrices(ridge, rng, x64):
     for k in a:
         np.testing.assert_allclose(found.mean[k], d[k] + s[k] ** 2 * w[k].T @ a[k].T @ v)
     left = np.linalg.norm(r - c @ v) / np.linalg.norm(r)
-    np.testing.assert_allclose(found.residual, left)
+    np.testing.assert_allclose(found.effort.residual, left)
 
 
 def test_negative_curvature_leaves_the_prior_mean(rng):
     obs, _, _, x_t = one_observation(rng, Isotropic(0.3))
     priors = {k: Wrapped(linear, v.shape, params=-9 * jnp.eye(v.size)) for k, v in x_t.items()}
     found = PublishedPosterior(priors, obs, 1e-6, 1)(x_t, {k: jnp.ones(()) for k in x_t})
-    assert not found.converged
+    assert found.effort.converged == 0
     for k in x_t:
         np.testing.assert_array_equal(found.mean[k], found.prior[k])
 

@@ -72,7 +72,7 @@ def _linear(denoiser, x_t, sigma):
     flat = lambda v: denoiser(v.reshape(denoiser.shape), sigma).ravel()
 
     def one(x):
-        mean, apply = denoiser.covariance_map(x, sigma)
+        mean, apply, *_ = denoiser.moments(x, sigma)
         jacobian = jax.jacfwd(flat)(x.ravel())
         return mean, jax.vmap(apply, out_axes=1)(jnp.eye(mean.size)), sigma**2 * jacobian
 

@@ -115,6 +115,8 @@ def test_matrix_is_the_covariance_of_the_definition(make, covariance):
     assert row_counts(noise) == ({N} if covariance.ndim == 3 else set())
     matrix = jax.jit(lambda noise: per_observation(noise, lambda one: one.as_matrix(size)))(noise)
     np.testing.assert_allclose(matrix, covariance, atol=1e-5)
+    variances = per_observation(noise, lambda one: one.variances(size))
+    np.testing.assert_allclose(variances, np.diagonal(covariance, 0, -2, -1), atol=1e-5)
 
 
 @every_model

@@ -334,3 +334,26 @@ def test_row_counts_show_a_mismatch():
     op = Compose((Scale((4,), normal(2)), Scale((4,), normal(5))))
     assert row_counts(op) == {2, 5}
     assert row_counts(Sum((Identity(4), Identity(4)))) == set()
+
+
+ESTIMATED = {"function", "function-without-params", "compose", "sum"}
+ESTIMATED |= {"function-rows", "sum-mixed", "compose-mixed", "nested"}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_row_squares_are_the_diagonal_of_the_operator_with_its_adjoint(name):
+    for op in ones(EVERY[name]()):
+        expect = np.sum(np.asarray(op.as_matrix()) ** 2, axis=1).reshape(op.out_shape)
+        found = op.row_squares()
+        assert found.shape == op.out_shape
+        if name in ESTIMATED:  # chi-squared of 32 degrees of freedom
+            np.testing.assert_allclose(found, expect, rtol=5 * np.sqrt(2 / 32))
+            assert np.all(np.asarray(found) >= 0)
+        else:
+            np.testing.assert_allclose(found, expect, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_scaled_operator_are_known():
+    blur = Convolve(normal(3, 3), shape=(4, 4))
+    for op in (blur @ (0.5 * Identity((4, 4))), Learned(Scale((4, 4), 0.5), "f") @ blur):
+        np.testing.assert_allclose(op.row_squares(), 0.25 * blur.row_squares(), rtol=1e-6)

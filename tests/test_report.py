@@ -176,7 +176,7 @@ def test_the_verdict_says_what_diffusion_gained(gains, words):
 def held(chi2):
     """A view of which `chi2` `(n_draws, n)` is known, and little else."""
     views = [View(np.ones((chi2.shape[1], 2)), {"x": Identity(2)}, 0.1, "v")]
-    result = Separation({}, chi2, np.zeros_like(chi2), np.ones_like(chi2))
+    result = Separation({}, chi2, np.zeros_like(chi2), np.ones_like(chi2), np.zeros_like(chi2))
     return Held("v", views, result, {}, True)
 
 

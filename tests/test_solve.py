@@ -157,6 +157,21 @@ def test_warm_start_saves_steps_and_a_solution_needs_none(rng, x64):
         np.testing.assert_allclose(solution.x, exact, atol=2e-5 * np.linalg.norm(exact))
 
 
+def test_a_guess_counts_by_its_direction(rng, x64):
+    """Its best multiple is where the search starts: of the solution, done; across it, as from zero."""
+    a, b = symmetric(rng, np.geomspace(1, 1e3, 20)), jnp.asarray(rng.normal(size=20))
+    exact = np.linalg.solve(a, b)
+    across = rng.normal(size=20)
+    across -= (across @ b) / (exact @ b) * exact
+    solve = lambda x0: conjugate_gradient(lambda v: a @ v, b, x0=x0, tolerance=1e-6)
+    scaled, useless, cold = solve(jnp.asarray(-50 * exact)), solve(jnp.asarray(across)), solve(None)
+    assert scaled.steps == 0
+    assert useless.steps == cold.steps
+    np.testing.assert_allclose(useless.x, cold.x, rtol=1e-6)
+    none = solve(jnp.zeros(20))
+    np.testing.assert_array_equal(none.x, cold.x)
+
+
 def test_preconditioner_cuts_the_steps(rng, x64):
     diagonal = np.geomspace(1, 1e4, 40)
     a = np.diag(diagonal) + 0.1 * symmetric(rng, np.linspace(0, 1, 40))

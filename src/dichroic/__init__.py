@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "batching": ["take"],
     "config": ["DiffusionConfig", "FitConfig", "MixtureConfig", "SamplerConfig"],
-    "denoise": ["Denoiser", "Mixture", "Preconditioned", "Wrapped", "gaussian"],
+    "denoise": ["Denoiser", "Mixture", "Preconditioned", "Wrapped", "gaussian", "spectrum_of"],
     "errors": [
         "ConfigError",
         "DataError",

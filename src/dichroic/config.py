@@ -60,7 +60,13 @@ class MixtureConfig(_Ranged):
 
 @dataclass(frozen=True)
 class DiffusionConfig(_Ranged):
-    """Diffusion laps: posterior draws of the training data, then score matching on them."""
+    """Diffusion laps: posterior draws of the training data, then score matching on them.
+
+    `covariance` is that of a source given its noised value: `"base"`, the mixture's, which costs no product with a
+    network's Jacobian and keeps several modes apart, or `"jacobian"`, the network's own. With the base, draws are
+    too wide (χ²/d of 1.02 to 1.16) where the network has much to correct; the Jacobian makes them some twenty
+    times as expensive (`benchmarks/high_dimensional.py`).
+    """
 
     laps: int = 4
     steps: int = _count(2000, most=10**8)  # training steps per source and lap
@@ -86,7 +92,13 @@ class DiffusionConfig(_Ranged):
 
 @dataclass(frozen=True)
 class SamplerConfig(_Ranged):
-    """How draws are made with learned priors (mixture priors are drawn from exactly)."""
+    """How draws are made with learned priors (mixture priors are drawn from exactly).
+
+    `solver` is `"exact"` with dense matrices or `"cg"`, conjugate gradients without any; `"auto"` is exact up to
+    128 numbers. `name` `"auto"` is the ancestral chain with either: with 784 numbers it is calibrated after 8 to
+    16 steps, where Heun's sampler needs 64 of two evaluations each and twice the products with Jacobians in all
+    (`benchmarks/high_dimensional.py`).
+    """
 
     name: SamplerName = "auto"
     steps: int = _count(32)

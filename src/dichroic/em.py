@@ -340,7 +340,7 @@ def draw(
         denoisers,
         obs,
         key,
-        sampler=None if exact else make_sampler(s, solver=solver),
+        sampler=None if exact else make_sampler(s),
         **({} if exact else {"solver": solver}),
         max_tuples=config.mixture.max_tuples if exact else s.max_tuples,
         **kwargs,

@@ -92,7 +92,8 @@ def low_rank_draws(
         if progress:
             progress(stop * n_draws, n * n_draws)
     zero = np.zeros((n_draws, n), np.float32)
-    return Draws({k: np.concatenate(x, axis=1) for k, x in found.items()}, zero, zero, zero + 1)
+    x = {k: np.concatenate(x, axis=1) for k, x in found.items()}
+    return Draws(x, zero, zero, zero + 1, zero.astype(int))
 
 
 class _Walk:

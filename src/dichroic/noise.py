@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.batching import as_float, param, split
 from dichroic.errors import ShapeError
+from dichroic.linalg import psd_factor
 
 
 class Noise(eqx.Module):
@@ -31,6 +32,10 @@ class Noise(eqx.Module):
         """`Σ` as a dense matrix."""
         return jax.vmap(self.mv)(jnp.eye(size))
 
+    def variances(self, size: int) -> Float[Array, " obs"]:
+        """The diagonal of `Σ`."""
+        return jnp.diagonal(self.as_matrix(size))
+
     def observed(self, size: int) -> Float[Array, " obs"]:
         """1 where an entry was observed and 0 where it is missing."""
         return jnp.ones(size)
@@ -44,6 +49,9 @@ class Isotropic(Noise):
     def mv(self, v: Array) -> Array:
         return self.std**2 * v
 
+    def variances(self, size: int) -> Array:
+        return jnp.full(size, self.std**2)
+
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
         return self.std * jax.random.normal(key, (size,))
 
@@ -55,6 +63,9 @@ class DiagonalNoise(Noise):
 
     def mv(self, v: Array) -> Array:
         return self.variance * v
+
+    def variances(self, size: int) -> Array:
+        return self.variance
 
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
         return jnp.sqrt(self.variance) * jax.random.normal(key, (size,))
@@ -68,6 +79,9 @@ class LowRankNoise(Noise):
 
     def mv(self, v: Array) -> Array:
         return self.factor @ (self.factor.T @ v) + self.variance * v
+
+    def variances(self, size: int) -> Array:
+        return jnp.sum(self.factor**2, axis=-1) + self.variance
 
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
         a, b = jax.random.split(key)
@@ -83,8 +97,11 @@ class DenseNoise(Noise):
     def mv(self, v: Array) -> Array:
         return self.covariance @ v
 
+    def variances(self, size: int) -> Array:
+        return jnp.diagonal(self.covariance)
+
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
-        return jnp.linalg.cholesky(self.covariance) @ jax.random.normal(key, (size,))
+        return psd_factor(self.covariance) @ jax.random.normal(key, (size,))
 
 
 class StationaryNoise(Noise):
@@ -151,6 +168,10 @@ class StationaryNoise(Noise):
     def mv(self, v: Array) -> Array:
         return self._crop(self._filter(v.reshape(self.shape), self.spectrum()))
 
+    def variances(self, size: int) -> Array:
+        middle = tuple(n // 2 for n in self.covariance.shape)
+        return jnp.full(size, self.covariance[middle])
+
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
         torus = (*self.shape[: -self.ndim], *self._grid()[1])
         white = jax.random.normal(key, torus)
@@ -169,6 +190,9 @@ class Masked(Noise):
 
     def mv(self, v: Array) -> Array:
         return self.mask * self.noise.mv(self.mask * v) + (1 - self.mask) * v
+
+    def variances(self, size: int) -> Array:
+        return self.mask * self.noise.variances(size) + (1 - self.mask)
 
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
         return self.mask * self.noise.sample(key, size)
@@ -190,6 +214,10 @@ class JointNoise(Noise):
     def mv(self, v: Array) -> Array:
         pairs = zip(self.noises, self._parts(v), strict=True)
         return jnp.concatenate([noise.mv(part) for noise, part in pairs])
+
+    def variances(self, size: int) -> Array:
+        pairs = zip(self.noises, self.sizes, strict=True)
+        return jnp.concatenate([noise.variances(m) for noise, m in pairs])
 
     def sample(self, key: PRNGKeyArray, size: int) -> Array:
         keys = jax.random.split(key, len(self.noises))

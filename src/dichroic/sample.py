@@ -13,6 +13,7 @@ come from its global index, and observations are computed in lanes of a fixed nu
 not depend on how many others are computed with it.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,20 +28,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from dichroic.batching import split
 from dichroic.config import SamplerConfig
 from dichroic.denoise import Denoiser
-from dichroic.errors import ConfigError
 from dichroic.observations import Observations
-from dichroic.posterior import (
-    Estimate,
-    MatrixFreePosterior,
-    Posterior,
-    Prior,
-    Sources,
-    build_posterior,
-)
+from dichroic.posterior import Denoise, Effort, Estimate, Prior, Sources, build_posterior
 from dichroic.schedule import Geometric, Karras, Schedule
 
 LANES = 64
-Denoise = Prior | Posterior | MatrixFreePosterior
 
 
 def noise_like(key: PRNGKeyArray, x: PyTree[Array]) -> PyTree[Array]:
@@ -66,12 +58,18 @@ class Sampler(eqx.Module):
         key: PRNGKeyArray,
         here: Sources,
         there: Sources,
+        guess: Array | None,
     ) -> tuple[Sources, Estimate]:
-        """From the noise levels `here` to the lower `there`; also the estimate made at `here`."""
+        """From the noise levels `here` to the lower `there`; also the estimate made at `here`.
 
-    def last(self, denoise: Denoise, x: Sources, key: PRNGKeyArray, here: Sources) -> Estimate:
+        `guess` is the `dual` of the step before; that of the estimate is the guess of the next.
+        """
+
+    def last(
+        self, denoise: Denoise, x: Sources, key: PRNGKeyArray, here: Sources, guess: Array | None
+    ) -> Estimate:
         """The end of the walk at the lowest level `here`."""
-        return denoise(x, here)
+        return denoise(x, here, guess)
 
     def draw(
         self, denoisers: dict[str, Denoiser], obs: Observations, key: PRNGKeyArray, **options: Any
@@ -89,31 +87,33 @@ class Ancestral(Sampler):
     """The reverse chain itself: a draw of `x` given `x_t`, then the bridge to the next level.
 
     The draw uses the covariance of the estimate and not only its mean, so the chain is exact for
-    Gaussian and mixture priors at any number of steps. Needs a posterior with an exact solve.
+    Gaussian and mixture priors at any number of steps where the solve is exact. With conjugate gradients a
+    mixture given `x_t` counts as one Gaussian, and roots of Jacobians are approximate: a few steps are still
+    enough (`benchmarks/high_dimensional.py`).
     """
 
-    def step(self, denoise, x, key, here, there):
+    def step(self, denoise, x, key, here, there, guess):
         a, b = jax.random.split(key)
         e = denoise.draw(x, here, a)
         return jax.tree.map(_bridge, x, e.mean, noise_like(b, x), here, there), e
 
-    def last(self, denoise, x, key, here):
+    def last(self, denoise, x, key, here, guess):
         return denoise.draw(x, here, key)
 
 
 class Ddpm(Sampler):
     """Ancestral sampling with the mean of `x` given `x_t` in place of a draw."""
 
-    def step(self, denoise, x, key, here, there):
-        e = denoise(x, here)
+    def step(self, denoise, x, key, here, there, guess):
+        e = denoise(x, here, guess)
         return jax.tree.map(_bridge, x, e.mean, noise_like(key, x), here, there), e
 
 
 class Ddim(Sampler):
     """Deterministic steps of the probability-flow equation."""
 
-    def step(self, denoise, x, key, here, there):
-        e = denoise(x, here)
+    def step(self, denoise, x, key, here, there, guess):
+        e = denoise(x, here, guess)
         move = lambda x, d, t, s: d + s / t * (x - d)
         return jax.tree.map(move, x, e.mean, here, there), e
 
@@ -121,14 +121,14 @@ class Ddim(Sampler):
 class Heun(Sampler):
     """Deterministic second-order steps: two evaluations of the denoiser each."""
 
-    def step(self, denoise, x, key, here, there):
-        e = denoise(x, here)
+    def step(self, denoise, x, key, here, there, guess):
+        e = denoise(x, here, guess)
         slope = jax.tree.map(lambda x, d, t: (x - d) / t, x, e.mean, here)
         euler = jax.tree.map(lambda x, g, t, s: x + (s - t) * g, x, slope, here, there)
-        e2 = denoise(euler, there)
+        e2 = denoise(euler, there, e.dual)
         slope2 = jax.tree.map(lambda x, d, s: (x - d) / s, euler, e2.mean, there)
         move = lambda x, g, h, t, s: x + 0.5 * (s - t) * (g + h)
-        return jax.tree.map(move, x, slope, slope2, here, there), e
+        return jax.tree.map(move, x, slope, slope2, here, there), _after(e, e2)
 
 
 class PredictorCorrector(Sampler):
@@ -137,27 +137,41 @@ class PredictorCorrector(Sampler):
     corrections: int = eqx.field(static=True, default=1)
     snr: float = eqx.field(static=True, default=0.2)
 
-    def step(self, denoise, x, key, here, there):
-        x, e = Ddpm.step(self, denoise, x, jax.random.fold_in(key, 0), here, there)  # type: ignore[arg-type]
+    def step(self, denoise, x, key, here, there, guess):
+        x, e = Ddpm.step(self, denoise, x, jax.random.fold_in(key, 0), here, there, guess)  # type: ignore[arg-type]
         for i in range(self.corrections):
-            d = denoise(x, there).mean
+            corrected = denoise(x, there, e.dual)
+            e, d = _after(e, corrected), corrected.mean
             z = noise_like(jax.random.fold_in(key, i + 1), x)
             move = lambda x, d, z, s: x + self.snr**2 * (d - x) + jnp.sqrt(2.0) * self.snr * s * z
             x = jax.tree.map(move, x, d, z, there)
         return x, e
 
 
+def _after(first: Estimate, then: Estimate) -> Estimate:
+    """`first`, with the effort of both and the dual of the one that came `then`."""
+    return dataclasses.replace(first, effort=first.effort + then.effort, dual=then.dual)
+
+
 class Draw(eqx.Module):
     """One draw of all sources, with what the sampler saw on its way.
 
     `evidence` is a lower bound of `log p(y)` along the path (see `walk`); `residual` is the largest
-    relative residual of the solves, `converged` the fraction of them that converged.
+    relative residual of the solves, `converged` the fraction of them that converged, and `steps` those of
+    conjugate gradients of all of them.
     """
 
     x: Sources
     evidence: Float[Array, ""]
     residual: Float[Array, ""]
     converged: Float[Array, ""]
+    steps: Int[Array, ""]
+
+    @classmethod
+    def of(cls, x: Sources, evidence: Float[Array, ""], effort: Effort) -> "Draw":
+        """`x` with the `effort` of its solves, of which there is one at least."""
+        converged = effort.converged / effort.solves
+        return cls(x, evidence, effort.residual, converged, effort.steps)
 
 
 def walk(
@@ -182,23 +196,18 @@ def walk(
     }
 
     def body(carry, i):
-        x, cost, residual, converged = carry
+        x, cost, effort, guess = carry
         here, there = at(levels[i]), at(levels[i + 1])
-        x, e = sampler.step(denoise, x, jax.random.fold_in(key_path, i), here, there)
+        x, e = sampler.step(denoise, x, jax.random.fold_in(key_path, i), here, there, guess)
         gap = lambda a, b, t, s: 0.5 * jnp.sum((a - b) ** 2) * (1 / s**2 - 1 / t**2)
         cost += sum(jax.tree.leaves(jax.tree.map(gap, e.mean, e.prior, here, there)))
-        return (x, cost, jnp.maximum(residual, e.residual), converged + e.converged), None
+        return (x, cost, effort + e.effort, e.dual), None
 
-    zero = jnp.zeros(())
-    carry, _ = jax.lax.scan(body, (start, zero, zero, zero), jnp.arange(sampler.steps))
-    x, cost, residual, converged = carry
-    last = sampler.last(denoise, x, jax.random.fold_in(key_path, sampler.steps), at(levels[-1]))
-    return Draw(
-        last.mean,
-        last.log_evidence - cost,
-        jnp.maximum(residual, last.residual),
-        (converged + last.converged) / (sampler.steps + 1),
-    )
+    first = start, jnp.zeros(()), Effort.none(), denoise.first_guess()
+    (x, cost, effort, guess), _ = jax.lax.scan(body, first, jnp.arange(sampler.steps))
+    key_last = jax.random.fold_in(key_path, sampler.steps)
+    last = sampler.last(denoise, x, key_last, at(levels[-1]), guess)
+    return Draw.of(last.mean, last.log_evidence - cost, effort + last.effort)
 
 
 class Draws(eqx.Module):
@@ -208,6 +217,7 @@ class Draws(eqx.Module):
     evidence: np.ndarray
     residual: np.ndarray
     converged: np.ndarray
+    steps: np.ndarray
 
 
 Progress = Callable[[int, int], None]
@@ -227,7 +237,7 @@ class Exact(eqx.Module):
     ) -> Draw:
         """One joint draw of the sources of one observation."""
         x = build_posterior(denoisers, obs, solver="exact", **options).draw_without_path(key)
-        return Draw(x, jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
+        return Draw.of(x, jnp.zeros(()), Effort.one())
 
 
 class Gibbs(eqx.Module):
@@ -252,16 +262,19 @@ class Gibbs(eqx.Module):
         names = obs.sources
         x = self.start(denoisers, obs)
 
-        def sweep(x: Sources, i: Int[Array, ""]):
+        def sweep(carry: tuple[Sources, Effort], i: Int[Array, ""]):
+            x, effort = carry
             for j, name in enumerate(names):
                 others = obs.apply({**x, name: jnp.zeros_like(x[name])})
                 alone = Observations(obs.y - others, {name: obs.operators[name]}, obs.noise)
                 k = jax.random.fold_in(jax.random.fold_in(key, i), j)
-                x = {**x, **self.sampler.draw({name: denoisers[name]}, alone, k, **options).x}
-            return x, None
+                new = self.sampler.draw({name: denoisers[name]}, alone, k, **options)
+                x = {**x, **new.x}
+                effort += Effort.one(new.converged == 1, new.residual, new.steps)
+            return (x, effort), None
 
-        x, _ = jax.lax.scan(sweep, x, jnp.arange(self.sweeps))
-        return Draw(x, jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
+        (x, effort), _ = jax.lax.scan(sweep, (x, Effort.none()), jnp.arange(self.sweeps))
+        return Draw.of(x, jnp.zeros(()), effort)
 
 
 def draw_posterior(
@@ -332,7 +345,8 @@ def _gather(parts: list[Draw], n_draws: int, n: int) -> Draws:
         for i in range(n_draws)
     ]
     stacked = jax.tree.map(lambda *a: np.stack(a), *whole)
-    return Draws(stacked.x, stacked.evidence, stacked.residual, stacked.converged)
+    rest = stacked.evidence, stacked.residual, stacked.converged, stacked.steps
+    return Draws(stacked.x, *rest)
 
 
 def draw_prior(
@@ -373,15 +387,11 @@ SAMPLERS = {
 SCHEDULES = {"geometric": Geometric, "karras": Karras}
 
 
-def make_sampler(config: SamplerConfig, *, solver: str = "exact") -> Sampler:
-    """The sampler that `config` describes; `"auto"` is ancestral with an exact solve, Heun with CG."""
+def make_sampler(config: SamplerConfig, *, auto: str = "ancestral") -> Sampler:
+    """The sampler that `config` describes, where `"auto"` stands for the sampler `auto`.
+
+    For the posterior that is the ancestral one, with either solve: with networks of 784 numbers it needs a
+    fifth of the evaluations of Heun's, at a better calibration (`benchmarks/high_dimensional.py`).
+    """
     schedule = SCHEDULES[config.schedule](config.sigma_min, config.sigma_max)
-    name = config.name
-    if name == "auto":
-        name = "ancestral" if solver == "exact" else "heun"
-    if name == "ancestral" and solver != "exact":
-        raise ConfigError(
-            "the ancestral sampler needs the exact solve, and this view is too large for it (or "
-            "sampler.solver is 'cg'); choose sampler.name: heun, ddpm or auto"
-        )
-    return SAMPLERS[name](config.steps, schedule)
+    return SAMPLERS[auto if config.name == "auto" else config.name](config.steps, schedule)

@@ -27,14 +27,16 @@ class Separation:
     """Posterior draws of every source of some observations.
 
     `draws[name]` is `(n_draws, n, *shape)`; `chi2` `(n_draws, n)` is `rᵀ Σ⁻¹ r / M` of each draw's
-    residual, 1 on average for a calibrated posterior; `residual` and `converged` are the worst
-    relative residual of the linear solves and the fraction of them that converged.
+    residual, 1 on average for a calibrated posterior. Of each draw too, `(n_draws, n)`: the worst relative
+    `residual` of its linear solves, the fraction of them that `converged`, and the `steps` of conjugate gradients
+    that they took together (0 where solves are exact).
     """
 
     draws: dict[str, np.ndarray]
     chi2: np.ndarray
     residual: np.ndarray
     converged: np.ndarray
+    steps: np.ndarray
 
     @property
     def mean(self) -> dict[str, np.ndarray]:
@@ -139,7 +141,7 @@ class Separator:
             **options,
         )
         chi2 = predictive_chi2(observations, draws)
-        return Separation(draws.x, chi2, draws.residual, draws.converged)
+        return Separation(draws.x, chi2, draws.residual, draws.converged, draws.steps)
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws from the learned prior of `source`, `(n, *shape)`."""
@@ -149,7 +151,7 @@ class Separator:
         sampler = (
             None
             if isinstance(denoiser, Mixture)
-            else make_sampler(self.config.sampler, solver="cg")
+            else make_sampler(self.config.sampler, auto="heun")
         )
         return draw_prior(
             denoiser, n, jax.random.key(seed), sampler=sampler, batch_size=self.config.batch_size

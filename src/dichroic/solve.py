@@ -48,13 +48,13 @@ def conjugate_gradient(
 
     Stops where `‖r‖ ≤ tolerance ‖b‖`, whatever the scale of the problem; at a direction of zero or
     negative curvature, keeping the last iterate (so a slightly indefinite `A` gives a usable answer);
-    or after `max_steps`. `precondition` applies an approximation of `A⁻¹` (Hestenes and Stiefel, 1952).
+    or after `max_steps`. `precondition` applies an approximation of `A⁻¹` (Hestenes and Stiefel, 1952). Starts
+    from zero, or, for one product more, from the multiple of `x0` nearest to the solution in the norm of `A`.
     """
     scale = jnp.max(jnp.abs(b))
     scale = jnp.where(scale > 0, scale, 1)
     unit = b / scale
-    x = jnp.zeros_like(b) if x0 is None else x0 / scale
-    r = unit - matvec(x)
+    x, r = (jnp.zeros_like(b), unit) if x0 is None else _nearest(matvec, unit, x0 / scale)
     goal = tolerance**2 * (unit @ unit)
     z = precondition(r)
     status = jnp.where(r @ r <= goal, CONVERGED, RUNNING)
@@ -78,3 +78,12 @@ def conjugate_gradient(
     residual = jnp.sqrt(end.r @ end.r) / jnp.where(norm > 0, norm, 1)
     status = jnp.where(end.status == RUNNING, OUT_OF_STEPS, end.status)
     return Solution(scale * end.x, end.steps, residual, status)
+
+
+def _nearest(matvec: Callable[[Array], Array], b: Array, x: Array) -> tuple[Array, Array]:
+    """The multiple `w x` that is nearest to `A⁻¹ b` in the norm of `A`, never farther than 0, and `b − w A x`."""
+    a_x = matvec(x)
+    curvature = x @ a_x
+    ok = curvature > 0
+    weight = (x @ b) / jnp.where(ok, curvature, 1)
+    return jnp.where(ok, weight * x, 0), jnp.where(ok, b - weight * a_x, b)

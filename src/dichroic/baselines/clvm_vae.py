@@ -171,8 +171,8 @@ class ClvmVae:
             x.append(jax.tree.map(lambda *a: np.concatenate(a)[: obs.count], *parts))
         draws = jax.tree.map(lambda *a: np.stack(a), *x)
         zeros, ones = np.zeros((2, n_draws, obs.count), np.float32), np.ones((n_draws, obs.count))
-        chi2 = predictive_chi2(obs, Draws(draws, zeros[0], zeros[1], ones))
-        return Separation(draws, chi2, zeros[1], ones)
+        rest = zeros[0], ones, zeros[1].astype(int)
+        return Separation(draws, predictive_chi2(obs, Draws(draws, zeros[1], *rest)), *rest)
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws `g(z)`, `z ~ N(0, I)`, of `source`, `(n, *shape)`."""

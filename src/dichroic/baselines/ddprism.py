@@ -122,7 +122,8 @@ class Ddprism:
         options = {"n_draws": n_draws, "first_index": first_index, "progress": progress}
         key = jax.random.key(seed)
         draws = draw(self.denoisers, obs, key, self.config, self.config.steps, **options)
-        return Separation(draws.x, predictive_chi2(obs, draws), draws.residual, draws.converged)
+        rest = draws.residual, draws.converged, draws.steps
+        return Separation(draws.x, predictive_chi2(obs, draws), *rest)
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws from the learned prior of `source`, `(n, *shape)`."""

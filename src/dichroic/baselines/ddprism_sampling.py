@@ -24,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray
 from dichroic.batching import flagged
 from dichroic.denoise import Denoiser
 from dichroic.observations import Observations
-from dichroic.posterior import Estimate, MatrixFreePosterior, Sources
+from dichroic.posterior import Effort, Estimate, MatrixFreePosterior, Sources
 from dichroic.sample import Ddim, Draw, Gibbs, Sampler, noise_like, walk
 from dichroic.solve import conjugate_gradient
 
@@ -59,8 +59,8 @@ class PublishedPosterior(MatrixFreePosterior):
 
     ridge: float = eqx.field(static=True, default=0.0)
 
-    def __call__(self, x_t: Sources, sigma: Sources) -> Estimate:
-        """The posterior mean of every source given its noised value `x_t` and the observation."""
+    def __call__(self, x_t: Sources, sigma: Sources, guess: Array | None = None) -> Estimate:
+        """The posterior mean of every source given its noised value `x_t` and the observation; from no `guess`."""
         obs = self.observation
         pulled = {
             k: jax.vjp(lambda v, k=k: self.denoisers[k](v, sigma[k]), x_t[k]) for k in obs.sources
@@ -77,14 +77,16 @@ class PublishedPosterior(MatrixFreePosterior):
         if self.max_steps == 1:
             along = spread(r)
             weight, residual = _one_step(r, cov(r, along))
-            shift = {k: weight * u for k, u in along.items()}
+            shift, v, steps = {k: weight * u for k, u in along.items()}, weight * r, 1
         else:
             solution = conjugate_gradient(
                 lambda v: cov(v, spread(v)), r, tolerance=self.tolerance, max_steps=self.max_steps
             )
-            shift, residual = spread(solution.x), solution.residual
+            v, residual, steps = solution.x, solution.residual, solution.steps
+            shift = spread(v)
         mean = {k: prior[k] + shift[k] for k in prior}
-        return Estimate(mean, prior, jnp.zeros(()), residual, residual <= self.tolerance)
+        effort = Effort.one(residual <= self.tolerance, residual, steps)
+        return Estimate(mean, prior, jnp.zeros(()), effort, v)
 
 
 def _one_step(r: Array, cov_r: Array) -> tuple[Array, Array]:
@@ -107,9 +109,9 @@ class PublishedPredictorCorrector(Sampler):
     cg_steps: int = eqx.field(static=True, default=1)
     ridge: float = eqx.field(static=True, default=0.0)
 
-    def step(self, denoise, x, key, here, there):
+    def step(self, denoise, x, key, here, there, guess):
         """A prediction at the next level and its corrections."""
-        x, e = Ddim.step(self, denoise, x, key, here, there)  # type: ignore[arg-type]
+        x, e = Ddim.step(self, denoise, x, key, here, there, guess)  # type: ignore[arg-type]
         for i in range(self.corrections):
             d = denoise(x, there).mean
             z = noise_like(jax.random.fold_in(key, i), x)
@@ -121,7 +123,9 @@ class PublishedPredictorCorrector(Sampler):
         self, denoisers: dict[str, Denoiser], obs: Observations, key: PRNGKeyArray, **options: Any
     ) -> Draw:
         """One joint draw of the sources of one observation."""
-        posterior = PublishedPosterior(denoisers, obs, 1e-6, self.cg_steps, self.ridge)
+        posterior = PublishedPosterior(
+            denoisers, obs, tolerance=1e-6, max_steps=self.cg_steps, ridge=self.ridge
+        )
         return walk(self, posterior, denoisers, key)
 
 

@@ -207,8 +207,9 @@ class Pcpca(Fitted):
         x = {k: v for part in parts for k, v in part.x.items()}
         residual = np.max([part.residual for part in parts], axis=0)
         converged = np.min([part.converged for part in parts], axis=0)
-        draws = Draws(x, parts[0].evidence, residual, converged)
-        return Separation(x, predictive_chi2(obs, draws), residual, converged)
+        steps = np.sum([part.steps for part in parts], axis=0)
+        draws = Draws(x, parts[0].evidence, residual, converged, steps)
+        return Separation(x, predictive_chi2(obs, draws), residual, converged, steps)
 
 
 def _within(progress: Callable[[int, int], None] | None, part: int, parts: int):

@@ -6,7 +6,7 @@ symmetric nor positive; its projection on the PSD matrices is used.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from dichroic.batching import as_float
+from dichroic.denoise.moments import Moments, root
+from dichroic.denoise.spectrum import spectral_moments
+from dichroic.errors import ShapeError
 from dichroic.evidence import Components
 from dichroic.linalg import psd_projection
 from dichroic.operators import Shape
 from dichroic.operators.elementary import shape_field
-
-LinearMap = Callable[[Array], Array]
 
 
 class Denoiser(eqx.Module):
@@ -49,21 +50,35 @@ class Denoiser(eqx.Module):
         jacobian = jax.vmap(push, out_axes=1)(jnp.eye(mean.size))
         return Components(jnp.zeros(1), mean[None], sigma**2 * psd_projection(jacobian)[None])
 
-    def covariance_map(
-        self, x_t: Float[Array, "*shape"], sigma: Float[Array, ""]
-    ) -> tuple[Float[Array, " dim"], LinearMap]:
-        """`E[x | x_t]` and `u ↦ σ² ½ (J + Jᵀ) u`, on flattened arrays, by Jacobian products."""
+    def moments(self, x_t: Float[Array, "*shape"], sigma: Float[Array, ""]) -> Moments:
+        """What is known of `x` given `x_t` as one Gaussian, by Jacobian products: no matrix is formed.
+
+        Its covariance is `u ↦ σ² ½ (J + Jᵀ) u`, two products; the rough one that of `N(·, s² I)`, `s` the scale.
+        """
         flat = lambda v: self(v.reshape(self.shape), sigma).ravel()
         mean, push = jax.linearize(flat, x_t.ravel())
         pull = jax.linear_transpose(push, x_t.ravel())
-        return mean, lambda u: 0.5 * sigma**2 * (push(u) + pull(u)[0])
+        covariance = lambda u: 0.5 * sigma**2 * (push(u) + pull(u)[0])
+        deviate = lambda key: sigma * root(push, jax.random.normal(key, mean.shape))
+        variance = self.scale**2
+        floor = sigma**2 * variance / (variance + sigma**2)
+        return Moments(mean, covariance, deviate, floor, jnp.zeros((mean.size, 0)))
+
+
+def _optional(value: Any) -> Array | None:
+    return None if value is None else as_float(value)
 
 
 class Wrapped(Denoiser):
     """A user's own `fn(x, sigma)`, or `fn(params, x, sigma)` with a pytree of parameters (Flax).
 
     `fn` takes one sample of shape `shape` and a scalar `sigma`; `mean` and `std` describe the prior
-    roughly (scalars): sampling starts from `mean`, with noise levels in units of `std`.
+    roughly (scalars): sampling starts from `mean`, with noise levels in units of `std`. `spectrum`, of shape
+    `shape`, has the prior's variances in the discrete cosine transform (`spectrum_of` samples of the source).
+
+    With a `spectrum`, conjugate gradients are preconditioned. `covariance="spectrum"` also takes `V[x | x_t]` from
+    it: no Jacobian, as accurate where a source is stationary, and too wide where it is not.
+    Raises `ShapeError` for a spectrum of another shape, or none where it is needed.
     """
 
     fn: Callable[..., Array] = eqx.field(static=True)
@@ -71,6 +86,13 @@ class Wrapped(Denoiser):
     params: PyTree = None
     mean: Float[Array, ""] = eqx.field(converter=as_float, default=0.0)
     std: Float[Array, ""] = eqx.field(converter=as_float, default=1.0)
+    spectrum: Float[Array, "..."] | None = eqx.field(converter=_optional, default=None)
+    covariance: Literal["jacobian", "spectrum"] = eqx.field(static=True, default="jacobian")
+
+    def __check_init__(self):
+        found = None if self.spectrum is None else self.spectrum.shape
+        if found != self.shape and not (found is None and self.covariance == "jacobian"):
+            raise ShapeError(f"Wrapped: a spectrum of shape {found}; expected {self.shape}")
 
     def __call__(self, x_t: Array, sigma: Array) -> Array:
         args: tuple[Any, ...] = () if self.params is None else (self.params,)
@@ -83,3 +105,18 @@ class Wrapped(Denoiser):
     @property
     def scale(self) -> Array:
         return self.std
+
+    def components(self, x_t: Array, sigma: Array) -> Components:
+        if self.covariance == "jacobian":
+            return super().components(x_t, sigma)
+        mean, covariance, *_ = self.moments(x_t, sigma)
+        return Components(jnp.zeros(1), mean[None], jax.vmap(covariance)(jnp.eye(mean.size))[None])
+
+    def moments(self, x_t: Array, sigma: Array) -> Moments:
+        if self.spectrum is None:
+            return super().moments(x_t, sigma)
+        if self.covariance == "spectrum":
+            return spectral_moments(self(x_t, sigma).ravel(), self.spectrum, sigma)
+        moments = super().moments(x_t, sigma)
+        rough = spectral_moments(moments.mean, self.spectrum, sigma)
+        return moments._replace(floor=rough.floor, columns=rough.columns)

@@ -19,10 +19,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dichroic.batching import as_float
-from dichroic.denoise.base import Denoiser, LinearMap
+from dichroic.denoise.base import Denoiser
+from dichroic.denoise.moments import Moments, strongest
 from dichroic.errors import DataError, ShapeError
 from dichroic.evidence import Components
 from dichroic.operators import Shape
+
+_FEW = 8  # components whose means precondition
 
 
 class Mixture(Denoiser):
@@ -175,12 +178,16 @@ class Mixture(Denoiser):
         covariances, roots = sigma**2 * self._spectral(*gains), sigma * self._root(*gains)
         return Components(jax.nn.log_softmax(scores), means, covariances, roots)
 
-    def covariance_map(self, x_t: Array, sigma: Array) -> tuple[Array, LinearMap]:
+    def moments(self, x_t: Array, sigma: Array) -> Moments:
+        """Both moments in closed form; a draw is one of a component, about the mean of all.
+
+        The rough covariance is that of the likeliest component and of the means of a few.
+        """
         scores, means = self._shrink(x_t, sigma)
         w = jax.nn.softmax(scores)
         mean = w @ means
-        extra, g = self._gains(sigma)
-        extra = w[:, None] * extra
+        gains, g = self._gains(sigma)
+        extra = w[:, None] * gains
         centred = means - mean
 
         def covariance(u: Array) -> Array:
@@ -188,7 +195,22 @@ class Mixture(Denoiser):
             within = jnp.einsum("kir,kr->i", self.basis, z) + (w @ g) * u
             return sigma**2 * within + (w * (centred @ u)) @ centred
 
-        return mean, covariance
+        def deviate(key: PRNGKeyArray) -> Array:
+            pick, along, rest = jax.random.split(key, 3)
+            k = jax.random.categorical(pick, scores)
+            z = jnp.sqrt(gains[k]) * jax.random.normal(along, gains.shape[1:])
+            white = jnp.sqrt(g[k]) * jax.random.normal(rest, mean.shape)
+            return centred[k] + sigma * (self.basis[k] @ z + white)
+
+        top = jnp.argmax(scores) if w.size > 1 else 0
+        columns, left = strongest(
+            lambda index: self.basis[top][:, index], sigma**2 * gains[top], self.dim
+        )
+        if w.size > 1:
+            weight, which = jax.lax.top_k(w, min(w.size, _FEW))
+            between = (jnp.sqrt(weight)[:, None] * centred[which]).T
+            columns = jnp.concatenate([columns, between], axis=1)
+        return Moments(mean, covariance, deviate, sigma**2 * g[top] + left, columns)
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "*shape"]:
         """One exact draw from the prior."""

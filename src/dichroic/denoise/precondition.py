@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from dichroic.denoise.base import Denoiser
 from dichroic.denoise.mixture import Mixture
+from dichroic.denoise.moments import Moments
 from dichroic.evidence import Components
 from dichroic.operators import Shape
 
@@ -28,7 +29,8 @@ class Preconditioned(Denoiser):
 
     `covariance` says where the joint posterior takes `V[x | x_t]` from: `"jacobian"`, the projected
     Jacobian of the whole (one Gaussian), or `"base"`, the components of the base with their means
-    moved by the correction, which costs no Jacobian and keeps several modes apart.
+    moved by the correction, which costs no Jacobian and keeps several modes apart. With the Jacobian, the
+    base preconditions.
     """
 
     base: Mixture
@@ -63,3 +65,9 @@ class Preconditioned(Denoiser):
         c = self.base.components(x_t, sigma)
         moved = c.means + self.correction(x_t, sigma).ravel()
         return Components(c.log_weights, moved, c.covariances, c.roots)
+
+    def moments(self, x_t: Array, sigma: Array) -> Moments:
+        base = self.base.moments(x_t, sigma)
+        if self.covariance == "base":
+            return base._replace(mean=base.mean + self.correction(x_t, sigma).ravel())
+        return super().moments(x_t, sigma)._replace(floor=base.floor, columns=base.columns)

@@ -51,6 +51,9 @@ class Identity(Square):
     def as_matrix(self) -> Array:
         return jnp.eye(int(np.prod(self.shape)))
 
+    def row_squares(self) -> Array:
+        return jnp.ones(self.shape)
+
 
 class Zero(Operator):
     """`A x = 0`: a view of shape `out_shape` that does not see a source of shape `in_shape`."""
@@ -63,6 +66,9 @@ class Zero(Operator):
 
     def rmv(self, y: Array) -> Array:
         return jnp.zeros(self.in_shape, y.dtype)
+
+    def row_squares(self) -> Array:
+        return jnp.zeros(self.out_shape)
 
 
 class Scale(Square):
@@ -83,6 +89,9 @@ class Scale(Square):
 
     def rmv(self, y: Array) -> Array:
         return self.factor * y
+
+    def row_squares(self) -> Array:
+        return jnp.full(self.shape, self.factor**2)
 
 
 class Diagonal(Square):
@@ -109,6 +118,9 @@ class Diagonal(Square):
 
     def rmv(self, y: Array) -> Array:
         return self.diagonal * y
+
+    def row_squares(self) -> Array:
+        return self.diagonal**2
 
 
 class Dense(Operator):
@@ -147,6 +159,9 @@ class Dense(Operator):
 
     def as_matrix(self) -> Array:
         return self.matrix
+
+    def row_squares(self) -> Array:
+        return jnp.sum(self.matrix**2, axis=1).reshape(self.out_shape)
 
 
 class Function(Operator):

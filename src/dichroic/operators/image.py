@@ -59,6 +59,9 @@ class BlockAverage(Operator):
             y = jnp.repeat(y, self.factor, axis=a) / self.factor
         return y
 
+    def row_squares(self) -> Array:
+        return jnp.full(self.out_shape, 1 / self.factor ** len(self.axes))
+
 
 class BlockProject(Operator):
     """The mean of each block in place of its samples: a resolution lost on the grid of the source.
@@ -89,6 +92,9 @@ class BlockProject(Operator):
 
     def rmv(self, y: Array) -> Array:
         return self.mv(y)
+
+    def row_squares(self) -> Array:
+        return jnp.full(self.out_shape, 1 / self.average.factor ** len(self.average.axes))
 
 
 class Convolve(Operator):
@@ -131,6 +137,9 @@ class Convolve(Operator):
 
     def rmv(self, y: Array) -> Array:
         return self._filter(y, jnp.flip(self.kernel, range(self.ndim)))
+
+    def row_squares(self) -> Array:
+        return jnp.maximum(self._filter(jnp.ones(self.shape), self.kernel**2), 0)
 
     def _filter(self, x: Array, kernel: Array) -> Array:
         axes = tuple(range(x.ndim - self.ndim, x.ndim))
@@ -181,6 +190,9 @@ class Place(Operator):
         wide = jax.lax.dynamic_update_slice(jnp.zeros(room, x.dtype), x, self._start())
         inner = zip(self.in_shape, self.out_shape, strict=True)
         return wide[tuple(slice(i, i + o) for i, o in inner)]
+
+    def row_squares(self) -> Array:
+        return self.mv(jnp.ones(self.in_shape))
 
     def rmv(self, y: Array) -> Array:
         wide = jnp.pad(y, [(i, i) for i in self.in_shape])

@@ -61,6 +61,9 @@ class Learned(Operator):
     def as_matrix(self) -> Float[Array, "out in"]:
         return self.operator.as_matrix()
 
+    def row_squares(self) -> Array:
+        return self.operator.row_squares()
+
 
 def _is_learned(node: Any) -> bool:
     return isinstance(node, Learned)

@@ -7,6 +7,8 @@ from jaxtyping import Array
 
 from dichroic.errors import ShapeError
 from dichroic.operators.base import Operator, Shape
+from dichroic.operators.elementary import Diagonal, Identity, Scale
+from dichroic.operators.learned import Learned
 
 
 class Compose(Operator):
@@ -39,6 +41,24 @@ class Compose(Operator):
         for op in self.operators:
             y = op.rmv(y)
         return y
+
+    def row_squares(self) -> Array:
+        first, *rest = _flat(self)
+        if not rest:
+            return first.row_squares()
+        if isinstance(first, Identity | Scale | Diagonal):  # scales rows
+            return first.row_squares() * Compose(rest).row_squares()
+        if isinstance(rest[-1], Identity | Scale):  # scales all
+            factor = rest[-1].row_squares().ravel()[0]
+            return factor * Compose((first, *rest[:-1])).row_squares()
+        return super().row_squares()
+
+
+def _flat(op: Operator) -> list[Operator]:
+    """The factors of `op`, whether or not they are learned."""
+    if isinstance(op, Learned):
+        return _flat(op.operator)
+    return [f for part in op.operators for f in _flat(part)] if isinstance(op, Compose) else [op]
 
 
 class Sum(Operator):
@@ -96,3 +116,6 @@ class Stack(Operator):
         pairs = zip(self.operators, parts, strict=True)
         terms = [op.rmv(part.reshape(op.out_shape)) for op, part in pairs]
         return sum(terms[1:], terms[0])
+
+    def row_squares(self) -> Array:
+        return jnp.concatenate([op.row_squares().ravel() for op in self.operators])
