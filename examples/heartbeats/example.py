@@ -39,10 +39,9 @@ def answers(view: View, alone: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     y, beat = np.asarray(view.observations), alone.mean(axis=0)
     scaled = np.outer(y @ beat / (beat @ beat), beat)  # the average beat, fitted to each window
     moments = second_moments({"strong": alone, "weak": ecg.simulated_windows(seed, 20000)})
+    linear = wiener(joint_observations([view]), moments)
     return {
-        "Wiener, true moments of the weak heartbeat": wiener(joint_observations([view]), moments)[
-            "weak"
-        ],
+        "Wiener, true moments of the weak heartbeat": linear["weak"],
         "average beat subtracted, scaled to each window": (y - scaled) / ecg.HEIGHT,
         "average beat subtracted": (y - beat) / ecg.HEIGHT,
         "as observed": y / ecg.HEIGHT,
