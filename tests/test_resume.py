@@ -294,21 +294,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         "fit: {mixture: {components: 1, gaussian_laps: 3000}, diffusion: {laps: 0}}\n"
     )
     out = tmp_path / "a run"
-    command = [
-        sys.executable,
-        "-m",
-        "dichroic.cli",
-        "fit",
-        str(tmp_path / "p.yaml"),
-        "--out",
-        str(out),
-    ]
-    process = subprocess.Popen([*command, "--no-report"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (out / STATES[0]).exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    heeding = (  # what a shell starts in the background ignores Ctrl-C
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from dichroic.cli import main; sys.exit(main())"
+    )
+    words = ["fit", str(tmp_path / "p.yaml"), "--out", str(out), "--no-report"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", heeding, *words], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (out / STATES[0]).exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 130
     line = said.splitlines()[-1].strip()
     assert line == f"dichroic fit {tmp_path / 'p.yaml'} --out '{out}' --no-report --resume"
