@@ -117,13 +117,12 @@ def check_zarr(array: Any, what: str, shape: Sequence[int] | None = None) -> Non
 
     `shape` is that of the part of it that is to be read, where that is not all.
     """
-    shape = array.shape if shape is None else shape
     about = array.metadata.to_dict()
     names = {str(n).lower().removeprefix("numcodecs.") for n in _codecs(about)}
     if unknown := names - ZARR_CODECS:
         raise DataError(f"{what} has a codec that is not read: {', '.join(sorted(unknown))}")
     check_numbers(array.dtype, what)
-    check_array(shape, array.dtype.itemsize, what)
+    check_array(array.shape if shape is None else shape, array.dtype.itemsize, what)
     _check_chunks(array.shape, array.chunks, array.dtype.itemsize, what)
     _check_chunks(array.shape, getattr(array, "shards", None), array.dtype.itemsize, what)
 
