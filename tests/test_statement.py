@@ -762,7 +762,7 @@ def test_a_new_view_in_yaml_or_a_mapping(tmp_path, arrays):
         (
             {"operator/a": np.eye(4) * 1j},
             None,
-            r"^new.npz: operators.a.dense: the array holds complex",
+            r"^new.npz: operators.a.dense: new.npz:operator/a holds complex",
         ),
         ({}, "boht", r"no view 'boht'; there are alone, both, own"),
     ],

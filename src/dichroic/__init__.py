@@ -56,7 +56,9 @@ _WHERE = {
     ],
     "schedule": ["Geometric", "Karras"],
     "separator": ["Separation", "Separator"],
-    "statement": ["load_problem"],
+    "statement": ["load_problem", "load_view", "open_view"],
+    "store": ["finished_blocks"],
+    "stream": ["separate_to"],
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)

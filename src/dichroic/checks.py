@@ -95,8 +95,6 @@ def values_and_mask(
             f"{label}: observation {i} is {y[i, j]} ({y.dtype}) at entry {where} ({bad.sum()} such "
             "entries); if they are missing, give a mask, or mask='nan' for NaN"
         )
-    if mask is not None and not seen.any():
-        raise DataError(f"{label}: the mask leaves nothing observed")
     return np.where(seen, y, 0), mask
 
 

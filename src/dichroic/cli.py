@@ -5,13 +5,14 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dichroic import __version__
+from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig, settings
-from dichroic.errors import DichroicError
+from dichroic.errors import ConfigError, DichroicError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,11 @@ def _going_on(args: argparse.Namespace, words: Sequence[str]) -> str:
     if args.command == "fit" and (args.out / "run.json").exists():
         again = [*(w for w in words if w != "--resume"), "--resume"]
         return f"; finished laps are kept; go on with:\n  {shlex.join(['dichroic', *again])}"
-    return "; finished laps are kept; run it again to go on" if args.command == "bench" else ""
+    kept = {
+        "bench": "; finished laps are kept; run it again to go on",
+        "separate": "; finished blocks of a .zarr folder are kept; run it again to go on",
+    }
+    return kept.get(args.command, "")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,12 +81,17 @@ def parser() -> argparse.ArgumentParser:
         "view", help="observations: an .npz or YAML file, or a view of the problem"
     )
     separate.add_argument("--draws", type=_positive, default=32, help="draws per observation (32)")
+    _add_scaling(separate)
     separate.add_argument(
         "--like", help="the view whose operators and noise a file without them has"
     )
     separate.add_argument("--problem", type=Path, metavar="FILE", help=moved)
     separate.add_argument("--seed", type=int, default=0)
-    separate.add_argument("--out", type=Path, help="an .npz file (separated.npz)")
+    separate.add_argument(
+        "--out",
+        type=Path,
+        help="an .npz file (separated.npz), or a .zarr folder that is filled block by block",
+    )
 
     sample = add("sample", _sample, "draw from the learned prior of a source")
     sample.add_argument("run_folder", type=Path, metavar="RUN")
@@ -118,6 +128,35 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _add_scaling(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("more than fits in memory (--out FOLDER.zarr)")
+    group.add_argument(
+        "--memory", type=_parsed(parse_bytes), metavar="4GiB", help="what to get by with (4GiB)"
+    )
+    group.add_argument(
+        "--chunk", type=_positive, metavar="N", help="observations at a time instead"
+    )
+    group.add_argument(
+        "--shard",
+        type=_parsed(parse_shard),
+        metavar="I/N",
+        help="do the blocks I, I + N, …: as one of N processes that share FOLDER.zarr",
+    )
+    group.add_argument("--status", action="store_true", help="only say what is missing")
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for an option, whose mistakes are shown with its name."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except DichroicError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def _list(text: str) -> list[str]:
@@ -200,14 +239,24 @@ def _fit(args: argparse.Namespace) -> None:
 
 def _separate(args: argparse.Namespace) -> None:
     from dichroic.separator import Separator
-    from dichroic.statement import load_view
+    from dichroic.statement import open_view
     from dichroic.tracking import Console
 
+    blocks = args.out is not None and args.out.suffix == ".zarr"
+    if not blocks and (args.memory or args.chunk or args.shard or args.status):
+        raise ConfigError("--memory, --chunk, --shard and --status are for --out FOLDER.zarr")
+    if args.status:
+        _print_status(args.out)
+        return
     problem = _problem_of(args)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
     if Path(view).exists() or view not in [v.name for v in problem.views]:
-        view = load_view(Path(view), problem, like=args.like)
+        view = open_view(Path(view), problem, like=args.like)
+        view = view if blocks else view.read()
+    if blocks:
+        _separate_blocks(args, separator, view)
+        return
     bar = Console()
     result = separator.separate(
         view,
@@ -219,6 +268,37 @@ def _separate(args: argparse.Namespace) -> None:
     result.save(out)
     shapes = ", ".join(f"{k} {x.shape}" for k, x in result.draws.items())
     print(f"{out}: draws, mean and std of {shapes}; χ²/M {result.chi2.mean():.3f} (1 is ideal)")
+
+
+def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> None:
+    from dichroic.stream import MEMORY, separate_to
+    from dichroic.tracking import Console
+
+    bar = Console()
+    separate_to(
+        args.out,
+        separator,
+        view,
+        n_draws=args.draws,
+        seed=args.seed,
+        memory=args.memory or MEMORY,
+        chunk=args.chunk,
+        shard=args.shard or (1, 1),
+        progress=lambda done, total: bar.progress("observations", done, total),
+    )
+    _print_status(args.out)
+
+
+def _print_status(out: Path) -> None:
+    from dichroic.store import finished_blocks
+
+    found = finished_blocks(out)
+    job, missing = found.job, found.missing
+    print(
+        f"{out}: {len(found.finished)} of {job.blocks} blocks of {job.block} observations are finished"
+        + (f"; missing: {', '.join(str(b + 1) for b in missing[:20])}" if missing else "")
+        + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    )
 
 
 def _sample(args: argparse.Namespace) -> None:

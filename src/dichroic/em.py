@@ -46,12 +46,13 @@ from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
 from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
 from dichroic.posterior import choose_solver
-from dichroic.sample import Draws, draw_posterior, make_sampler
+from dichroic.sample import LANES, Draws, draw_posterior, lanes_width, make_sampler
 from dichroic.tracking import Clock, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser, with_network
 
 Denoisers = dict[str, Denoiser]
 Metrics = dict[str, Any]
+_CHI2_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -350,19 +351,29 @@ def draw(
 def predictive_chi2(obs: Observations, draws: Draws) -> np.ndarray:
     """`rᵀ Σ⁻¹ r / M` of every draw, `(n_draws, n)`; 1 on average when the posterior is calibrated."""
     return np.stack(
-        [_chi2(obs, {k: x[d] for k, x in draws.x.items()}) for d in range(len(draws.evidence))]
+        [_chi2({k: x[d] for k, x in draws.x.items()}, obs) for d in range(len(draws.evidence))]
     )
 
 
-@eqx.filter_jit
-def _chi2(obs: Observations, x: dict[str, Any]) -> Any:
+def _chi2(x: dict[str, np.ndarray], obs: Observations) -> np.ndarray:
+    """`rᵀ Σ⁻¹ r / M` of one draw of every observation, in lanes: none depends on how many others there are."""
     rows, shared = split(obs)
+    n, out = obs.count, []
+    width = lanes_width(n, _CHI2_BATCH)
+    for start in range(0, n, width):
+        some = np.minimum(np.arange(start, start + width), n - 1)
+        cut = lambda a, some=some: a[some].reshape(-1, LANES, *a.shape[1:])
+        out.append(np.asarray(_chi2_lanes(*jax.tree.map(cut, (rows, x)), shared)).ravel())
+    return np.concatenate(out)[:n]
 
+
+@eqx.filter_jit
+def _chi2_lanes(rows: Observations, x: dict[str, Any], shared: Observations) -> Any:
     def one(row, x):
         chi2, count = whitened_chi2(eqx.combine(row, shared), x)
         return chi2 / jnp.maximum(count, 1)
 
-    return jax.vmap(one)(rows, x)
+    return jax.lax.map(lambda lanes: jax.vmap(one)(*lanes), (rows, x))
 
 
 def _scores(

@@ -17,7 +17,9 @@ except ImportError:  # not on Windows
 LOCK = "run.lock"
 
 
-def write_atomic(path: str | Path, data: bytes, *, keep: str | Path | None = None) -> None:
+def write_atomic(
+    path: str | Path, data: bytes | memoryview, *, keep: str | Path | None = None
+) -> None:
     """Write `data` to `path` so that a crash leaves the old contents or the new, nothing between.
 
     With `keep`, what was at `path` is moved there, once the new contents are on the disk. Raises

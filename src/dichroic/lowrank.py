@@ -200,9 +200,8 @@ class LowRankView:
         given = sum(p.forward(x[k].T) for k, p in self.parts.items())
         v = self.base.solve((y - eta).T - given).T
         along = np.take_along_axis(v @ self.columns, self.where[t], axis=1)
-        w = np.empty_like(along)  # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ
-        for u in np.unique(t):
-            w[t == u] = along[t == u] @ self.covariance[u]
+        # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ, row by row, so that no bit depends on which other rows there are
+        w = np.matmul(along[:, None, :], self.covariance[t])[:, 0]
         back = self.spread(t, w)
         v = v - back @ self.solved.T
         return {

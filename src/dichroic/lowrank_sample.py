@@ -5,6 +5,9 @@ given its noised value a source is the mixture's posterior, whose components hav
 floor, with means moved by the network; given the observation too, a draw of `x` is then the same algebra as an
 exact one, at every noise level. One evaluation of each network a step, no Jacobian and no iterative solve; for a
 network of zero the chain is exact at any number of steps.
+
+The last bits of a product of matrices depend on how many rows it has, so rows are taken in lanes of one number,
+the last filled up: a draw does not depend on how many others there are.
 """
 
 import math
@@ -23,7 +26,7 @@ from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.lowrank import LowRankView, gains
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
-from dichroic.sample import Draws, Progress, Sampler, observation_keys
+from dichroic.sample import LANES, Draws, Progress, Sampler, observation_keys
 
 _NETWORK_BATCH = 256
 _CHUNK_BYTES = 256 * 2**20
@@ -147,10 +150,11 @@ class _Walk:
         for part, alike in groups(some):
             view = self._view(alike, level)
             rows = np.arange(len(normals.uniform)).reshape(-1, some.count)[:, part].ravel()
-            y = view.seen * np.asarray(some.y, np.float64)[rows % some.count]
-            mine = None if given is None else {k: g.rows(rows) for k, g in given.items()}
-            for k, x in _draw(view, y, normals.rows(rows), mine).items():
-                out[k][rows] = x
+            for lanes, count in _lanes(rows):
+                y = view.seen * np.asarray(some.y, np.float64)[lanes % some.count]
+                mine = None if given is None else {k: g.rows(lanes) for k, g in given.items()}
+                for k, x in _draw(view, y, normals.rows(lanes), mine).items():
+                    out[k][lanes[:count]] = x[:count]
         return out
 
     def _view(self, alike: Observations, level: int) -> LowRankView:
@@ -166,10 +170,19 @@ class _Walk:
     def _normals(self, some: Observations, keys: Array, number: int) -> Normals:
         sizes = tuple((k, b.means.shape[1]) for k, b in self.bases.items())
         width = sum(1 + b.variances.shape[1] for b in self.bases.values())
-        often = take(some.noise, np.arange(len(keys)) % some.count)
-        u, z, x, eta = _random(keys, jnp.asarray(number), often, sizes, width, some.size)
-        to64 = lambda a: np.asarray(a, np.float64)
+        n = len(keys)
+        filled = np.minimum(np.arange(-(-n // LANES) * LANES), n - 1)
+        often = take(some.noise, filled % some.count)
+        u, z, x, eta = _random(keys[filled], jnp.asarray(number), often, sizes, width, some.size)
+        to64 = lambda a: np.asarray(a[:n], np.float64)
         return Normals(to64(u), to64(z), {k: to64(v) for k, v in x.items()}, to64(eta))
+
+
+def _lanes(rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """`LANES` of the rows at a time, the last ones filled up, and how many they are without that."""
+    for start in range(0, len(rows), LANES):
+        count = min(LANES, len(rows) - start)
+        yield rows[np.minimum(np.arange(start, start + LANES), len(rows) - 1)], count
 
 
 def _draw(
@@ -205,6 +218,20 @@ def _draw(
 def noised(prior: Mixture | Preconditioned, x_t: np.ndarray, sigma: float) -> Noised:
     """What the noised values `x_t` `(n, D)` say of a source."""
     base = prior.base if isinstance(prior, Preconditioned) else prior
+    parts = [
+        [a[:count] for a in _noised_lanes(base, x_t[lanes], sigma)]
+        for lanes, count in _lanes(np.arange(len(x_t)))
+    ]
+    log_weights, coefficients, offset = map(np.concatenate, zip(*parts, strict=True))
+    if isinstance(prior, Preconditioned):
+        offset = offset + _corrections(prior, x_t, sigma)
+    return Noised(log_weights, coefficients, offset)
+
+
+def _noised_lanes(
+    base: Mixture, x_t: np.ndarray, sigma: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The parts of `Noised`, of the mixture alone."""
     to64 = lambda a: np.asarray(a, np.float64)
     basis, means, variances = to64(base.basis), to64(base.means), to64(base.variances)
     extra, gain = gains(base, sigma)
@@ -222,18 +249,17 @@ def noised(prior: Mixture | Preconditioned, x_t: np.ndarray, sigma: float) -> No
     log_weights -= top + np.log(np.sum(np.exp(log_weights - top), axis=1, keepdims=True))
     ones = np.full((len(x_t), k, 1), 1 - gain)
     coefficients = np.concatenate([ones, np.sqrt(extra) * z / sigma], axis=2)
-    offset = gain * x_t
-    if isinstance(prior, Preconditioned):
-        offset = offset + _corrections(prior, x_t, sigma)
-    return Noised(log_weights, coefficients, offset)
+    return log_weights, coefficients, gain * x_t
 
 
 def _corrections(prior: Preconditioned, x_t: np.ndarray, sigma: float) -> np.ndarray:
     """What the network adds to the mean, `(n, D)`."""
     level = jnp.asarray(sigma, float)
     x = np.asarray(x_t, np.float32).reshape(-1, *prior.shape)
-    found = in_batches(lambda some: _correct(prior, some, level), _NETWORK_BATCH, x)
-    return found.reshape(x_t.shape)
+    filled = np.minimum(np.arange(max(len(x), LANES)), len(x) - 1)
+    width = _NETWORK_BATCH if len(x) > LANES else LANES
+    found = in_batches(lambda some: _correct(prior, some, level), width, x[filled])
+    return found[: len(x)].reshape(x_t.shape)
 
 
 @eqx.filter_jit

@@ -112,22 +112,28 @@ class View:
         seen = np.asarray(observed_entries(noise, y.shape[1])) > 0
         return (seen if mask is None else seen & mask).reshape(-1, *self.shape)
 
+    @property
+    def nothing_observed(self) -> bool:
+        """Whether the mask leaves no entry, from which nothing can be learned."""
+        mask = self._checked[1]
+        return mask is not None and not mask.any()
+
     def select(self, index: Any) -> "View":
         """The view restricted to the observations `index` (a slice or an integer array)."""
         mask = self.mask
         if mask is not None and not isinstance(mask, str) and np.shape(mask) != self.shape:
-            mask = np.asarray(mask)[index]
+            mask = _rows(mask, index)
         noise = self.noise
         if not isinstance(noise, (int, float)):
             noise = take(self.noise_model, index)
         return View(
-            np.asarray(self.observations)[index],
+            _rows(self.observations, index),
             {k: take(op, index) for k, op in self.operators.items()},
             noise,
             self.name,
             mask,
             self.group,
-            {k: np.asarray(x)[index] for k, x in self.truth.items()},
+            {k: _rows(x, index) for k, x in self.truth.items()},
             None,
         )
 
@@ -140,6 +146,12 @@ class View:
     def _checked(self) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
         """Values, mask, operators and noise for `prepare`: checked and copied once per view."""
         return _check_alone(self)
+
+
+def _rows(array: Any, index: Any) -> np.ndarray:
+    """The rows `index` of `array`; what is read by slicing (HDF5, zarr) is not read as a whole for a slice."""
+    lazy = isinstance(index, slice) and hasattr(array, "shape") and hasattr(array, "dtype")
+    return np.asarray(array[index]) if lazy else np.asarray(array)[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +174,8 @@ class Problem:
         _check_names(self)
         for view in self.views:
             check_view(view, self.shapes)
+            if view.nothing_observed:
+                raise DataError(f"{view.label}: the mask leaves nothing observed")
         for group in self.joint_views():
             _check_group(group)
         _check_learned(self)

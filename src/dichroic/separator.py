@@ -1,10 +1,10 @@
 """The front door: learn the sources of a problem, separate observations, sample the priors."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from dichroic.config import FitConfig, check_keys
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.em import draw, predictive_chi2
-from dichroic.errors import DataError, RunError
+from dichroic.errors import DataError, DichroicError, RunError, ShapeError
 from dichroic.files import write_atomic
 from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists, with_parameters
@@ -58,6 +58,19 @@ class Separation:
         save_npz(path, {"chi2": self.chi2, **arrays})
 
 
+class Selectable(Protocol):
+    """Observations that can be had in parts: a `View`, or a `statement.ViewFile`, which stays on disk."""
+
+    @property
+    def count(self) -> int:
+        """The number of observations."""
+        ...
+
+    def select(self, index: slice) -> View:
+        """Consecutive observations, in memory."""
+        ...
+
+
 def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays to a `.npz` file, atomically."""
     buffer = io.BytesIO()
@@ -70,6 +83,30 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_atomic(path, buffer.getvalue())
+
+
+def selectable(
+    view: Selectable | str | Sequence[Selectable], problem: Problem | None
+) -> list[Selectable]:
+    """The co-observed views that `view` stands for, as in `named_views`."""
+    if isinstance(view, str):
+        return list(named_views(view, problem))
+    return list(view) if isinstance(view, Sequence) else [view]
+
+
+def common_count(views: Sequence[Selectable]) -> int:
+    """The number of observations of co-observed `views`; raises `ShapeError` where they differ."""
+    counts = sorted({v.count for v in views})
+    if len(counts) != 1:
+        raise ShapeError(f"co-observed views need the same number of observations, got {counts}")
+    if not counts[0]:
+        raise DataError("there are no observations")
+    return counts[0]
+
+
+def spans(count: int, chunk: int) -> list[tuple[int, int]]:
+    """`(start, stop)` of `count` observations, `chunk` at a time."""
+    return [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 
 class Separator:
@@ -142,6 +179,54 @@ class Separator:
         )
         chi2 = predictive_chi2(observations, draws)
         return Separation(draws.x, chi2, draws.residual, draws.converged, draws.steps)
+
+    def stream(
+        self,
+        view: Selectable | str | Sequence[Selectable],
+        *,
+        n_draws: int = 1,
+        seed: int = 0,
+        chunk: int = 4096,
+        first_index: int = 0,
+    ) -> Iterator[tuple[int, Separation]]:
+        """`separate`, `chunk` observations at a time: `(number of the first, Separation)` one after the other.
+
+        The draws are those of `separate`, bit for bit, whatever `chunk` is. Memory is bounded by the chunk where
+        `view` keeps its arrays on disk: a `statement.open_view`, or a `View` whose `observations` (and mask)
+        are a memory map, an HDF5 or a zarr array. Raises what `separate` does, at the chunk that it is about,
+        with the numbers of its observations.
+
+        >>> for first, part in separator.stream(open_view("new.yaml", problem), chunk=1000):  # doctest: +SKIP
+        ...     np.save(f"mean-{first}.npy", part.mean["signal"])
+        """
+        views = selectable(view, self.problem)
+        if chunk < 1:
+            raise DataError(f"chunk {chunk}: at least one observation at a time")
+        for start, stop in spans(common_count(views), chunk):
+            yield (
+                first_index + start,
+                self.separate_part(
+                    views, start, stop, n_draws=n_draws, seed=seed, first_index=first_index
+                ),
+            )
+
+    def separate_part(
+        self,
+        views: Sequence[Selectable],
+        start: int,
+        stop: int,
+        *,
+        n_draws: int = 1,
+        seed: int = 0,
+        first_index: int = 0,
+    ) -> Separation:
+        """What `separate` gives of the observations from `start` up to `stop` of co-observed `views` alone."""
+        try:
+            some = [v.select(slice(start, stop)) for v in views]
+            return self.separate(some, n_draws=n_draws, seed=seed, first_index=first_index + start)
+        except DichroicError as error:
+            where = f"in observations {start} to {stop - 1} (numbered from 0 there)"
+            raise type(error)(f"{error}; {where}") from error
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws from the learned prior of `source`, `(n, *shape)`."""

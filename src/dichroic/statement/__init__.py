@@ -25,6 +25,8 @@ the file and the position in it, as in `problem.yaml: views.mixed: unknown key '
 """
 
 from dichroic.statement.arrays import load_array as load_array
+from dichroic.statement.new_view import ViewFile as ViewFile
 from dichroic.statement.new_view import load_view as load_view
+from dichroic.statement.new_view import open_view as open_view
 from dichroic.statement.problem_file import load_problem as load_problem
 from dichroic.statement.summary import summary_rows as summary_rows

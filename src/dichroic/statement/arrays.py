@@ -1,27 +1,38 @@
 """Arrays in files, by references such as `file.npz:key`: `.npz`, `.npy`, HDF5, zarr, and the formats of a field.
 
-`folder/*.png` stands for all such files, stacked in the order of their names.
+`folder/*.png` stands for all such files, stacked in the order of their names. Where some rows are asked for, no
+more is read of `.npy`, `.npz`, HDF5 and zarr arrays, and of stacked files; of the others, all is.
 """
 
+import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import IO, Any
 
 import jax
 import numpy as np
 
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
-from dichroic.statement.formats import READERS, Reader
+from dichroic.operators import Shape
+from dichroic.statement.formats import READERS
 from dichroic.statement.guard import check_hdf5, check_npy, check_npz, check_numbers, check_zarr
 from dichroic.statement.values import as_number, available, short
 
 _NPY = b"\x93NUMPY"
+Part = Callable[[Shape], slice | EllipsisType]  # which rows of an array of some shape; `...`: all
 
 
-def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
+def all_rows(shape: Shape) -> EllipsisType:
+    """The `Part` that is everything."""
+    return ...
+
+
+def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> np.ndarray:
     """The array that `reference` stands for.
 
     Args:
@@ -30,6 +41,7 @@ def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
             `{file: …, key: …}`, with `*` in the name for several files, stacked; a number, a (nested)
             list of numbers, or an array.
         base_dir: the folder that files are relative to.
+        part: the rows (of its first axis) that are wanted of an array of a given shape; all by default.
 
     Raises:
         DataError: if there is no such file or entry (the message lists what there is), or if it
@@ -37,12 +49,14 @@ def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
         ConfigError: if `reference` is none of these forms.
     """
     if isinstance(reference, (np.ndarray, np.generic, jax.Array)):
-        return _numeric(np.asarray(reference), "the array")
+        array = np.asarray(reference)
+        return _numeric(array[part(array.shape)], "the array")
     if isinstance(reference, Mapping):
         reference = _joined(reference)
     number = as_number(reference)
     if number is not None or isinstance(reference, (list, tuple)):
-        return _inline(reference if number is None else number)
+        array = _inline(reference if number is None else number)
+        return array[part(array.shape)]
     is_name = isinstance(reference, str) and len(reference) < 4096
     match = _REFERENCE.fullmatch(reference) if is_name else None
     if match is None:
@@ -51,22 +65,37 @@ def load_array(reference: Any, base_dir: str | Path) -> np.ndarray:
             f"'file.zarr:path', 'file.fits:unit', 'files/*.png', a number or a list, got {short(reference)}"
         )
     path, kind, key = Path(base_dir) / match["file"], match["kind"], match["key"]
-    return _stacked(path, kind, key) if "*" in path.name else _read(path, kind, key)
+    return _stacked(path, kind, key, part) if "*" in path.name else _read(path, kind, key, part)
 
 
-def _stacked(pattern: Path, kind: str, key: str | None) -> np.ndarray:
+def array_shape(reference: Any, base_dir: str | Path) -> Shape:
+    """The shape of the array that `reference` stands for, without reading it; raises as `load_array`."""
+    found: list[Shape] = []
+
+    def nothing(shape: Shape) -> slice | EllipsisType:
+        found.append(shape)
+        return slice(0, 0) if shape else ...
+
+    load_array(reference, base_dir, nothing)
+    return found[-1]
+
+
+def _stacked(pattern: Path, kind: str, key: str | None, part: Part) -> np.ndarray:
     """The arrays of all files that match, in the order of their names."""
     paths = sorted(pattern.parent.glob(pattern.name))
     if not paths:
         raise DataError(no_file(pattern))
-    arrays = [_read(path, kind, key) for path in paths]
-    for path, array in zip(paths, arrays, strict=True):
-        if array.shape != arrays[0].shape:
+    first = _read(paths[0], kind, key)
+    rows = part((len(paths), *first.shape))
+    chosen = paths if isinstance(rows, EllipsisType) else paths[rows]
+    arrays = [first if path is paths[0] else _read(path, kind, key) for path in chosen]
+    for path, array in zip(chosen, arrays, strict=True):
+        if array.shape != first.shape:
             raise ShapeError(
-                f"{path.name!r} has shape {array.shape} and {paths[0].name!r} {arrays[0].shape}: files "
+                f"{path.name!r} has shape {array.shape} and {paths[0].name!r} {first.shape}: files "
                 "that are stacked need the same"
             )
-    return np.stack(arrays)
+    return np.stack(arrays) if arrays else np.empty((0, *first.shape), first.dtype)
 
 
 def no_file(path: Path) -> str:
@@ -99,11 +128,15 @@ def _inline(value: Any) -> np.ndarray:
         raise DataError(f"{short(value)} is no array of numbers: {error}") from error
 
 
-def _read(path: Path, kind: str, key: str | None) -> np.ndarray:
+def _read(path: Path, kind: str, key: str | None, part: Part = all_rows) -> np.ndarray:
     if not (path.exists() if kind == "zarr" else path.is_file()):
         raise DataError(no_file(path))
     with _reading(path):
-        return _numeric(_READERS[kind](path, key), f"{path.name}:{key}" if key else path.name)
+        what = f"{path.name}:{key}" if key else path.name
+        if kind in _PART_READERS:
+            return _numeric(_PART_READERS[kind](path, key, part), what)
+        array = READERS[kind](path, key)
+        return _numeric(array[part(array.shape)], what)
 
 
 @contextmanager
@@ -147,26 +180,43 @@ def _entry(path: Path, key: str | None, names: Sequence[str]) -> str:
 # One reader for every kind of file.
 
 
-def _read_npz(path: Path, key: str | None) -> np.ndarray:
+def _read_npz(path: Path, key: str | None, part: Part) -> np.ndarray:
     with open_npz(path) as archive:
         name = _entry(path, key, list(archive))
         check_npz(archive.zip, path.name, [name])
-        return archive[name]
+        if part is all_rows:
+            return archive[name]
+        entry = next(e for e in archive.zip.infolist() if e.filename in (name, f"{name}.npy"))
+        with archive.zip.open(entry) as file:
+            header = check_npy(file, entry.file_size, path.name, packed=entry.compress_size)
+            return _npy_part(file, header, part)
 
 
-def _read_npy(path: Path, key: str | None) -> np.ndarray:
+def _npy_part(file: IO[bytes], header: tuple[Shape, bool, np.dtype], part: Part) -> np.ndarray:
+    """Some rows of the `.npy` data in `file`, read up to the end of its `header`, in memory of their own."""
+    shape, fortran, dtype = header
+    rows = part(shape)
+    if isinstance(rows, EllipsisType) or fortran:
+        data = np.frombuffer(bytearray(file.read()), dtype, count=math.prod(shape))
+        return data.reshape(shape, order="F" if fortran else "C")[rows]
+    start, stop, _ = rows.indices(shape[0])
+    each = math.prod(shape[1:]) * dtype.itemsize
+    file.seek(start * each, os.SEEK_CUR)
+    data = bytearray(file.read((stop - start) * each))
+    return np.frombuffer(data, dtype).reshape(stop - start, *shape[1:])
+
+
+def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
     if key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
     with path.open("rb") as file:
         if file.read(2) == b"PK":
             raise DataError(f"{path.name!r} is an archive of arrays, as .npz files are: rename it")
         file.seek(0)
-        check_npy(file, path.stat().st_size, path.name)
-        file.seek(0)
-        return np.load(file, allow_pickle=False)
+        return _npy_part(file, check_npy(file, path.stat().st_size, path.name), part)
 
 
-def _read_hdf5(path: Path, key: str | None) -> np.ndarray:
+def _read_hdf5(path: Path, key: str | None, part: Part) -> np.ndarray:
     try:
         import h5py
     except ImportError as error:
@@ -176,11 +226,19 @@ def _read_hdf5(path: Path, key: str | None) -> np.ndarray:
         file.visititems(lambda k, v: names.append(f"/{k}") if isinstance(v, h5py.Dataset) else None)
         name = _entry(path, key, names)
         dataset: Any = file[name]
-        check_hdf5(dataset, f"{path.name}:{name}")
-        return np.asarray(dataset[...])
+        rows = part(dataset.shape or ())
+        check_hdf5(dataset, f"{path.name}:{name}", _shape_of(dataset.shape or (), rows))
+        return np.asarray(dataset[rows])
 
 
-def _read_zarr(path: Path, key: str | None) -> np.ndarray:
+def _shape_of(shape: Shape, rows: slice | EllipsisType) -> Shape:
+    """The shape that `rows` of an array of `shape` have."""
+    if isinstance(rows, EllipsisType):
+        return shape
+    return (len(range(*rows.indices(shape[0]))), *shape[1:])
+
+
+def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
     try:
         import zarr
     except ImportError as error:
@@ -192,20 +250,22 @@ def _read_zarr(path: Path, key: str | None) -> np.ndarray:
         node = node[_entry(path, key, names).strip("/")]
     elif key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
-    check_zarr(node, path.name)
-    return np.asarray(node[...])
+    rows = part(node.shape)
+    check_zarr(node, path.name, _shape_of(node.shape, rows))
+    return np.asarray(node[rows])
 
 
 def _needs(package: str, path: Path) -> str:
     return f"reading {path.name!r} needs {package}: pip install 'dichroic[data]'"
 
 
-_READERS: dict[str, Reader] = {
+_PART_READERS: dict[str, Callable[[Path, str | None, Part], np.ndarray]] = {
     "npz": _read_npz,
     "npy": _read_npy,
     "h5": _read_hdf5,
     "hdf5": _read_hdf5,
     "zarr": _read_zarr,
-    **READERS,
 }
-_REFERENCE = re.compile(rf"(?P<file>.+?\.(?P<kind>{'|'.join(_READERS)}))(?::(?P<key>.+))?")
+_REFERENCE = re.compile(
+    rf"(?P<file>.+?\.(?P<kind>{'|'.join((*_PART_READERS, *READERS))}))(?::(?P<key>.+))?"
+)

@@ -42,11 +42,13 @@ ZARR_CODECS = {
 }
 
 
-def check_npy(file: IO[bytes], size: int, what: str, *, packed: int | None = None) -> None:
-    """Raise `DataError` unless the `.npy` data in `file`, of `size` bytes, hold the numbers they state.
+def check_npy(
+    file: IO[bytes], size: int, what: str, *, packed: int | None = None
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """`(shape, in the order of Fortran, dtype)` of the `.npy` data in `file`, of `size` bytes.
 
-    With `packed`, the bytes that they have in an archive, nothing may follow them there. `file` is read up
-    to the end of the header.
+    Raises `DataError` unless they hold the numbers that they state. With `packed`, the bytes that they have in
+    an archive, nothing may follow them there. `file` is read up to the end of the header.
     """
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -56,7 +58,7 @@ def check_npy(file: IO[bytes], size: int, what: str, *, packed: int | None = Non
         if version[0] == 1
         else np.lib.format.read_array_header_2_0
     )
-    shape, _, dtype = read(file)
+    shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise DataError(f"{what} holds pickled objects, which are not read: they can run code")
     left = size - file.tell()
@@ -65,6 +67,7 @@ def check_npy(file: IO[bytes], size: int, what: str, *, packed: int | None = Non
         raise DataError(
             f"{what} is damaged: it states {stated:,} bytes of numbers, and has {left:,}"
         )
+    return shape, fortran, dtype
 
 
 def check_npz(archive: Any, file: str, names: Iterable[str]) -> None:
@@ -95,24 +98,31 @@ def _stated_count(archive: Any) -> int | None:
     return int.from_bytes(end[at + 10 : at + 12], "little") if at >= 0 else None
 
 
-def check_hdf5(dataset: Any, what: str) -> None:
-    """Raise `DataError` unless `dataset` holds numbers that are in the file itself."""
+def check_hdf5(dataset: Any, what: str, shape: Sequence[int] | None = None) -> None:
+    """Raise `DataError` unless `dataset` holds numbers that are in the file itself.
+
+    `shape` is that of the part of it that is to be read, where that is not all.
+    """
+    shape = (dataset.shape or ()) if shape is None else shape
     check_numbers(dataset.dtype, what)
     if dataset.is_virtual or dataset.external:
         raise DataError(f"{what} is kept in other files, which are not read; copy it into this one")
     held = dataset.id.get_storage_size()
-    check_array(dataset.shape or (), dataset.dtype.itemsize, what, held=held)
+    check_array(shape, dataset.dtype.itemsize, what, held=held)
     _check_chunks(dataset.shape or (), dataset.chunks, dataset.dtype.itemsize, what)
 
 
-def check_zarr(array: Any, what: str) -> None:
-    """Raise `DataError` unless `array` holds numbers, in chunks whose codecs are known to be harmless."""
+def check_zarr(array: Any, what: str, shape: Sequence[int] | None = None) -> None:
+    """Raise `DataError` unless `array` holds numbers, in chunks whose codecs are known to be harmless.
+
+    `shape` is that of the part of it that is to be read, where that is not all.
+    """
     about = array.metadata.to_dict()
     names = {str(n).lower().removeprefix("numcodecs.") for n in _codecs(about)}
     if unknown := names - ZARR_CODECS:
         raise DataError(f"{what} has a codec that is not read: {', '.join(sorted(unknown))}")
     check_numbers(array.dtype, what)
-    check_array(array.shape, array.dtype.itemsize, what)
+    check_array(array.shape if shape is None else shape, array.dtype.itemsize, what)
     _check_chunks(array.shape, array.chunks, array.dtype.itemsize, what)
     _check_chunks(array.shape, getattr(array, "shards", None), array.dtype.itemsize, what)
 

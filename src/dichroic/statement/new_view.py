@@ -1,7 +1,8 @@
 """A new view, stated alone, and completed from a view of the problem."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,68 @@ from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError
 from dichroic.noise import Noise
 from dichroic.problem import Problem, View, check_view, sees
-from dichroic.statement.arrays import no_file, open_npz
+from dichroic.statement.arrays import array_shape, no_file, open_npz
 from dichroic.statement.guard import check_npz
 from dichroic.statement.parts import NOISES
-from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
+from dichroic.statement.spots import Rows, Spot, as_table, naming, read_yaml, require
 from dichroic.statement.view import VIEW_KEYS, build_view
+
+
+@dataclass(frozen=True)
+class ViewFile:
+    """A view that stays in its files: `select` reads no more than the observations asked for.
+
+    `count` observations; what `select` and `count` raise is as for `load_view`.
+    """
+
+    name: str
+    table: Mapping[str, Any]
+    spot: Spot
+    problem: Problem
+    donor: View
+
+    @cached_property
+    def count(self) -> int:
+        """The number of observations, without reading them."""
+        here = self.spot.at("observations")
+        with naming(here):
+            shape = array_shape(self.table["observations"], here.folder)
+        return shape[0] if shape else 0
+
+    def select(self, index: slice) -> View:
+        """The consecutive observations `index` as a `View`; arrays shared by all are read as a whole."""
+        start, stop, step = index.indices(self.count)
+        if step != 1 or stop <= start:
+            raise DataError(f"{self.spot}: no consecutive observations of {self.count}: {index}")
+        return self._read(replace(self.spot, rows=Rows(start, stop, self.count)))
+
+    def read(self) -> View:
+        """All of it."""
+        return self._read(self.spot)
+
+    def _read(self, spot: Spot) -> View:
+        view = build_view(self.name, self.table, self.problem.shapes, spot)
+        with naming(spot):
+            view = _complete(view, self.table, self.donor)
+            if spot.rows is not None:
+                view = replace(view, held_out=None)
+            check_view(view, self.problem.shapes)
+        return view
+
+
+def open_view(
+    path_or_spec: str | Path | Mapping[str, Any], problem: Problem, *, like: str | None = None
+) -> ViewFile:
+    """What `load_view` reads, before it is read: for observations that do not fit in memory.
+
+    The arguments are those of `load_view`. Of `.npy` (not in Fortran's order), `.npz`, HDF5 and zarr arrays, and
+    of stacked files, `ViewFile.select` reads the rows that it needs; files of other formats as a whole.
+    """
+    table, spot, name = _view_table(path_or_spec, problem)
+    donor = problem.view(like) if like else max(problem.views, key=lambda v: _seen(v, problem))
+    check_keys(table, VIEW_KEYS, str(spot))
+    require(table, ("observations",), spot)
+    return ViewFile(name, table, spot, problem, donor)
 
 
 def load_view(
@@ -40,15 +98,7 @@ def load_view(
         DichroicError: if the view is malformed, does not fit the sources, or lacks something that
             differs from observation to observation in the view `like`.
     """
-    table, spot, name = _view_table(path_or_spec, problem)
-    donor = problem.view(like) if like else max(problem.views, key=lambda v: _seen(v, problem))
-    check_keys(table, VIEW_KEYS, str(spot))
-    require(table, ("observations",), spot)
-    view = build_view(name, table, problem.shapes, spot)
-    with naming(spot):
-        view = _complete(view, table, donor)
-        check_view(view, problem.shapes)
-    return view
+    return open_view(path_or_spec, problem, like=like).read()
 
 
 def _seen(view: View, problem: Problem) -> int:
@@ -82,7 +132,9 @@ def _npz_table(path: Path, names: Sequence[str], spot: Spot) -> dict[str, Any]:
     with open_npz(path) as archive:
         check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(spot))
         check_npz(archive.zip, path.name, archive)
-        values = {key: archive[key] for key in archive}
+        values = {key: {"file": path.name, "key": key} for key in archive}
+        if "mask" in values and archive["mask"].dtype.kind == "U":  # "nan"
+            values["mask"] = str(archive["mask"])
     table: dict[str, Any] = {"operators": {}, "truth": {}}
     given = [key for key in values if key.startswith("noise")]
     if len(given) > 1:

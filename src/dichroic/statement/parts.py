@@ -33,15 +33,15 @@ def build_operator(spec: Any, in_shape: Shape, out_shape: Shape | None, spot: Sp
         return _OPERATORS[kind](args, in_shape, out_shape, spot.at(kind))
 
 
-def build_noise(spec: Any, spot: Spot) -> Noise | float:
-    """The noise model of `spec`, or the number that `spec` is: a standard deviation."""
+def build_noise(spec: Any, shape: Shape, spot: Spot) -> Noise | float:
+    """The noise model of `spec` of observations of `shape`; a standard deviation, where `spec` is a number."""
     number = as_number(spec)
     if number is not None and not math.isfinite(number):
         raise ConfigError(f"{spot}: the standard deviation must be finite, got {short(spec)}")
     if number is not None:
         return number
     if isinstance(spec, (np.ndarray, np.generic, jax.Array)):
-        return _isotropic(spec, spot)
+        return _isotropic(spec, shape, spot)
     if isinstance(spec, str) and spec not in NOISES:
         raise ConfigError(
             f"{spot}: expected the standard deviation, a number, or one {{kind: …}} of "
@@ -49,7 +49,7 @@ def build_noise(spec: Any, spot: Spot) -> Noise | float:
         )
     kind, args = _kind(spec, NOISES, spot)
     with naming(spot.at(kind)):
-        return NOISES[kind](args, spot.at(kind))
+        return NOISES[kind](args, shape, spot.at(kind))
 
 
 def _kind(spec: Any, kinds: Mapping[str, Any], spot: Spot) -> tuple[str, Any]:
@@ -76,6 +76,11 @@ def _arguments(args: Any, main: str, others: Sequence[str], spot: Spot) -> dict[
     return dict(args)
 
 
+def axes(*counts: int) -> Callable[[Shape], bool]:
+    """Whether a shape has one of these numbers of axes, which a parameter has that all observations share."""
+    return lambda shape: len(shape) in counts
+
+
 # Operators: `(arguments, input shape, output shape where known, position) → operator`.
 
 
@@ -94,16 +99,16 @@ def _zero(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Op
 
 
 def _scale(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
-    return ops.Scale(in_shape, spot.array(args))
+    return ops.Scale(in_shape, spot.array(args, axes(0)))
 
 
 def _diagonal(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
-    return ops.Diagonal(spot.array(args), shape=in_shape)
+    return ops.Diagonal(spot.array(args, axes(len(in_shape))), shape=in_shape)
 
 
 def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
     values = _arguments(args, "matrix", ("out_shape",), spot)
-    matrix = spot.array(values["matrix"])
+    matrix = spot.array(values["matrix"], axes(2))
     if "out_shape" in values:
         out_shape = parse_shape(values["out_shape"])
     elif out_shape is not None and matrix.shape[-2:-1] != (math.prod(out_shape),):
@@ -132,10 +137,9 @@ def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Spot) -> Operator:
 def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
     values = _arguments(args, "kernel", ("ndim",), spot)
     ndim = values.get("ndim")
-    kernel = spot.array(values["kernel"])
-    return ops.Convolve(
-        kernel, shape=in_shape, ndim=None if ndim is None else parse_count(ndim, "ndim")
-    )
+    ndim = None if ndim is None else parse_count(ndim, "ndim")
+    kernel = spot.array(values["kernel"], *([] if ndim is None else [axes(ndim)]))
+    return ops.Convolve(kernel, shape=in_shape, ndim=ndim)
 
 
 def _place(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
@@ -144,7 +148,7 @@ def _place(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> O
         out_shape = parse_shape(values["out_shape"])
     if out_shape is None:
         raise ConfigError("give the shape of the scene: {place: {offset: …, out_shape: […]}}")
-    return ops.Place(in_shape, out_shape, spot.array(values["offset"]))
+    return ops.Place(in_shape, out_shape, spot.array(values["offset"], axes(1)))
 
 
 def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
@@ -196,49 +200,64 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
 }
 
 
-# Noise models: `(arguments, position) → noise`.
+# Noise models: `(arguments, shape of an observation, position) → noise`.
 
 
-def _isotropic(args: Any, spot: Spot) -> Noise:
-    return Isotropic(_axes(args, (0, 1), "a number or (n,)", spot))
+def _isotropic(args: Any, shape: Shape, spot: Spot) -> Noise:
+    return Isotropic(_axes(args, (0, 1), "a number or (n,)", axes(0), spot))
 
 
-def _diagonal_noise(args: Any, spot: Spot) -> Noise:
-    array = as_float(spot.array(args))
+def _diagonal_noise(args: Any, shape: Shape, spot: Spot) -> Noise:
+    array = as_float(spot.array(args, _entries(shape)))
     if array.ndim == 0:
         raise ShapeError("expected one variance per entry; a number alone is a standard deviation")
     return DiagonalNoise(array)
 
 
-def _low_rank(args: Any, spot: Spot) -> Noise:
+def _low_rank(args: Any, shape: Shape, spot: Spot) -> Noise:
     table = known_table(args, ("factor", "variance"), spot)
     require(table, ("factor", "variance"), spot)
-    factor = _axes(table["factor"], (2, 3), "(M, R) or (n, M, R)", spot.at("factor"))
-    variance = _axes(table["variance"], (1, 2), "(M,) or (n, M)", spot.at("variance"))
+    entries = _entries(shape)
+    rows = lambda found: entries(found[:-1])
+    factor = _axes(table["factor"], (2, 3), "(M, R) or (n, M, R)", rows, spot.at("factor"))
+    variance = _axes(table["variance"], (1, 2), "(M,) or (n, M)", entries, spot.at("variance"))
     return LowRankNoise(factor, variance)
 
 
-def _dense_noise(args: Any, spot: Spot) -> Noise:
-    return DenseNoise(_axes(args, (2, 3), "(M, M) or (n, M, M)", spot))
+def _dense_noise(args: Any, shape: Shape, spot: Spot) -> Noise:
+    size = math.prod(shape)
+    shared = lambda found: found in ((size, size), (*shape, *shape))
+    return DenseNoise(_axes(args, (2, 3), "(M, M) or (n, M, M)", shared, spot))
 
 
-def _axes(reference: Any, ndims: tuple[int, ...], expected: str, spot: Spot) -> jax.Array:
+def _axes(
+    reference: Any,
+    ndims: tuple[int, ...],
+    expected: str,
+    shared: Callable[[Shape], bool],
+    spot: Spot,
+) -> jax.Array:
     """The array of `reference`, which must have one of the numbers of axes `ndims`."""
-    array = as_float(spot.array(reference))
+    array = as_float(spot.array(reference, shared))
     if array.ndim not in ndims:
         raise ShapeError(f"{spot}: expected {expected}, got an array of shape {array.shape}")
     return array
 
 
-def _stationary(args: Any, spot: Spot) -> Noise:
+def _entries(shape: Shape) -> Callable[[Shape], bool]:
+    """Whether an array has one number for every entry of an observation of `shape`, flattened or not."""
+    return lambda found: found in (shape, (math.prod(shape),))
+
+
+def _stationary(args: Any, shape: Shape, spot: Spot) -> Noise:
     values = _arguments(args, "covariance", ("ndim",), spot)
     ndim = values.get("ndim")
-    return StationaryNoise(
-        spot.array(values["covariance"]), ndim=None if ndim is None else parse_count(ndim, "ndim")
-    )
+    ndim = None if ndim is None else parse_count(ndim, "ndim")
+    covariance = spot.array(values["covariance"], *([] if ndim is None else [axes(ndim)]))
+    return StationaryNoise(covariance, ndim=ndim)
 
 
-NOISES: dict[str, Callable[[Any, Spot], Noise]] = {
+NOISES: dict[str, Callable[[Any, Shape, Spot], Noise]] = {
     "isotropic": _isotropic,
     "diagonal": _diagonal_noise,
     "low_rank": _low_rank,

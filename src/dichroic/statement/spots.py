@@ -1,29 +1,53 @@
 """Positions in a file, the errors that name them, and tables read safely from YAML."""
 
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
 
 from dichroic.config import check_keys
-from dichroic.errors import ConfigError, DichroicError
+from dichroic.errors import ConfigError, DichroicError, ShapeError
 from dichroic.limits import check_text
+from dichroic.operators import Shape
 from dichroic.statement.arrays import load_array, no_file
 from dichroic.statement.safe_yaml import MOST_BYTES, parse_yaml
 from dichroic.statement.values import short
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The observations from `start` up to `stop`, of `count` in all."""
+
+    start: int
+    stop: int
+    count: int
+
+    def of(self, shape: Shape) -> slice:
+        """Those rows of an array of `shape`, which has one per observation."""
+        if shape[0] != self.count:
+            raise ShapeError(
+                f"an array of shape {shape}, one row per observation, but there are {self.count} "
+                "observations (axis 0)"
+            )
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
 class Spot:
-    """A position in a file: the file's name, its folder, and the keys that lead there."""
+    """A position in a file: the file's name, its folder, and the keys that lead there.
+
+    With `rows`, arrays that have one row per observation are read as far as these go.
+    """
 
     file: str
     folder: Path
     path: str = ""
+    rows: Rows | None = None
 
     def at(self, key: str | int) -> "Spot":
         """The position of the entry `key` of the table (or list) that is here."""
@@ -31,10 +55,21 @@ class Spot:
             return replace(self, path=f"{self.path}[{key}]")
         return replace(self, path=f"{self.path}.{key}" if self.path else key)
 
-    def array(self, reference: Any) -> np.ndarray:
-        """The array that `reference`, which is here, stands for."""
+    def array(
+        self, reference: Any, shared: Callable[[Shape], bool] = lambda shape: True
+    ) -> np.ndarray:
+        """The array that `reference`, which is here, stands for.
+
+        `shared` says of which shapes an array is the same for all observations, by what it is there for; of
+        another shape, it has one row for each.
+        """
+
+        def part(shape: Shape) -> slice | EllipsisType:
+            everything = self.rows is None or not shape or shared(shape)
+            return ... if everything else self.rows.of(shape)  # type: ignore[union-attr]
+
         with naming(self):
-            return load_array(reference, self.folder)
+            return load_array(reference, self.folder, *([] if self.rows is None else [part]))
 
     def __str__(self):
         return f"{self.file}: {self.path}" if self.path else self.file

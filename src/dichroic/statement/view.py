@@ -17,13 +17,19 @@ VIEW_KEYS = ("observations", "operators", "noise", "mask", "group", "truth", "he
 def build_view(
     name: str, table: Mapping[str, Any], shapes: Mapping[str, Shape], spot: Spot
 ) -> View:
-    """The view that `table` states; without `noise` it is NaN, for `new_view` to replace."""
-    y = spot.at("observations").array(table["observations"])
+    """The view that `table` states; without `noise` it is NaN, for `new_view` to replace.
+
+    Where `spot` has rows, the view is of these observations.
+    """
+    y = spot.at("observations").array(table["observations"], _never)
+    shape = y.shape[1:]
     here = spot.at("operators")
     specs = known_table(table.get("operators"), shapes, here)
-    operators = {k: build_operator(v, shapes[k], y.shape[1:], here.at(k)) for k, v in specs.items()}
+    operators = {k: build_operator(v, shapes[k], shape, here.at(k)) for k, v in specs.items()}
     noise = (
-        math.nan if table.get("noise") is None else build_noise(table["noise"], spot.at("noise"))
+        math.nan
+        if table.get("noise") is None
+        else build_noise(table["noise"], shape, spot.at("noise"))
     )
     truth = known_table(table.get("truth"), shapes, spot.at("truth"))
     group, held_out = table.get("group"), table.get("held_out")
@@ -32,15 +38,20 @@ def build_view(
         operators,
         noise,
         name,
-        _mask(table.get("mask"), spot.at("mask")),
+        _mask(table.get("mask"), shape, spot.at("mask")),
         None if group is None else str(group),
-        {k: spot.at("truth").at(k).array(v) for k, v in truth.items()},
-        None if held_out is None else spot.at("held_out").array(held_out) > 0,
+        {k: spot.at("truth").at(k).array(v, _never) for k, v in truth.items()},
+        None if held_out is None else spot.at("held_out").array(held_out, _never) > 0,
     )
 
 
-def _mask(spec: Any, spot: Spot) -> Any:
+def _never(shape: Shape) -> bool:
+    """Whether an array that has a row for every observation, always, is shared."""
+    return False
+
+
+def _mask(spec: Any, shape: Shape, spot: Spot) -> Any:
     if spec is None:
         return None
     missing = not isinstance(spec, (list, tuple)) and np.ndim(spec) == 0 and str(spec) == "nan"
-    return "nan" if missing else spot.array(spec)
+    return "nan" if missing else spot.array(spec, lambda found: found == shape)

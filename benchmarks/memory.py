@@ -1,0 +1,99 @@
+"""Peak memory of separating more and more observations, as a whole and in parts.
+
+    python benchmarks/memory.py [--counts 20000,40000,80000] [--size 256] [--draws 2]
+
+Every row is two processes of `dichroic separate`: one writes an .npz, the other a .zarr by blocks of 4096
+observations. Peaks are the kernel's (`VmHWM`), read from outside; Linux only.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from dichroic import Problem, Separator, Source, View
+from dichroic.denoise import Mixture
+from dichroic.operators import Identity
+from dichroic.tables import text_table
+
+CHUNK = 4096
+
+
+def prepare(folder: Path, size: int) -> None:
+    """A model of two sources of `size` numbers, its problem file, and the statement of a view."""
+    rng = np.random.default_rng(0)
+    priors = {}
+    for name in ("a", "b"):
+        factor = rng.normal(size=(2, size, 4))
+        covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(size)
+        means = rng.normal(size=(2, size))
+        priors[name] = Mixture.from_moments([0.5, 0.5], means, covariances, rank=4)
+    operators = {k: Identity((size,)) for k in priors}
+    view = View(rng.normal(size=(2, size)), operators, 0.1)
+    separator = Separator(Problem([Source(k, (size,)) for k in priors], [view]), {})
+    separator.denoisers = priors
+    separator.save(folder / "model")
+    np.save(folder / "old.npy", rng.normal(size=(2, size)))
+    stated = {
+        "observations": "old.npy",
+        "noise": 0.1,
+        "operators": dict.fromkeys(priors, "identity"),
+    }
+    table = {"sources": {k: [size] for k in priors}, "views": {"v": stated}}
+    (folder / "problem.yaml").write_text(yaml.safe_dump(table))
+    (folder / "new.yaml").write_text("observations: y.npy\n")
+
+
+def write_observations(path: Path, count: int, size: int) -> None:
+    y = np.lib.format.open_memmap(path, "w+", np.float32, (count, size))
+    for start in range(0, count, CHUNK):
+        rows = y[start : start + CHUNK]
+        rows[...] = np.random.default_rng(start).normal(size=rows.shape)
+
+
+def peak(command: list[str]) -> tuple[int, float]:
+    """`(MiB, seconds)` of a command."""
+    began, found = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        found = max([found, *(int(s.split()[1]) // 1024 for s in status if s.startswith("VmHWM"))])
+        time.sleep(0.01)
+    if process.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return found, time.perf_counter() - began
+
+
+def measure(folder: Path, count: int, size: int, draws: int) -> list[str]:
+    write_observations(folder / "y.npy", count, size)
+    base = [sys.executable, "-m", "dichroic.cli", "separate", "model", "new.yaml"]
+    base += ["--problem", "problem.yaml", "--draws", str(draws)]
+    base = [str(folder / w) if (folder / w).exists() else w for w in base]
+    whole, slow = peak([*base, "--out", str(folder / "out.npz")])
+    out = ["--out", str(folder / f"{count}.zarr"), "--chunk", str(CHUNK)]
+    parts, fast = peak([*base, *out])
+    (folder / "out.npz").unlink()
+    data = count * size * 4 * (1 + 2 * (draws + 2)) / 2**20
+    return [f"{count:,}", f"{data:,.0f}", f"{whole:,}", f"{slow:.0f}", f"{parts:,}", f"{fast:.0f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", default="20000,40000,80000")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--draws", type=int, default=2)
+    args = parser.parse_args()
+    header = ["observations", "in and out, MiB", "whole, MiB", "s", "in parts, MiB", "s"]
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), args.size)
+        counts = map(int, args.counts.split(","))
+        print(text_table(header, [measure(Path(name), n, args.size, args.draws) for n in counts]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Separate more observations than fit in memory, into a zarr store, by any number of processes, resumably.
+
+    path = separate_to("out.zarr", separator, open_view("new.yaml", problem), n_draws=32, memory=4 * 2**30)
+
+Blocks of observations are separated one by one and written whole (see `store`). An observation's draws depend on
+its number alone, so it does not matter which process does which block, nor in how many goes.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from dichroic.batching import split
+from dichroic.blocks import block_size, bytes_each, shard_blocks
+from dichroic.errors import RunError
+from dichroic.fingerprint import fingerprint
+from dichroic.machine import peak_memory
+from dichroic.operators.learned import with_parameters
+from dichroic.problem import joint_observations
+from dichroic.separator import Selectable, Separation, Separator, common_count, selectable
+from dichroic.store import (
+    Blocks,
+    Job,
+    finished_blocks,
+    open_store,
+    remove_leftovers,
+    write_block,
+)
+
+MEMORY = 4 * 2**30
+_SAMPLED = 16  # observations that tell one view from another
+Progress = Callable[[int, int], None]
+
+
+def separate_to(
+    path: str | Path,
+    separator: Separator,
+    view: Selectable | str | Sequence[Selectable],
+    *,
+    n_draws: int = 32,
+    seed: int = 0,
+    memory: int = MEMORY,
+    chunk: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+    progress: Progress | None = None,
+) -> Blocks:
+    """Separate the observations of `view` into the zarr store `path`; what is finished there is left as it is.
+
+    Args:
+        path: a folder, made where it is not there.
+        separator: fitted, or loaded.
+        view: as for `Separator.stream`.
+        n_draws: draws of each observation.
+        seed: that of the draws.
+        memory: the bytes that this process may take; it decides how many observations a block has.
+        chunk: observations of a block instead. Who makes the store decides; the others follow.
+        shard: `(i, n)`: of `n` processes that share the work, this is number `i` (from 1), which does the blocks
+            `i`, `i + n`, …
+        progress: called with the observations that are done and those of this shard.
+
+    Returns:
+        The blocks of all shards that are finished now, and those that are missing.
+
+    Raises:
+        RunError: if `path` is of another model, view, seed, draws or `chunk`, or cannot be written.
+        ConfigError: if `memory` is too little.
+        DichroicError: what `Separator.separate` raises.
+    """
+    views = selectable(view, separator.problem)
+    job = job_of(
+        separator, views, n_draws=n_draws, seed=seed, memory=memory, chunk=chunk, shard=shard
+    )
+    found = open_store(path, job)
+    if chunk is not None and found.block != chunk:
+        raise RunError(f"{path} was begun with blocks of {found.block} observations, not {chunk}")
+    job, missing = found, set(finished_blocks(path).missing)
+    mine = shard_blocks(job.blocks, shard)
+    todo = [b for b in mine if b in missing]
+    remove_leftovers(path, job, todo)
+    size = lambda blocks: sum(stop - start for start, stop in map(job.span, blocks))
+    done, total = size(b for b in mine if b not in missing), size(mine)
+    for block in todo:
+        start, stop = job.span(block)
+        part = separator.separate_part(views, start, stop, n_draws=n_draws, seed=seed)
+        write_block(path, job, block, arrays_of(part))
+        done += stop - start
+        if progress:
+            progress(done, total)
+    return finished_blocks(path)
+
+
+def arrays_of(part: Separation) -> dict[str, np.ndarray]:
+    """Draws, means, standard deviations and χ² by the names that they have in files."""
+    arrays = {"chi2": part.chi2}
+    for kind, values in (("draws", part.draws), ("mean", part.mean), ("std", part.std)):
+        arrays |= {f"{kind}/{name}": x for name, x in values.items()}
+    return arrays
+
+
+def job_of(
+    separator: Separator,
+    views: Sequence[Selectable],
+    *,
+    n_draws: int,
+    seed: int,
+    memory: int = MEMORY,
+    chunk: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+) -> Job:
+    """What a store of these draws says of itself; the view is known by 16 of its observations, evenly spread."""
+    count = common_count(views)
+    at = sorted({int(i) for i in np.linspace(0, count - 1, _SAMPLED)})
+    some = [[v.select(slice(i, i + 1)) for v in views] for i in at]
+    stated = [[(v.observations, v.operators, v.noise, v.mask) for v in each] for each in some]
+    obs = with_parameters(joint_observations(some[0]), separator.operators)
+    shapes = {k: separator.denoisers[k].shape for k in obs.sources}
+    if chunk is None:
+        own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(obs)[0], eqx.is_array)))
+        each = bytes_each(n_draws, sum(obs.dims.values()), own)
+        chunk = block_size(memory, int(peak_memory() * 2**20), each, count, shard[1])
+    model = fingerprint((separator.denoisers, separator.operators, separator.config.to_dict()))
+    return Job(model, fingerprint((count, stated)), seed, n_draws, count, chunk, shapes)
