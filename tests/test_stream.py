@@ -425,13 +425,13 @@ def test_a_full_disk_is_an_error_and_what_is_finished_stays(stated):
 
 def test_a_folder_that_cannot_be_made_is_an_error(stated, capsys):
     (stated / "plain").write_text("a file")
-    assert main(words(stated, "plain/out.zarr")) == 2
+    assert main(words(stated, "plain/out.zarr", "--chunk", "64")) == 2
     assert "cannot write" in capsys.readouterr().err
 
 
 def test_zarr_that_is_missing_is_an_error(stated, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "zarr", None)
-    assert main(words(stated, "without.zarr")) == 2
+    assert main(words(stated, "without.zarr", "--chunk", "64")) == 2
     assert "pip install 'dichroic[data]'" in capsys.readouterr().err
     assert not (stated / "without.zarr").exists()
 

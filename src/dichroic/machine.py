@@ -28,11 +28,25 @@ def peak_memory() -> float:
 
     On Linux from the kernel's mark of this program: `ru_maxrss` there starts from that of the parent.
     """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
+    told = _status("VmHWM")
+    if told is not None:
+        return told
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def resident_memory() -> float:
+    """The resident memory of this process now, MiB; where the system does not tell, the largest so far."""
+    told = _status("VmRSS")
+    return peak_memory() if told is None else told
+
+
+def _status(name: str) -> float | None:
+    """What Linux says of this process, MiB."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) / 2**10
+    return None

@@ -49,4 +49,4 @@ def sizes(first: int, most: int) -> Iterator[int]:
 
 def seconds_left(seconds: float, cost: float, costs: Sequence[float]) -> float:
     """What laps of `costs` take, if one of `cost` took `seconds`."""
-    return round(seconds / cost * sum(costs), 1)
+    return round(seconds / cost * sum(costs), 3)

@@ -17,7 +17,7 @@ from dichroic.batching import split
 from dichroic.blocks import block_size, bytes_each, shard_blocks
 from dichroic.errors import RunError
 from dichroic.fingerprint import fingerprint
-from dichroic.machine import peak_memory
+from dichroic.machine import resident_memory
 from dichroic.operators.learned import with_parameters
 from dichroic.problem import joint_observations
 from dichroic.separator import Selectable, Separation, Separator, common_count, selectable
@@ -26,6 +26,7 @@ from dichroic.store import (
     Job,
     finished_blocks,
     open_store,
+    read_job,
     remove_leftovers,
     write_block,
 )
@@ -70,8 +71,15 @@ def separate_to(
         DichroicError: what `Separator.separate` raises.
     """
     views = selectable(view, separator.problem)
+    begun = read_job(path).block if Path(path).exists() else None
     job = job_of(
-        separator, views, n_draws=n_draws, seed=seed, memory=memory, chunk=chunk, shard=shard
+        separator,
+        views,
+        n_draws=n_draws,
+        seed=seed,
+        memory=memory,
+        chunk=chunk or begun,
+        shard=shard,
     )
     found = open_store(path, job)
     if chunk is not None and found.block != chunk:
@@ -120,6 +128,6 @@ def job_of(
     if chunk is None:
         own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(obs)[0], eqx.is_array)))
         each = bytes_each(n_draws, sum(obs.dims.values()), own)
-        chunk = block_size(memory, int(peak_memory() * 2**20), each, count, shard[1])
+        chunk = block_size(memory, int(resident_memory() * 2**20), each, count, shard[1])
     model = fingerprint((separator.denoisers, separator.operators, separator.config.to_dict()))
     return Job(model, fingerprint((count, stated)), seed, n_draws, count, chunk, shapes)
