@@ -268,3 +268,14 @@ def test_a_users_function_cannot_be_saved_and_harms_no_saved_model(model):
         save_model(model, {"a": denoiser("mixture", 2), "b": users}, {})
     found, _ = load_model(model)
     assert_same(found["a"], before["a"])
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    arrays = {k: np.arange(n, dtype=np.float32) for n, k in enumerate("abcd", 1)}
+    for i in range(8):  # the order of a header's entries is not left to chance
+        write_tensors(tmp_path / f"{i}.safetensors", arrays, {"kind": "x", "about": [1, 2]})
+    first, *others = (path.read_bytes() for path in sorted(tmp_path.iterdir()))
+    assert all(other == first for other in others)
+    found, _ = read_tensors(tmp_path / "0.safetensors")
+    for k, a in arrays.items():
+        np.testing.assert_array_equal(found[k], a)

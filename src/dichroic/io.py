@@ -45,9 +45,18 @@ def write_tensors(
         "meta": json.dumps(meta),
         "sha256": _digest(arrays, json.dumps(meta)),
     }
-    data = to_bytes(arrays, metadata=header)
+    data = _ordered(to_bytes(arrays, metadata=header))
     write_atomic(path, data, keep=keep)
     return hashlib.sha256(data).hexdigest()
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with the entries of its header in order, so that equal models are equal files."""
+    size = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + size])
+    header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
