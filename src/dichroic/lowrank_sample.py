@@ -31,6 +31,7 @@ from dichroic.sample import LANES, Draws, Progress, Sampler, observation_keys
 _NETWORK_BATCH = 256
 _CHUNK_BYTES = 256 * 2**20
 Priors = Mapping[str, Mixture | Preconditioned]
+Alike = list[tuple[np.ndarray, Observations]]
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,17 @@ class _Walk:
     def draw(self, index: np.ndarray, keys: Array) -> dict[str, np.ndarray]:
         """Draws of all sources `(S n, D)` of the observations `index` `(n,)`, one for each key."""
         some = take(self.obs, index)
+        alike = list(groups(some))
         normals = self._normals(some, keys, 0)
         if not self.sigmas:
-            return self._draw(some, 0, normals, None)
+            return self._draw(some, alike, 0, normals, None)
         x = {
             k: np.asarray(p.location, float).ravel() + self.start[k] * normals.sources[k]
             for k, p in self.priors.items()
         }
         for i, here in enumerate(self.sigmas):
             given = {k: noised(p, x[k], here[k]) for k, p in self.priors.items()}
-            drawn = self._draw(some, i, self._normals(some, keys, 2 * i + 1), given)
+            drawn = self._draw(some, alike, i, self._normals(some, keys, 2 * i + 1), given)
             if i + 1 == len(self.sigmas):
                 return drawn
             z = self._normals(some, keys, 2 * i + 2).sources
@@ -143,12 +145,17 @@ class _Walk:
         raise AssertionError("there is at least one level")
 
     def _draw(
-        self, some: Observations, level: int, normals: Normals, given: dict[str, Noised] | None
+        self,
+        some: Observations,
+        alike: Alike,
+        level: int,
+        normals: Normals,
+        given: dict[str, Noised] | None,
     ) -> dict[str, np.ndarray]:
-        """One draw at a level of every row, observation after observation where they differ."""
+        """One draw at a level of every row, those that are `alike` (`groups`) together."""
         out = {k: np.empty((len(normals.uniform), p.means.shape[1])) for k, p in self.bases.items()}
-        for part, alike in groups(some):
-            view = self._view(alike, level)
+        for part, same in alike:
+            view = self._view(same, level)
             rows = np.arange(len(normals.uniform)).reshape(-1, some.count)[:, part].ravel()
             for lanes, count in _lanes(rows):
                 y = view.seen * np.asarray(some.y, np.float64)[lanes % some.count]
