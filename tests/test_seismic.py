@@ -6,9 +6,9 @@ import pytest
 from dichroic.datasets import seismic
 from dichroic.datasets.local_cosine import inverse_local_cosine, local_cosine, tiles, untile
 from dichroic.datasets.remote import DATA_VARIABLE, find_file
-from dichroic.datasets.seismic_baselines import average_noise, best_band, output_snr, wiener
+from dichroic.datasets.seismic_baselines import average_noise, best_band, wiener
 from dichroic.errors import DataError, ShapeError
-from dichroic.metrics import coverage
+from dichroic.metrics import coverage, output_snr
 from dichroic.separator import Separator
 from dichroic.statement import load_problem, load_view
 

@@ -17,10 +17,9 @@ from dichroic.datasets.seismic_baselines import (
     average_noise,
     band_passed,
     best_band,
-    output_snr,
     wiener,
 )
-from dichroic.metrics import coverage
+from dichroic.metrics import coverage, output_snr
 from dichroic.plot import colour, png
 from dichroic.problem import Problem
 from dichroic.report import write_report

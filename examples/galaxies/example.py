@@ -14,7 +14,7 @@ import numpy as np
 
 from dichroic import Separator
 from dichroic.datasets import blends, galaxies
-from dichroic.metrics import coverage
+from dichroic.metrics import coverage, output_snr
 from dichroic.report import write_report
 from dichroic.separator import save_npz
 from dichroic.statement import load_problem
@@ -24,15 +24,10 @@ HERE = Path(__file__).parent
 DRAWS = 64
 
 
-def decibels(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
-    """`10 log₁₀ ‖x‖² / ‖x̂ − x‖²` of each image, `(n,)`."""
-    return 10 * np.log10(np.sum(truth**2, (1, 2)) / np.sum((estimate - truth) ** 2, (1, 2)))
-
-
 def row(name: str, truth: np.ndarray, estimate: np.ndarray, inside: str = "") -> list[str]:
     """A line of a table: dB, the error of the whole flux, its bias, and what intervals hold."""
     flux = estimate.sum((1, 2)) / truth.sum((1, 2)) - 1
-    score = decibels(truth, estimate).mean()
+    score = output_snr(estimate, truth).mean()
     return [name, f"{score:.2f}", f"{np.abs(flux).mean():.3f}", f"{flux.mean():+.3f}", inside]
 
 

@@ -24,6 +24,7 @@ from scarlet2.scene import Scene
 from scarlet2.source import Source
 
 from dichroic.datasets import blends, galaxies
+from dichroic.metrics import output_snr
 from dichroic.operators import Compose, Operator, Place
 from dichroic.tables import text_table
 
@@ -83,7 +84,7 @@ def main() -> None:
         found = separate(image, camera.psf, [centre(view.operators[k], i) for k in truth])
         for name, x in zip(truth, found, strict=True):
             t = truth[name][i]
-            scores.append(10 * np.log10(np.sum(t**2) / np.sum((x - t) ** 2)))
+            scores.append(output_snr(x[None], t[None])[0])
             errors.append(x.sum() / t.sum() - 1)
     cells = [f"{np.mean(scores):.2f}", f"{np.mean(np.abs(errors)):.3f}", f"{np.mean(errors):+.3f}"]
     print(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dichroic.baselines import second_moments, wiener
 from dichroic.datasets import ecg
-from dichroic.metrics import coverage
+from dichroic.metrics import coverage, output_snr
 from dichroic.plot import colour, png
 from dichroic.problem import View, joint_observations
 from dichroic.report import write_report
@@ -26,12 +26,6 @@ from dichroic.tables import text_table
 HERE = Path(__file__).parent
 DRAWS = 32
 SHOWN = 4
-
-
-def snr(estimate: np.ndarray, truth: np.ndarray) -> str:
-    """The mean over windows of `10 log₁₀ ‖x‖² / ‖x̂ − x‖²`, in dB."""
-    ratio = np.sum(truth**2, axis=1) / np.sum((estimate - truth) ** 2, axis=1)
-    return f"{np.mean(10 * np.log10(ratio)):.2f}"
 
 
 def answers(view: View, alone: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -93,7 +87,10 @@ def main() -> None:
         "dichroic, one draw": result.draws["weak"][0],
         **answers(view, arrays["alone"], args.seed),
     }
-    rows = [[name, snr(estimate, windows.weak)] for name, estimate in found.items()]
+    rows = [
+        [name, f"{output_snr(estimate, windows.weak).mean():.2f}"]
+        for name, estimate in found.items()
+    ]
     title = f"output SNR of the weak heartbeat, {len(windows.y)} held-out windows"
     print(text_table([title, "dB"], rows))
     truths = {"strong": windows.strong, "weak": windows.weak}

@@ -1,4 +1,4 @@
-"""What seismic traces are denoised with where nothing is learned but spectra, and the score of an answer.
+"""What seismic traces are denoised with where nothing is learned but spectra.
 
     band-pass   a Butterworth filter of order 4, forwards and back, of the band that does best on training traces
     Wiener      x̂(t, f) = a² g² / (a² g² + d²) · Y(t, f)
@@ -23,13 +23,9 @@ from dichroic.datasets.seismic import (
     injected,
     noise_level,
 )
+from dichroic.metrics import output_snr
 
 LOW, HIGH = (1.0, 1.5, 2.0, 3.0, 4.0), (6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 24.0)  # Hz
-
-
-def output_snr(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """`10 log₁₀ ‖x‖² / ‖x̂ − x‖²` in dB of each row, `(n,)`."""
-    return 10 * np.log10(np.sum(truth**2, -1) / np.sum((estimate - truth) ** 2, -1))
 
 
 def band_passed(traces: np.ndarray, band: tuple[float, float]) -> np.ndarray:

@@ -11,5 +11,6 @@ from dichroic.metrics.pqmass import PQMassResult as PQMassResult
 from dichroic.metrics.pqmass import pqm_pvalues as pqm_pvalues
 from dichroic.metrics.pqmass import pqmass as pqmass
 from dichroic.metrics.psnr import psnr as psnr
+from dichroic.metrics.snr import output_snr as output_snr
 from dichroic.metrics.transport import SinkhornResult as SinkhornResult
 from dichroic.metrics.transport import sinkhorn_divergence as sinkhorn_divergence
