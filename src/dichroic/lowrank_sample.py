@@ -7,7 +7,8 @@ exact one, at every noise level. One evaluation of each network a step, no Jacob
 network of zero the chain is exact at any number of steps.
 
 The last bits of a product of matrices depend on how many rows it has, so rows are taken in lanes of one number,
-the last filled up: a draw does not depend on how many others there are.
+the last filled up: a draw does not depend on how many others there are. They depend on the number of threads too,
+so it is one.
 """
 
 import math
@@ -24,6 +25,7 @@ from jaxtyping import Array, PRNGKeyArray
 from dichroic.batching import in_batches, split, take
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.lowrank import LowRankView, gains
+from dichroic.machine import one_blas_thread
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
 from dichroic.sample import LANES, Draws, Progress, Sampler, observation_keys
@@ -89,7 +91,8 @@ def low_rank_draws(
     for start, stop in walk.chunks(n_draws):
         index = jnp.asarray(first_index + np.arange(start, stop))
         keys = jax.vmap(lambda d, index=index: observation_keys(key, d, index))(jnp.arange(n_draws))
-        x = walk.draw(np.arange(start, stop), keys.reshape(-1))
+        with one_blas_thread():
+            x = walk.draw(np.arange(start, stop), keys.reshape(-1))
         for name, values in x.items():
             shaped = values.reshape(n_draws, stop - start, *priors[name].shape)
             found[name].append(shaped.astype(np.float32))

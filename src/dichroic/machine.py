@@ -4,8 +4,11 @@ import contextlib
 import os
 import platform
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from threadpoolctl import ThreadpoolController
 
 
 def machine() -> dict[str, Any]:
@@ -21,6 +24,16 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "dichroic": sys.modules["dichroic"].__version__,
     }
+
+
+def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """While it lasts, NumPy's products of matrices use one thread: how many there are changes their last bits."""
+    return _controller().limit(limits=1, user_api="blas")
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()  # it looks through all loaded libraries, which takes its time
 
 
 def peak_memory() -> float:
