@@ -90,7 +90,7 @@ def test_scores_are_the_gradient_of_the_evidence_and_a_step_never_lowers_it():
     mask = rng.uniform(size=(50, 2)) > 0.2
     obs = View(np.where(mask, y, 0), operators, 0.1, mask=mask).prepare()
     index = np.tile(np.arange(4)[:, None], (50, 1, 1))
-    at = lambda values: observation_scores({"a": m.prior()}, obs, index, values)
+    at = lambda values: observation_scores({"a": m.prior()}, obs, index, values, jnp.asarray(0))
     values = parameters(obs)
     here = at(values)
     for i in range(2):

@@ -12,17 +12,19 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dichroic import layout
 from dichroic.denoise import Mixture
 from dichroic.em import Denoisers, State
 from dichroic.errors import FormatError, VersionError
 from dichroic.files import writing
-from dichroic.io import pack, read_tensors, unpack, write_tensors
+from dichroic.io import file_of_tensors, pack, read_tensors, unpack, write_tensors
 from dichroic.operators import Shape
 from dichroic.operators.learned import from_lists, to_lists
 from dichroic.tracking import event
@@ -36,6 +38,29 @@ _COUNTS = ("group", "lap", "stale", "total", "metrics_length")
 
 def save_state(path: Path, state: State, *, keep: Path | None = None) -> None:
     """Write a state as one safetensors file; with `keep`, the one that was there is moved to it."""
+    write_tensors(path, *_as_tensors(state), keep=keep)
+
+
+def agreed(make: Callable[[], State]) -> State:
+    """What `make` gives in the first process, in all of them: no rounding of theirs can set them apart."""
+    if layout.processes() == 1:
+        return make()
+    found: list[State] = []
+
+    def first() -> bytes:
+        found.append(make())
+        return file_of_tensors(*_as_tensors(found[0]))
+
+    content = layout.from_first(first)
+    if found:
+        return found[0]
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(content)
+        file.flush()
+        return load_state(Path(file.name))
+
+
+def _as_tensors(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays, meta = {}, {}
     for which in _DENOISERS:
         for name, denoiser in getattr(state, which).items():
@@ -49,7 +74,7 @@ def save_state(path: Path, state: State, *, keep: Path | None = None) -> None:
     }
     counters |= {name: to_lists(counters[name]) for name in _OPERATORS}
     counters["score"] = state.score if math.isfinite(state.score) else None
-    write_tensors(path, arrays, {"counters": counters, "denoisers": meta}, keep=keep)
+    return arrays, {"counters": counters, "denoisers": meta}
 
 
 def load_state(path: Path) -> State:

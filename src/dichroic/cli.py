@@ -215,15 +215,20 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
+    from dichroic import layout
     from dichroic.identify import identifiability
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.statement import load_problem
     from dichroic.tracking import parse_tracker
 
-    trackers = [parse_tracker(text) for text in args.track]
+    layout.join()
+    trackers = [parse_tracker(text) for text in args.track if layout.is_first()]
     problem, section = load_problem(args.problem)
     config = _config(args, section)
+    if not layout.is_first():  # another process speaks, and keeps the files
+        Separator(problem, config).fit(args.out, resume=args.resume, progress=False)
+        return
     warnings = identifiability(problem).warnings
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

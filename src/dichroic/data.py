@@ -1,24 +1,98 @@
 """What a fit works on: training and held-out observations, and the order in which sources are learned."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+from dichroic import layout
+from dichroic.batching import take
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError
-from dichroic.observations import Observations
-from dichroic.operators.learned import Parameters, with_parameters
+from dichroic.observations import Observations, Observed
+from dichroic.operators import Operator
+from dichroic.operators.learned import Parameters
 from dichroic.problem import Problem, View, holdout, joint_observations
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Observations in memory that processes share (`observations.Observed`)."""
+
+    whole: Observations
+
+    @property
+    def count(self) -> int:
+        """The number of observations."""
+        return self.whole.count
+
+    @property
+    def size(self) -> int:
+        """The number of entries of one observation."""
+        return self.whole.size
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources seen."""
+        return self.whole.sources
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The number of entries of each source."""
+        return self.whole.dims
+
+    @property
+    def operators(self) -> Mapping[str, Operator]:
+        """The operators of some of the observations."""
+        return self.whole.operators
+
+    @property
+    def first(self) -> int:
+        """The number of the first observation of this process."""
+        return layout.share(self.count)[0]
+
+    def blocks(self) -> Iterator[Observations]:
+        """The observations of this process."""
+        yield take(self.whole, slice(*layout.share(self.count)))
+
+    def head(self, count: int) -> Observations:
+        """The first `count`, or all."""
+        return self.whole.head(count)
+
+    def some(self, count: int) -> Observations:
+        """`count` of them, evenly spread, or all."""
+        return self.whole.some(count)
+
+    def total(self, tree: Tree) -> Tree:
+        """The sum of what the processes have found."""
+        return layout.total(tree)
+
+    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """The rows of all processes."""
+        return layout.gathered(rows, axis)
+
+    def at(self, operators: Parameters) -> "Dataset":
+        """With the numbers of operators that are learned replaced by `operators`."""
+        return Dataset(self.whole.at(operators))
+
+
+def shared_out(views: Sequence[Observations]) -> tuple[Observed, ...]:
+    """`views` for several processes to share; as they are for one, or where there are too few to share."""
+    if layout.processes() == 1 or min(obs.count for obs in views) < layout.processes():
+        return tuple(views)
+    return tuple(map(Dataset, views))
 
 
 @dataclass(frozen=True)
 class Data:
     """Training and held-out observations, per joint view, with the truth of the latter if known."""
 
-    train: tuple[Observations, ...]
-    test: tuple[Observations, ...]
+    train: tuple[Observed, ...]
+    test: tuple[Observed, ...]
     truth: tuple[Mapping[str, np.ndarray], ...]
     names: tuple[str, ...]
     order: tuple[tuple[str, ...], ...]
@@ -27,7 +101,7 @@ class Data:
         """With the numbers of operators that are learned replaced by `operators`."""
         if not operators:
             return self
-        train, test = with_parameters((self.train, self.test), operators)
+        train, test = (tuple(obs.at(operators) for obs in part) for part in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test)
 
 
@@ -42,14 +116,14 @@ def prepare(problem: Problem, config: FitConfig) -> Data:
         names.append("+".join(v.name for v in views))
     order = config.order or learning_order(train)
     _check_order(order, problem.names, dict(zip(names, train, strict=True)))
-    return Data(tuple(train), tuple(test), tuple(truth), tuple(names), order)
+    return Data(shared_out(train), shared_out(test), tuple(truth), tuple(names), order)
 
 
 def _truth(views: Sequence[View]) -> dict[str, np.ndarray]:
     return {k: np.asarray(x) for view in views for k, x in view.truth.items()}
 
 
-def learning_order(views: Sequence[Observations]) -> tuple[tuple[str, ...], ...]:
+def learning_order(views: Sequence[Observed]) -> tuple[tuple[str, ...], ...]:
     """Groups of sources: first those of the view with the fewest, then the fewest new ones, and so on.
 
     Contrastive problems (view k sees sources 1…k) are learned source by source, a problem whose views
@@ -68,7 +142,7 @@ def learning_order(views: Sequence[Observations]) -> tuple[tuple[str, ...], ...]
 
 
 def _check_order(
-    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, Observations]
+    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, Observed]
 ) -> None:
     listed = [name for group in order for name in group]
     if sorted(listed) != sorted(names) or not all(order):

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from dichroic.batching import split, take
+from dichroic.batching import split
 from dichroic.config import FitConfig, MixtureConfig
-from dichroic.data import Data
+from dichroic.data import Data, shared_out
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
 from dichroic.machine import peak_memory
@@ -41,7 +41,7 @@ from dichroic.mixture_em import (
     mean_log_evidence,
     split_components,
 )
-from dichroic.observations import Observations, whitened_chi2
+from dichroic.observations import Observations, Observed, numbered, whitened_chi2
 from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
 from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
@@ -172,7 +172,7 @@ def _mixture_lap(
 
 
 def _start(
-    names: Sequence[str], views: Sequence[Observations], known: Denoisers, rank: int | None
+    names: Sequence[str], views: Sequence[Observed], known: Denoisers, rank: int | None
 ) -> dict[str, Mixture]:
     """One Gaussian for each of the sources `names`, which are new."""
     mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, Mixture)}
@@ -180,7 +180,7 @@ def _start(
 
 
 def _learn_operators(
-    state: State, current: Mapping[str, Any], train: Sequence[Observations], config: MixtureConfig
+    state: State, current: Mapping[str, Any], train: Sequence[Observed], config: MixtureConfig
 ) -> tuple[Parameters, Metrics]:
     """The operators after an M-step on `train`, and the values and errors of those that are one number."""
     found, errors = operator_lap(current, train, config)
@@ -254,7 +254,7 @@ def _diffusion_lap(
 ) -> tuple[State, Metrics]:
     c, old = config.diffusion, state.current
     key = jax.random.fold_in(jax.random.key(config.seed), state.lap + 1)
-    few = tuple(take(obs, slice(0, c.evidence_observations)) for obs in data.test)
+    few = shared_out([obs.head(c.evidence_observations) for obs in data.test])
     key_judge, sigma_min = jax.random.fold_in(key, 1), config.sampler.sigma_min
     with clock.during("scoring"):
         judges = _expectation(old, few, data.names, key_judge, config, c.evidence_draws)
@@ -288,22 +288,27 @@ def _diffusion_lap(
 
 
 def _expectation(
-    current, views, names, key, config, n_draws, clock: Clock | None = None
+    current: Denoisers,
+    views: Sequence[Observed],
+    names: Sequence[str],
+    key: PRNGKeyArray,
+    config: FitConfig,
+    n_draws: int,
+    clock: Clock | None = None,
 ) -> dict[str, np.ndarray]:
     """Joint posterior draws `(n_draws, n, *shape)` of the observations of all `views`, per source."""
     found: dict[str, list[np.ndarray]] = {}
-    say = (clock or Clock()).progress
+    clock = clock or Clock()
     for i, (obs, name) in enumerate(zip(views, names, strict=True)):
-        draws = draw(
-            current,
-            obs,
-            jax.random.fold_in(key, i),
-            config,
-            n_draws=n_draws,
-            progress=lambda done, n, name=name: say(f"E-step {name}", done, n),
-        )
-        for source, x in draws.x.items():
-            found.setdefault(source, []).append(x)
+        own: dict[str, list[np.ndarray]] = {}
+        for first, block in numbered(obs):
+            say = lambda done, n, name=name: clock.progress(f"E-step {name}", done, n)
+            key_view = jax.random.fold_in(key, i)
+            options = {"n_draws": n_draws, "first_index": first, "progress": say}
+            for source, x in draw(current, block, key_view, config, **options).x.items():
+                own.setdefault(source, []).append(x)
+        for source, parts in own.items():
+            found.setdefault(source, []).append(obs.gathered(np.concatenate(parts, 1), 1))
     return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
 
 
@@ -383,7 +388,7 @@ def _scores(
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 2)
     metrics: Metrics = {}
     for i in which:
-        some = take(data.test[i], slice(0, config.diffusion.evidence_observations))
+        some = data.test[i].head(config.diffusion.evidence_observations)
         draws = draw(denoisers, some, jax.random.fold_in(key, i), config)
         chi2 = predictive_chi2(some, draws)
         metrics[f"chi2_{data.names[i]}"] = float(np.mean(chi2))

@@ -39,15 +39,20 @@ def write_tensors(
 
     With `keep`, the file that was at `path` is moved there.
     """
+    data = file_of_tensors(arrays, meta)
+    write_atomic(path, data, keep=keep)
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_of_tensors(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
+    """The contents of the file that `write_tensors` writes."""
     arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     header = {
         "format_version": str(FORMAT_VERSION),
         "meta": json.dumps(meta),
         "sha256": _digest(arrays, json.dumps(meta)),
     }
-    data = _ordered(to_bytes(arrays, metadata=header))
-    write_atomic(path, data, keep=keep)
-    return hashlib.sha256(data).hexdigest()
+    return _ordered(to_bytes(arrays, metadata=header))
 
 
 def _ordered(data: bytes) -> bytes:

@@ -15,9 +15,10 @@ Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall e
 over pairs of components that are in a tuple together. No matrix of D × D numbers is formed.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -26,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dichroic.batching import split, take
+from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.lowrank import Columns, LowRankView, moments, products
 from dichroic.mixture_step import ascend
 from dichroic.noise import Noise
-from dichroic.observations import Observations, groups, is_shared
+from dichroic.observations import Observations, Observed, groups, is_shared
 from dichroic.posterior import EXACT_LIMIT
 from dichroic.tracking import Clock
 
@@ -47,8 +48,7 @@ _NEGLIGIBLE = 1e-12  # probability of a tuple
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
-@dataclass(frozen=True)
-class LatentSums:
+class LatentSums(eqx.Module):
     """Of one source: per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[x z̄ᵀ]`; in all `Σ r E‖x‖²` and `n`.
 
     And `scatter`, `Σ r ‖Aᵀ C_y⁻¹ (y − m)‖²`, with its expectation `information`, `Σ r tr(Aᵀ C_y⁻¹ A)`.
@@ -81,7 +81,7 @@ class LatentSums:
 
 def low_rank_lap(
     mixtures: Mapping[str, Mixture],
-    views: Sequence[Observations],
+    views: Sequence[Observed],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
@@ -92,7 +92,10 @@ def low_rank_lap(
         step = partial(maximise_low_rank, least=config.floor, textbook=textbook)
         return {**mixtures, **{n: step(mixtures[n], found[n]) for n in names}}
 
-    evaluate = lambda mixtures: _added(low_rank_statistics(mixtures, obs) for obs in views)
+    blocks = lambda: itertools.chain.from_iterable(obs.blocks() for obs in views)
+    evaluate = lambda mixtures: views[0].total(
+        _added(low_rank_statistics(mixtures, obs) for obs in blocks())
+    )
     options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
     mixtures, value = ascend(dict(mixtures), evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)
@@ -225,7 +228,7 @@ def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) 
 
 def initial_low_rank(
     name: str,
-    views: Sequence[Observations],
+    views: Sequence[Observed],
     rank: int,
     variance: float,
     known: Mapping[str, Mixture],
@@ -275,12 +278,12 @@ class _Moments:
     Where operators differ from one observation to another, what is known is a mean over some of them.
     """
 
-    def __init__(self, name: str, obs: Observations, known: Mapping[str, Mixture]):
-        self.count, self.operator = obs.count, obs.one(0).operators[name]
-        index = np.linspace(0, obs.count - 1, min(obs.count, _SAMPLE)).astype(int)
-        few = 1 if is_shared(obs) else min(obs.count, _OPERATORS)
-        self.known = [_Known(name, obs.one(int(i)), known) for i in index[:: -(-len(index) // few)]]
-        some = take(obs, index)
+    def __init__(self, name: str, obs: Observed, known: Mapping[str, Mixture]):
+        some = obs.some(_SAMPLE)
+        self.count, self.operator = obs.count, some.one(0).operators[name]
+        few = 1 if is_shared(some) else min(some.count, _OPERATORS)
+        apart = -(-some.count // few)
+        self.known = [_Known(name, some.one(i), known) for i in range(0, some.count, apart)]
         self.gain = mean_gain(some, name) / math.prod(self.operator.in_shape)
         others = {k: jnp.asarray(known[k].location) for k in obs.sources if k in known}
         x = np.asarray(_back_projected(some, name, others), np.float64) / self.gain

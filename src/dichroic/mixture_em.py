@@ -7,8 +7,9 @@ Components are grown by splitting: each becomes two, apart along its principal a
 far faster than a random start of all of them.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import equinox as eqx
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from dichroic.batching import split, take
+from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture, gaussian
 from dichroic.evidence import (
@@ -30,7 +31,7 @@ from dichroic.lowrank import low_rank_log_evidence
 from dichroic.lowrank_em import initial_low_rank, low_rank_lap, mean_gain
 from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.mixture_sums import Statistics, chunks, pairs, sum_over, view_statistics
-from dichroic.observations import Observations, is_shared
+from dichroic.observations import Observations, Observed, is_shared
 from dichroic.posterior import EXACT_LIMIT
 from dichroic.shared import shared_log_evidence, shared_statistics
 from dichroic.tracking import Clock
@@ -43,7 +44,7 @@ _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of w
 
 def em_lap(
     mixtures: Mixtures,
-    views: Sequence[Observations],
+    views: Sequence[Observed],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
@@ -57,12 +58,12 @@ def em_lap(
         return low_rank_lap(mixtures, views, names, config, clock)
     clock = clock or Clock()
     with clock.during("e_step"):
-        chosen = [choose(mixtures, obs, config) for obs in views]
+        chosen = [choose(mixtures, obs, config) for obs in every_block(views)]
     share = max(len(set(names) & set(obs.sources)) for obs in views)
     coupled = names if sum(mixtures[n].means.size for n in names) <= MOST_MEANS else ()
 
     def evaluate(mixtures: Mixtures) -> tuple[float, Statistics]:
-        found = statistics(mixtures, views, chosen, coupled)
+        found = views[0].total(statistics(mixtures, every_block(views), chosen, coupled))
         return float(found.log_evidence), found
 
     def update(mixtures: Mixtures, found: Statistics, textbook: bool) -> Mixtures:
@@ -96,31 +97,39 @@ def active_tuples(
 
 def statistics(
     mixtures: Mixtures,
-    views: Sequence[Observations],
+    blocks: Iterable[Observations],
     chosen: Sequence[Chosen],
     together: Sequence[str] = (),
 ) -> Statistics:
-    """The E-step over all `views`, on the tuples `chosen` for the observations of each.
+    """The E-step over all `blocks`, on the tuples `chosen` for the observations of each, in float64.
 
     With the sums that couple the sources that are learned `together`.
     """
-    parts = []
-    for obs, index in zip(views, chosen, strict=True):
+    total: Statistics | None = None
+    for obs, index in zip(blocks, chosen, strict=True):
         priors = {k: mixtures[k].prior() for k in obs.sources}
         coupled = pairs(together, obs.sources)
         if index is None:
-            parts.append(shared_statistics(priors, obs, coupled))
+            found = shared_statistics(priors, obs, coupled)
         else:
-            parts.append(view_statistics(priors, obs, index, coupled))
-    return sum(parts[1:], parts[0])
+            found = view_statistics(priors, obs, index, coupled)
+        found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
+        total = found if total is None else total + found
+    assert total is not None
+    return total
+
+
+def every_block(views: Iterable[Observed]) -> Iterator[Observations]:
+    """The blocks of all `views`."""
+    return itertools.chain.from_iterable(obs.blocks() for obs in views)
 
 
 def mean_log_evidence(
-    mixtures: Mixtures, views: Sequence[Observations], *, max_tuples: int = DEFAULT_MAX_TUPLES
+    mixtures: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
     total = 0.0
-    for obs in views:
+    for obs in every_block(views):
         if is_low_rank(mixtures, obs):
             total += low_rank_log_evidence(mixtures, obs)
             continue
@@ -129,15 +138,15 @@ def mean_log_evidence(
             total += shared_log_evidence(priors, obs)
         else:
             total += float(_view_log_evidence(priors, obs, max_tuples))
-    return total / sum(obs.count for obs in views)
+    return views[0].total(total) / sum(obs.count for obs in views)
 
 
-def is_low_rank(mixtures: Mixtures, obs: Observations) -> bool:
+def is_low_rank(mixtures: Mixtures, obs: Observed) -> bool:
     """Whether `dichroic.lowrank` is for this view."""
     return is_large([obs]) or any(not mixtures[k].full_rank for k in obs.sources)
 
 
-def is_large(views: Sequence[Observations]) -> bool:
+def is_large(views: Sequence[Observed]) -> bool:
     """Whether sources start as mixtures of low rank."""
     return max(max(obs.size, *obs.dims.values()) for obs in views) > EXACT_LIMIT
 
@@ -177,7 +186,7 @@ def _view_log_evidence(priors, obs, max_tuples) -> Array:
 
 def initial_gaussian(
     name: str,
-    views: Sequence[Observations],
+    views: Sequence[Observed],
     group: Sequence[str],
     *,
     known: Mixtures | None = None,
@@ -190,7 +199,7 @@ def initial_gaussian(
     """
     seeing, powers = [obs for obs in views if name in obs.sources], []
     for obs in seeing:
-        some = take(obs, np.arange(min(obs.count, 64)))
+        some = obs.head(64)
         gain = sum(mean_gain(some, n) for n in obs.sources if n in group)
         power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
         powers.append(power / max(gain, 1e-30))

@@ -5,8 +5,9 @@ data of the same shapes never recompile. Views of the same draws are already sta
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
+from typing import Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -17,6 +18,68 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from dichroic.batching import param, split, take
 from dichroic.noise import Noise
 from dichroic.operators import Operator
+from dichroic.operators.learned import Parameters, with_parameters
+
+Tree = TypeVar("Tree")
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """What sources are learned from: `Observations`, or those that processes share (`data.Dataset`)."""
+
+    @property
+    def count(self) -> int:
+        """The number of observations, of all processes."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of entries of one observation."""
+        ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources seen."""
+        ...
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The number of entries of each source."""
+        ...
+
+    @property
+    def operators(self) -> Mapping[str, Operator]:
+        """The operators, of all or of some of the observations."""
+        ...
+
+    @property
+    def first(self) -> int:
+        """The number of the first observation of this process."""
+        ...
+
+    def blocks(self) -> "Iterator[Observations]":
+        """The observations of this process, as many at a time as there is room for."""
+        ...
+
+    def head(self, count: int) -> "Observations":
+        """The first `count` of all, or all."""
+        ...
+
+    def some(self, count: int) -> "Observations":
+        """`count` of all, evenly spread, or all."""
+        ...
+
+    def total(self, tree: Tree) -> Tree:
+        """The sum of what the processes have found."""
+        ...
+
+    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """The rows that all processes have."""
+        ...
+
+    def at(self, operators: Parameters) -> "Observed":
+        """With the numbers of operators that are learned replaced by `operators`."""
+        ...
 
 
 class Observations(eqx.Module):
@@ -45,6 +108,35 @@ class Observations(eqx.Module):
     def dims(self) -> dict[str, int]:
         """The number of entries of each source."""
         return {name: math.prod(op.in_shape) for name, op in self.operators.items()}
+
+    @property
+    def first(self) -> int:
+        """The number of the first of them: there are no others."""
+        return 0
+
+    def blocks(self) -> "Iterator[Observations]":
+        """All of them at once."""
+        yield self
+
+    def head(self, count: int) -> "Observations":
+        """The first `count`, or all."""
+        return take(self, slice(0, count))
+
+    def some(self, count: int) -> "Observations":
+        """`count` of them, evenly spread, or all."""
+        return take(self, np.linspace(0, self.count - 1, min(self.count, count)).astype(int))
+
+    def total(self, tree: Tree) -> Tree:
+        """What was found in all `blocks` is what there is."""
+        return tree
+
+    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """The rows of all `blocks` are all."""
+        return rows
+
+    def at(self, operators: Parameters) -> "Observations":
+        """With the numbers of operators that are learned replaced by `operators`."""
+        return with_parameters(self, operators)
 
     def one(self, i: int) -> "Observations":
         """Observation number `i` alone, without a leading axis."""
@@ -81,6 +173,14 @@ class Observations(eqx.Module):
         """The same observation with `y` drawn anew from the sources `x`."""
         noise = self.noise.observed(self.size) * self.noise.sample(key, self.size)
         return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
+
+
+def numbered(obs: Observed) -> Iterator[tuple[int, Observations]]:
+    """The blocks of this process, each with the number of its first observation."""
+    start = obs.first
+    for block in obs.blocks():
+        yield start, block
+        start += block.count
 
 
 def is_shared(obs: Observations) -> bool:

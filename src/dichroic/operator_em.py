@@ -12,7 +12,9 @@ the tuples of components that matter (`dichroic.evidence`), and never falls: a s
 tried again, smaller.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import equinox as eqx
@@ -20,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.evidence import project, simulate, tuple_log_evidence
 from dichroic.mixture_em import active_tuples
 from dichroic.mixture_sums import chunks
-from dichroic.observations import Observations
+from dichroic.observations import Observations, Observed, numbered
 from dichroic.operators.learned import Parameters, parameters, with_parameters
 
 TRIALS = 4  # evaluations of the evidence and its scores in one M-step
@@ -45,7 +47,7 @@ class Scores(eqx.Module):
 
 
 def operator_lap(
-    mixtures: Mapping[str, Any], views: Sequence[Observations], config: MixtureConfig
+    mixtures: Mapping[str, Any], views: Sequence[Observed], config: MixtureConfig
 ) -> tuple[Parameters, Parameters]:
     """The learned arrays of the operators in `views` after an M-step, and their standard errors.
 
@@ -55,17 +57,21 @@ def operator_lap(
     if not start:
         return {}, {}
     priors = {k: m.prior() for k, m in mixtures.items()}
-    work = []
-    for obs in views:
-        own = {k: priors[k] for k in obs.sources}
-        if parameters(obs.operators):
-            work.append((own, obs, active_tuples(own, obs, config)))
+    own = lambda obs: {k: priors[k] for k in obs.sources}
+    seeing = [obs for obs in views if parameters(obs.operators)]
+    blocks = lambda: itertools.chain.from_iterable(map(numbered, seeing))
+    chosen = [active_tuples(own(obs), obs, config) for _, obs in blocks()]
     flat, unravel = ravel_pytree(start)
     best = np.asarray(flat, np.float64)
     theta, step, found = best, np.zeros_like(best), None
     for _ in range(TRIALS):
         values = unravel(jnp.asarray(theta, flat.dtype))
-        new = _add([observation_scores(*w, values) for w in work])
+        work = zip(blocks(), chosen, strict=True)
+        parts = (
+            observation_scores(own(obs), obs, index, values, jnp.asarray(first))
+            for (first, obs), index in work
+        )
+        new = views[0].total(_added(parts))
         if found is None or new.log_evidence >= found.log_evidence:
             best, found = theta, new
             step = _inverse(new.information) @ new.score
@@ -79,9 +85,9 @@ def operator_lap(
     return as_parameters(best), as_parameters(errors)
 
 
-def _add(parts: Sequence[Scores]) -> Scores:
-    wide = [jax.tree.map(lambda a: np.asarray(a, np.float64), part) for part in parts]
-    return jax.tree.map(lambda *a: sum(a[1:], a[0]), *wide)
+def _added(parts: Iterable[Scores]) -> Scores:
+    wide = (jax.tree.map(lambda a: np.asarray(a, np.float64), part) for part in parts)
+    return reduce(partial(jax.tree.map, np.add), wide)
 
 
 def _inverse(information: np.ndarray) -> np.ndarray:
@@ -92,11 +98,17 @@ def _inverse(information: np.ndarray) -> np.ndarray:
 
 
 @eqx.filter_jit
-def observation_scores(priors, obs: Observations, chosen, values: Parameters) -> Scores:
-    """Evidence and scores of `obs` on the tuples `chosen`, with its operators at `values`."""
+def observation_scores(
+    priors, obs: Observations, chosen, values: Parameters, first: Int[Array, ""]
+) -> Scores:
+    """Evidence and scores of `obs` on the tuples `chosen`, with its operators at `values`.
+
+    `first` is the number of the first observation, from which random numbers come.
+    """
     rows, shared = split(obs)
     theta, unravel = ravel_pytree(values)
-    rows = (rows, jax.random.split(jax.random.key(0), obs.count))
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(first + jnp.arange(obs.count))
+    rows = (rows, keys)
 
     def system(theta, row: Observations):
         at = with_parameters(eqx.combine(row, shared), unravel(theta))

@@ -11,11 +11,14 @@ run.lock                held by the process that is fitting
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dichroic.checkpoint import LATEST, PREVIOUS, last_state, save_state
+from dichroic import layout
+from dichroic.checkpoint import LATEST, PREVIOUS, agreed, last_state, save_state
 from dichroic.config import FitConfig
 from dichroic.data import Data, prepare
 from dichroic.em import Denoisers, State, advance
@@ -55,24 +58,49 @@ def fit(
     belongs to another problem or other settings, if another process is fitting there, or if it cannot
     be written to; `FormatError` if the run is damaged.
     """
-    tracker = tracker or Silent()
+    tracker = (tracker if layout.is_first() else None) or Silent()
     data = prepare(problem, config)
-    with following(tracker, stated(problem, config)):
-        if out is None:
-            return _run(State(), [], data, config, tracker)
-        path = Path(out)
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        with locked(path), logged(path / "log.jsonl"):
-            folder = RunFolder.open(path, problem, config, data, resume=resume)
-            rows = read_metrics(path / "metrics.jsonl")
-            event("fitting", laps_done=len(rows), **machine())
-            try:
-                state, rows = _run(folder.state, rows, data, config, tracker, folder.record)
-            finally:
-                folder.flush()
+    _check_alike(problem, config)
+    with following(tracker, stated(problem, config)), ExitStack() as held:
+        folders: list[RunFolder] = []  # one, in the first process: it alone has the files
+
+        def begin() -> State:
+            if out is None:
+                return State()
+            opened = _opened(Path(out), problem, config, data, resume=resume)
+            folders.append(held.enter_context(opened))
+            return folders[0].state
+
+        state, rows = agreed(begin), [row for folder in folders for row in folder.rows]
+        record = folders[0].record if folders else lambda state, metrics: state
+        state, rows = _run(state, rows, data, config, tracker, record)
+        for folder in folders:
+            folder.flush()
             event("finished", laps=state.total, seconds=round(state.seconds, 3))
-            return state, rows
+        return state, rows
+
+
+def _check_alike(problem: Problem, config: FitConfig) -> None:
+    """Raise `RunError` unless all processes are to fit the same."""
+    said = layout.exchange(f"{problem.fingerprint()} {config.to_dict()}".encode())
+    if len(set(said)) > 1:
+        raise RunError("the processes were given different problems or settings: give all the same")
+
+
+@contextmanager
+def _opened(
+    path: Path, problem: Problem, config: FitConfig, data: Data, *, resume: bool
+) -> Iterator["RunFolder"]:
+    """The run folder `path`, held; what was recorded is on the disk afterwards, however it ends."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with locked(path), logged(path / "log.jsonl"):
+        folder = RunFolder.open(path, problem, config, data, resume=resume)
+        event("fitting", laps_done=len(folder.rows), processes=layout.processes(), **machine())
+        try:
+            yield folder
+        finally:
+            folder.flush()
 
 
 def _run(
@@ -81,13 +109,13 @@ def _run(
     data: Data,
     config: FitConfig,
     tracker: Tracker,
-    record: Callable[[State, dict[str, Any]], State] = lambda state, metrics: state,
+    record: Callable[[State, dict[str, Any]], State],
 ) -> tuple[State, list[dict[str, Any]]]:
-    """All laps from `state` on; `record` keeps each of them."""
+    """All laps from `state` on; `record` keeps each of them, in the first process."""
     while not state.done:
-        state, metrics = advance(state, data, config, tracker)
+        new, metrics = advance(state, data, config, tracker)
         rows.append(metrics)
-        state = record(state, metrics)
+        state = agreed(partial(record, new, metrics))
         tracker.lap(metrics)
     return state, rows
 
@@ -102,6 +130,11 @@ class RunFolder:
         self._pending: State | None = None
         self._best: Denoisers | None = None
         self._save_best(state)  # a kill may have come between a state and its model
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics of the laps so far."""
+        return read_metrics(self.path / "metrics.jsonl")
 
     @classmethod
     def open(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from dichroic import layout
 from dichroic.batching import split
 from dichroic.config import SamplerConfig
 from dichroic.denoise import Denoiser
@@ -308,12 +309,12 @@ def draw_posterior(
     return _gather(parts, n_draws, n)
 
 
-def lanes_width(n: int, batch_size: int) -> int:
-    """`batch_size` rounded up to whole lanes, at least two: XLA unrolls a loop over one group.
+def lanes_width(n: int, batch_size: int, devices: int = 1) -> int:
+    """`batch_size` rounded up to whole lanes for each device, at least two: XLA unrolls a loop over one group.
 
     The loop's body is then the same program for any batch size.
     """
-    return LANES * max(2, -(-min(batch_size, n) // LANES))
+    return devices * LANES * max(2, -(-min(batch_size, n) // (devices * LANES)))
 
 
 def chunks(
@@ -322,7 +323,7 @@ def chunks(
     """Cut per-observation arrays into padded chunks of whole lanes: `(start, (rows, shared), index)`."""
     rows, shared = split(tree)
     n = jax.tree.leaves(rows)[0].shape[0]
-    width = lanes_width(n, batch_size)
+    width = lanes_width(n, batch_size, layout.own_mesh().size)
     for start in range(0, n, width):
         take = np.minimum(np.arange(start, start + width), n - 1)
         cut = lambda a, take=take: a[take].reshape(-1, LANES, *a.shape[1:])
@@ -332,10 +333,18 @@ def chunks(
 
 @eqx.filter_jit
 def _draw_lanes(denoisers, rows, shared, keys, sampler, options) -> Draw:
-    def one(row: Observations, key: PRNGKeyArray) -> Draw:
-        return sampler.draw(denoisers, eqx.combine(row, shared), key, **options)
+    """One draw of each observation, in groups of lanes that the devices of this process share."""
+    fixed, rest = eqx.partition((denoisers, shared), eqx.is_array)
 
-    return jax.lax.map(lambda group: jax.vmap(one)(*group), (rows, keys))
+    def own(fixed, rows, keys) -> Draw:
+        denoisers, shared = eqx.combine(fixed, rest)
+
+        def one(row: Observations, key: PRNGKeyArray) -> Draw:
+            return sampler.draw(denoisers, eqx.combine(row, shared), key, **options)
+
+        return jax.lax.map(lambda group: jax.vmap(one)(*group), (rows, keys))
+
+    return layout.by_device(own)(fixed, rows, keys)
 
 
 def _gather(parts: list[Draw], n_draws: int, n: int) -> Draws:

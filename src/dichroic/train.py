@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dichroic import layout
 from dichroic.batching import in_batches
 from dichroic.config import DiffusionConfig, FitConfig
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
@@ -122,15 +123,16 @@ def train_denoiser(
     """The denoiser with its network trained on `samples`, and the mean loss of the last block."""
     weights, frozen = eqx.partition(denoiser.network, eqx.is_inexact_array)
     carry = (weights, weights, _optimiser(config).init(weights))
-    data, loss = jnp.asarray(samples), float("nan")
+    carry, frozen, fixed, data = layout.replicated((carry, frozen, denoiser, jnp.asarray(samples)))
+    loss = float("nan")
     block = _train_in_turn if isinstance(denoiser.network, UNet) else _train_block
     for start in range(0, config.steps, _BLOCK):
-        steps = jnp.arange(start, min(start + _BLOCK, config.steps))
-        carry, losses = block(carry, frozen, denoiser, data, key, steps, config, sigma_min)
-        loss = float(jnp.mean(losses))
+        steps = np.arange(start, min(start + _BLOCK, config.steps))
+        carry, losses = block(carry, frozen, fixed, data, key, steps, config, sigma_min)
+        loss = float(np.mean(losses))
         if progress:
             progress(int(steps[-1]) + 1, config.steps)
-    network = eqx.combine(carry[1], frozen)
+    network = eqx.combine(*layout.here((carry[1], frozen)))
     return eqx.tree_at(lambda d: d.network, denoiser, network), loss
 
 
@@ -152,7 +154,7 @@ def _train_in_turn(carry, frozen, denoiser, data, key, steps, config, sigma_min)
     for i in steps:
         carry, loss = _one_step(carry, frozen, denoiser, data, key, i, config, sigma_min)
         losses.append(loss)
-    return carry, jnp.stack(losses)
+    return carry, np.stack(losses)
 
 
 def _training_step(carry, frozen, denoiser, data, key, step, config, sigma_min):
@@ -164,7 +166,8 @@ def _training_step(carry, frozen, denoiser, data, key, step, config, sigma_min):
 
     key_batch, key_loss = jax.random.split(jax.random.fold_in(key, step))
     index = jax.random.randint(key_batch, (config.batch_size,), 0, data.shape[0])
-    loss, grads = jax.value_and_grad(loss_of)(weights, data[index], key_loss)
+    batch = layout.shared_out(data[index])
+    loss, grads = jax.value_and_grad(loss_of)(weights, batch, key_loss)
     # The optimiser is made here: as an argument, its new functions would compile all anew.
     updates, state = _optimiser(config).update(grads, state)
     weights = optax.apply_updates(weights, updates)

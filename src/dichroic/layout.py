@@ -1,0 +1,211 @@
+"""The processes and the devices that share one piece of work.
+
+Processes find each other through `jax.distributed`; on one machine, with one process, there is nothing to find.
+Observations are shared out among processes, each of which computes with all of its own devices; networks are
+trained on one mesh of all devices of all processes. What processes tell each other are sums, draws and states,
+as bytes: every number arrives as it was, and everybody adds in the same order, so all come to the same sums.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dichroic.errors import ConfigError, RunError
+
+Tree = TypeVar("Tree")
+ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_CLUSTERS = {  # how a launcher tells a process the number of all: as `jax.distributed` finds them
+    "slurm": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
+    "ompi": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
+}
+AXIS = "data"
+
+
+def join() -> None:
+    """Find the other processes, if the environment says that there are any; before anything else asks for devices.
+
+    They are told by `JAX_COORDINATOR_ADDRESS` (`host:port`, the same for all), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` (from 0), or by `srun` or `mpirun`. Raises `ConfigError` where the variables make no sense.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = [os.environ.get(name) for name in (ADDRESS, PROCESSES, NUMBER)]
+    if given[1] is None and given[2] is None:
+        for cluster, (present, count) in _CLUSTERS.items():
+            if present in os.environ and os.environ.get(count, "1") != "1":
+                jax.distributed.initialize(cluster_detection_method=cluster)
+        return
+    address, count, number = given
+    if not address or not (count or "").isdecimal() or not (number or "").isdecimal():
+        raise ConfigError(
+            f"{ADDRESS}={address}, {PROCESSES}={count}, {NUMBER}={number}: expected host:port, the number of "
+            "processes, and that of this one, from 0"
+        )
+    if int(number or 0) >= int(count or 0):
+        raise ConfigError(f"{NUMBER}={number}: there are {count} processes, numbered from 0")
+    if int(count or 0) > 1:
+        jax.distributed.initialize(
+            address, int(count or 0), int(number or 0), cluster_detection_method="deactivate"
+        )
+
+
+def processes() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks to the user."""
+    return jax.process_index() == 0
+
+
+def share(count: int) -> tuple[int, int]:
+    """`(first, stop)`: which of `count` observations are those of this process."""
+    i, n = jax.process_index(), jax.process_count()
+    return i * count // n, (i + 1) * count // n
+
+
+def total(tree: Tree) -> Tree:
+    """The sum of the numbers and arrays of all processes, in the order of the processes."""
+    if processes() == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    found = []
+    for content in exchange(b"".join(a.tobytes() for a in arrays)):
+        found.append(_unpacked(content, arrays))
+    sums = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
+    kinds = zip(sums, leaves, strict=True)
+    return jax.tree.unflatten(structure, [_as(kind, value) for value, kind in kinds])
+
+
+def _unpacked(content: bytes, like: list[np.ndarray]) -> list[np.ndarray]:
+    ends = np.cumsum([a.nbytes for a in like])
+    parts = [content[end - a.nbytes : end] for a, end in zip(like, ends, strict=True)]
+    return [np.frombuffer(p, a.dtype).reshape(a.shape) for p, a in zip(parts, like, strict=True)]
+
+
+def _as(kind: Any, value: np.ndarray) -> Any:
+    """`value` as a plain number where `kind` is one."""
+    return type(kind)(value) if isinstance(kind, (int, float)) else value
+
+
+def gathered(array: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The parts that the processes have of an array, one after the other along `axis`."""
+    if processes() == 1:
+        return array
+    first = np.ascontiguousarray(np.moveaxis(array, axis, 0))
+    parts = [
+        np.frombuffer(content, first.dtype).reshape(-1, *first.shape[1:])
+        for content in exchange(first.tobytes())
+    ]
+    return np.moveaxis(np.concatenate(parts), 0, axis)
+
+
+def from_first(make: Callable[[], bytes]) -> bytes:
+    """What `make` gives in the first process, in all of them; where it fails there, all fail."""
+    if processes() == 1:
+        return make()
+    failure: BaseException | None = None
+    content = b""
+    if is_first():
+        try:
+            content = b"+" + make()
+        except Exception as error:
+            failure, content = error, b"-" + str(error).encode()
+    content = exchange(content)[0]
+    if failure is not None:
+        raise failure
+    if content[:1] == b"-":
+        raise RunError(f"the first process failed: {content[1:].decode()}")
+    return content[1:]
+
+
+def exchange(content: bytes) -> list[bytes]:
+    """The `content` of every process, in their order."""
+    if processes() == 1:
+        return [content]
+    sizes = _all_of(np.array([len(content)], np.uint64).view(np.uint8)).view(np.uint64).ravel()
+    room = int(sizes.max())  # few sizes: each compiles
+    room = -(-room // 2**20) * 2**20 if room > 2**20 else 1 << max(room - 1, 255).bit_length()
+    padded = np.zeros(room, np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    found = _all_of(padded)
+    return [row[: int(size)].tobytes() for row, size in zip(found, sizes, strict=True)]
+
+
+def _all_of(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(multihost_utils.process_allgather(array))
+
+
+# Devices
+
+
+@cache
+def own_mesh() -> Mesh:
+    """The devices of this process."""
+    return Mesh(np.array(jax.local_devices()), (AXIS,))
+
+
+def by_device(function: Callable[..., Tree]) -> Callable[..., Tree]:
+    """`function(shared, *rows)` with the rows, and those of its result, on the devices of this process."""
+    if own_mesh().size == 1:
+        return function
+    rows = PartitionSpec(AXIS)
+
+    def mapped(shared: Any, *more: Any) -> Tree:
+        specs = (PartitionSpec(), *[rows] * len(more))
+        options = {"mesh": own_mesh(), "in_specs": specs, "out_specs": rows, "check_vma": False}
+        return jax.shard_map(function, **options)(shared, *more)
+
+    return mapped
+
+
+@cache
+def whole_mesh() -> Mesh:
+    """The devices of all processes."""
+    return Mesh(np.array(jax.devices()), (AXIS,))
+
+
+def replicated(tree: Tree) -> Tree:
+    """Arrays as they are, on every device of every process; all processes have the same."""
+    if len(jax.devices()) == 1:
+        return tree
+    where = NamedSharding(whole_mesh(), PartitionSpec())
+
+    def put(leaf: Any) -> Any:
+        if not isinstance(leaf, (np.ndarray, jax.Array)) or _is_key(leaf):
+            return leaf
+        if isinstance(leaf, jax.Array) and leaf.sharding == where:
+            return leaf
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+    return jax.tree.map(put, tree)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def here(tree: Tree) -> Tree:
+    """What `replicated` has put on all devices, on the first device of this process alone."""
+    if len(jax.devices()) == 1:
+        return tree
+    return jax.tree.map(
+        lambda a: jax.numpy.asarray(np.asarray(a)) if isinstance(a, jax.Array) else a, tree
+    )
+
+
+def shared_out(rows: jax.Array) -> jax.Array:
+    """Inside of a jitted function: the rows of an array, shared out among all devices if that goes evenly."""
+    if len(jax.devices()) == 1 or len(rows) % len(jax.devices()):
+        return rows
+    where = NamedSharding(whole_mesh(), PartitionSpec(AXIS))
+    return jax.lax.with_sharding_constraint(rows, where)
