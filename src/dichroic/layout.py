@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -154,17 +155,45 @@ def own_mesh() -> Mesh:
 
 
 def by_device(function: Callable[..., Tree]) -> Callable[..., Tree]:
-    """`function(shared, *rows)` with the rows, and those of its result, on the devices of this process."""
+    """`function` of rows for rows, each device of this process with its own; inside of `jax.jit`."""
     if own_mesh().size == 1:
         return function
     rows = PartitionSpec(AXIS)
+    return jax.shard_map(function, mesh=own_mesh(), in_specs=rows, out_specs=rows, check_vma=False)
 
-    def mapped(shared: Any, *more: Any) -> Tree:
-        specs = (PartitionSpec(), *[rows] * len(more))
-        options = {"mesh": own_mesh(), "in_specs": specs, "out_specs": rows, "check_vma": False}
-        return jax.shard_map(function, **options)(shared, *more)
 
-    return mapped
+def map_by_device(function: Callable[..., Tree], rows: Any) -> Tree:
+    """The same of any number of rows."""
+    devices = own_mesh().size
+    if devices == 1:
+        return function(rows)
+    found = by_device(function)(_filled(rows, devices)[0])
+    return jax.tree.map(lambda a: a[: _count(rows)], found)
+
+
+def sum_by_device(function: Callable[..., Tree], rows: Any) -> Tree:
+    """`function(rows, weights)`, a sum over rows, each device of this process with its own; inside of `jax.jit`.
+
+    `weights` are 1, and 0 for the rows that fill up the last device.
+    """
+    devices = own_mesh().size
+    if devices == 1:
+        return function(rows, jnp.ones(_count(rows)))
+    alone = lambda *args: jax.tree.map(lambda a: a[None], function(*args))
+    parts = by_device(alone)(*_filled(rows, devices))
+    return jax.tree.map(lambda a: a.sum(axis=0), parts)
+
+
+def _count(rows: Any) -> int:
+    return jax.tree.leaves(rows)[0].shape[0]
+
+
+def _filled(rows: Tree, devices: int) -> tuple[Tree, jax.Array]:
+    """As many rows as go evenly, the last ones again, and the weights 1 and 0 of both kinds."""
+    count = _count(rows)
+    index = jnp.arange(-(-count // devices) * devices)
+    at = jnp.minimum(index, count - 1)
+    return jax.tree.map(lambda a: a[at], rows), (index < count).astype(float)
 
 
 @cache
@@ -191,7 +220,7 @@ def replicated(tree: Tree) -> Tree:
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def here(tree: Tree) -> Tree:
@@ -199,7 +228,7 @@ def here(tree: Tree) -> Tree:
     if len(jax.devices()) == 1:
         return tree
     return jax.tree.map(
-        lambda a: jax.numpy.asarray(np.asarray(a)) if isinstance(a, jax.Array) else a, tree
+        lambda a: jnp.asarray(np.asarray(a)) if isinstance(a, jax.Array) else a, tree
     )
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from dichroic import layout
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture, gaussian
@@ -169,9 +170,12 @@ def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
         views = [project(priors[k], a, seen) for k, a in matrices.items()]
         return best_tuples(y, views, cov_noise, count=active, max_tuples=max_tuples)
 
-    which, _ = chunks(obs.count, min(_count(priors), max_tuples) * obs.size**2)
-    index = jax.lax.map(lambda i: jax.vmap(one)(jax.tree.map(lambda a: a[i], rows)), which)
-    return index.reshape(-1, *index.shape[2:])[: obs.count]
+    def best(rows: Observations) -> Array:
+        which, _ = chunks(rows.count, min(_count(priors), max_tuples) * obs.size**2)
+        index = jax.lax.map(lambda i: jax.vmap(one)(jax.tree.map(lambda a: a[i], rows)), which)
+        return index.reshape(-1, *index.shape[2:])[: rows.count]
+
+    return layout.map_by_device(best, rows)
 
 
 @eqx.filter_jit

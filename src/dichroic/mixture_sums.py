@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dichroic import layout
 from dichroic.batching import row_counts, split
 from dichroic.evidence import Components, project, tuple_posterior
 from dichroic.observations import Observations
@@ -99,26 +100,32 @@ def view_statistics(
         {(a, b): jnp.zeros((counts[a], counts[b], dims[a], dims[b])) for a, b in coupled},
     )
 
-    def body(total: Statistics, chunk: tuple[Array, Array]) -> tuple[Statistics, None]:
-        which, w = chunk
-        index = chosen[which]
-        terms = jax.vmap(one)(jax.tree.map(lambda a: a[which], rows), index)
-        at = dict(zip(names, jnp.moveaxis(index, 2, 0), strict=True))
-        weigh = lambda a: a * w.reshape(-1, *(1,) * (a.ndim - 1))
-        place = lambda where: lambda zero, a: jnp.zeros_like(zero).at[where].add(weigh(a))
-        here = Statistics(
-            w @ terms.log_evidence,
-            {k: jax.tree.map(place(at[k]), zero.sums[k], s) for k, s in terms.sums.items()},
-            {
-                (a, b): place((at[a], at[b]))(zero.cross[a, b], x)
-                for (a, b), x in terms.cross.items()
-            },
-        )
-        return jax.tree.map(jnp.add, total, here), None
-
     entries = obs.size**2 + 2 * sum(d**2 for d in dims.values())
     entries += sum(dims[a] * dims[b] for a, b in coupled)
-    found = jax.lax.scan(body, zero, chunks(obs.count, chosen.shape[1] * entries))[0]
+
+    def summed(rows: tuple[Observations, Array], weights: Array) -> Statistics:
+        def body(total: Statistics, chunk: tuple[Array, Array]) -> tuple[Statistics, None]:
+            which, w = chunk
+            some, index = jax.tree.map(lambda a: a[which], rows)
+            w = w * weights[which]
+            terms = jax.vmap(one)(some, index)
+            at = dict(zip(names, jnp.moveaxis(index, 2, 0), strict=True))
+            weigh = lambda a: a * w.reshape(-1, *(1,) * (a.ndim - 1))
+            place = lambda where: lambda zero, a: jnp.zeros_like(zero).at[where].add(weigh(a))
+            here = Statistics(
+                w @ terms.log_evidence,
+                {k: jax.tree.map(place(at[k]), zero.sums[k], s) for k, s in terms.sums.items()},
+                {
+                    (a, b): place((at[a], at[b]))(zero.cross[a, b], x)
+                    for (a, b), x in terms.cross.items()
+                },
+            )
+            return jax.tree.map(jnp.add, total, here), None
+
+        every = chunks(len(weights), chosen.shape[1] * entries)
+        return jax.lax.scan(body, zero, every)[0]
+
+    found = layout.sum_by_device(summed, (rows, chosen))
     if not shared:
         return found
     matrix = {k: op.as_matrix() for k, op in obs.operators.items()}
@@ -159,11 +166,15 @@ def sum_over(
     rows, rest = split(obs)
     evaluate = jax.vmap(lambda row: function(eqx.combine(row, rest)))
 
-    def body(total, chunk):
-        index, w = chunk
-        return total + w @ evaluate(jax.tree.map(lambda a: a[index], rows)), None
+    def summed(rows: Observations, weights: Array) -> Array:
+        def body(total, chunk):
+            index, w = chunk
+            some = jax.tree.map(lambda a: a[index], rows)
+            return total + (w * weights[index]) @ evaluate(some), None
 
-    return jax.lax.scan(body, jnp.zeros(()), chunks(obs.count, numbers))[0]
+        return jax.lax.scan(body, jnp.zeros(()), chunks(len(weights), numbers))[0]
+
+    return layout.sum_by_device(summed, rows)
 
 
 def chunks(count: int, numbers: int) -> tuple[Int[Array, "c size"], Float[Array, "c size"]]:

@@ -24,6 +24,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
+from dichroic import layout
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.evidence import project, simulate, tuple_log_evidence
@@ -126,13 +127,18 @@ def observation_scores(
         value, s = jax.vmap(lambda y: scores(theta, at(y), index))(both)
         return value[0], s[0], s[1]
 
-    def body(total, chunk):
-        which, w = chunk
-        value, s, drawn = jax.vmap(one)(*jax.tree.map(lambda a: a[which], (rows, chosen)))
-        squares = ((w[:, None] * x).T @ x for x in (drawn, s))
-        return jax.tree.map(jnp.add, total, Scores(w @ value, w @ s, *squares)), None
-
     square = jnp.zeros((theta.size, theta.size))
     zero = Scores(jnp.zeros(()), jnp.zeros(theta.size), square, square)
     numbers = 2 * chosen.shape[1] * obs.size * (obs.size + sum(obs.dims.values())) + 2 * theta.size
-    return jax.lax.scan(body, zero, chunks(obs.count, numbers))[0]
+
+    def summed(rows, weights) -> Scores:
+        def body(total, chunk):
+            which, w = chunk
+            value, s, drawn = jax.vmap(one)(*jax.tree.map(lambda a: a[which], rows))
+            w = w * weights[which]
+            squares = ((w[:, None] * x).T @ x for x in (drawn, s))
+            return jax.tree.map(jnp.add, total, Scores(w @ value, w @ s, *squares)), None
+
+        return jax.lax.scan(body, zero, chunks(len(weights), numbers))[0]
+
+    return layout.sum_by_device(summed, (rows, chosen))

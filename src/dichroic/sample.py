@@ -334,17 +334,12 @@ def chunks(
 @eqx.filter_jit
 def _draw_lanes(denoisers, rows, shared, keys, sampler, options) -> Draw:
     """One draw of each observation, in groups of lanes that the devices of this process share."""
-    fixed, rest = eqx.partition((denoisers, shared), eqx.is_array)
 
-    def own(fixed, rows, keys) -> Draw:
-        denoisers, shared = eqx.combine(fixed, rest)
+    def one(row: Observations, key: PRNGKeyArray) -> Draw:
+        return sampler.draw(denoisers, eqx.combine(row, shared), key, **options)
 
-        def one(row: Observations, key: PRNGKeyArray) -> Draw:
-            return sampler.draw(denoisers, eqx.combine(row, shared), key, **options)
-
-        return jax.lax.map(lambda group: jax.vmap(one)(*group), (rows, keys))
-
-    return layout.by_device(own)(fixed, rows, keys)
+    own = lambda rows, keys: jax.lax.map(lambda group: jax.vmap(one)(*group), (rows, keys))
+    return layout.by_device(own)(rows, keys)
 
 
 def _gather(parts: list[Draw], n_draws: int, n: int) -> Draws:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dichroic import layout
 from dichroic.batching import Tree
 from dichroic.evidence import Components
 from dichroic.mixture_sums import Pair, Statistics, Sums, pull_back_pair
@@ -103,15 +104,23 @@ def _whiten(y, root, shift, constant):
 
 @jax.jit
 def _scores(y, weight, root, shift, constant):
-    _, s = _whiten(y, root, shift, constant)
-    return jax.nn.logsumexp(s, axis=0) @ weight
+    def summed(rows, filled):
+        y, weight = rows
+        _, s = _whiten(y, root, shift, constant)
+        return jax.nn.logsumexp(s, axis=0) @ (weight * filled)
+
+    return layout.sum_by_device(summed, (y, weight))
 
 
 @jax.jit
 def _sums(y, weight, root, shift, constant):
-    z, s = _whiten(y, root, shift, constant)
-    value = jax.nn.logsumexp(s, axis=0)
-    r = jnp.exp(s - value) * weight
-    weighted = r[..., None] * z
-    moment = jnp.einsum("tni,tnj->tij", weighted, z)
-    return value @ weight, jnp.sum(r, axis=1), jnp.sum(weighted, axis=1), moment
+    def summed(rows, filled):
+        y, weight = rows[0], rows[1] * filled
+        z, s = _whiten(y, root, shift, constant)
+        value = jax.nn.logsumexp(s, axis=0)
+        r = jnp.exp(s - value) * weight
+        weighted = r[..., None] * z
+        moment = jnp.einsum("tni,tnj->tij", weighted, z)
+        return value @ weight, jnp.sum(r, axis=1), jnp.sum(weighted, axis=1), moment
+
+    return layout.sum_by_device(summed, (y, weight))
