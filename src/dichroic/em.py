@@ -257,9 +257,9 @@ def _diffusion_lap(
     few = shared_out([obs.head(c.evidence_observations) for obs in data.test])
     key_judge, sigma_min = jax.random.fold_in(key, 1), config.sampler.sigma_min
     with clock.during("scoring"):
-        judges = _expectation(old, few, data.names, key_judge, config, c.evidence_draws)
+        judges = expectation(old, few, data.names, key_judge, config, c.evidence_draws)
     with clock.during("e_step"):
-        samples = _expectation(old, data.train, data.names, key, config, 1, clock)
+        samples = expectation(old, data.train, data.names, key, config, 1, clock)
     with clock.during("m_step"):
         first = {k: x[0] for k, x in samples.items()}
         new, metrics = _maximisation(old, first, key, config, clock)
@@ -287,7 +287,7 @@ def _diffusion_lap(
     return state, metrics
 
 
-def _expectation(
+def expectation(
     current: Denoisers,
     views: Sequence[Observed],
     names: Sequence[str],

@@ -26,6 +26,7 @@ _CLUSTERS = {  # how a launcher tells a process the number of all: as `jax.distr
     "ompi": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
 }
 AXIS = "data"
+_PATIENCE = 30  # seconds after which a process that says nothing is given up, and with it all others
 
 
 def join() -> None:
@@ -40,7 +41,7 @@ def join() -> None:
     if given[1] is None and given[2] is None:
         for cluster, (present, count) in _CLUSTERS.items():
             if present in os.environ and os.environ.get(count, "1") != "1":
-                jax.distributed.initialize(cluster_detection_method=cluster)
+                _initialize(cluster_detection_method=cluster)
         return
     address, count, number = given
     if not address or not (count or "").isdecimal() or not (number or "").isdecimal():
@@ -51,9 +52,16 @@ def join() -> None:
     if int(number or 0) >= int(count or 0):
         raise ConfigError(f"{NUMBER}={number}: there are {count} processes, numbered from 0")
     if int(count or 0) > 1:
-        jax.distributed.initialize(
-            address, int(count or 0), int(number or 0), cluster_detection_method="deactivate"
+        _initialize(
+            coordinator_address=address,
+            num_processes=int(count or 0),
+            process_id=int(number or 0),
+            cluster_detection_method="deactivate",
         )
+
+
+def _initialize(**how: Any) -> None:
+    jax.distributed.initialize(heartbeat_timeout_seconds=_PATIENCE, **how)
 
 
 def processes() -> int:

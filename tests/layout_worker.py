@@ -1,0 +1,89 @@
+"""What `test_layout` runs in several processes and on several devices: draws, a network, and a fit, into a file."""
+
+import sys
+
+import jax
+import numpy as np
+
+from dichroic import layout
+from dichroic.config import DiffusionConfig, FitConfig, SamplerConfig
+from dichroic.data import shared_out
+from dichroic.denoise import Mixture, Preconditioned
+from dichroic.em import expectation
+from dichroic.nn import Mlp
+from dichroic.noise import DiagonalNoise
+from dichroic.operators import Dense
+from dichroic.problem import Problem, Source, View
+from dichroic.run import fit
+from dichroic.train import train_denoiser
+
+N, D, M = 150, 3, 2
+RNG = np.random.default_rng(0)
+
+
+def prior(seed: int) -> Mixture:
+    """Two Gaussians."""
+    rng = np.random.default_rng(seed)
+    factor = rng.normal(size=(2, D, D))
+    return Mixture.from_moments(
+        [0.4, 0.6], rng.normal(size=(2, D)), factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(D)
+    )
+
+
+def problem() -> Problem:
+    """Two sources that are seen through operators and noise of each observation."""
+    a, b = RNG.normal(size=(2, N, M, D))
+    variance = RNG.uniform(0.01, 0.1, size=(N, M))
+    line, ring = np.outer(RNG.normal(size=N), [1, 2, -1]), RNG.normal(size=(N, D)) ** 2
+    seen = lambda a, x: np.einsum("nij,nj->ni", a, x)
+    noise = lambda: np.sqrt(variance) * RNG.normal(size=(N, M))
+    views = [
+        View(seen(a, line) + noise(), {"line": Dense(a)}, DiagonalNoise(variance), "alone"),
+        View(
+            seen(a, line) + seen(b, ring) + noise(),
+            {"line": Dense(a), "ring": Dense(b)},
+            DiagonalNoise(variance),
+            "both",
+        ),
+    ]
+    return Problem([Source("line", (D,)), Source("ring", (D,))], views)
+
+
+def main(out: str) -> None:
+    """All of it."""
+    layout.join()
+    stated = problem()
+    config = FitConfig.from_dict({"sampler": {"steps": 4}, "diffusion": {"width": 8, "depth": 1}})
+    network = Mlp((D,), 8, 1, key=jax.random.key(3))
+    corrected = {"line": prior(1), "ring": Preconditioned(prior(2), network)}
+    observations = [v.prepare() for v in stated.views]
+    found = {}
+    for name, known in (("exact", {"line": prior(1), "ring": prior(2)}), ("walk", corrected)):
+        args = shared_out(observations), ["alone", "both"], jax.random.key(5), config, 2
+        found |= {f"{name}/{k}": x for k, x in expectation(known, *args).items()}
+    samples = found["exact/ring"].reshape(-1, D)
+    trained, loss = train_denoiser(
+        corrected["ring"],
+        samples,
+        jax.random.key(7),
+        config=DiffusionConfig(steps=120, batch_size=64),
+        sigma_min=SamplerConfig().sigma_min,
+    )
+    x = np.linspace(-1, 1, 4 * D).reshape(4, D)
+    found["loss"] = np.asarray(loss)
+    found["network"] = np.asarray(jax.vmap(lambda u: trained(u, 0.5))(x))
+    settings = {
+        "mixture": {"components": 2, "steps": 3, "laps": 2, "final_laps": 2, "gaussian_laps": 2},
+        "polish": 2,
+        "diffusion": {"laps": 0},
+    }
+    state, _ = fit(stated, FitConfig.from_dict(settings))
+    for name, mixture in state.best.items():
+        found[f"mean/{name}"] = np.asarray(mixture.location)
+        found[f"covariance/{name}"] = np.asarray(mixture.covariances())
+    if layout.is_first():
+        np.savez(out, layout=[layout.processes(), len(jax.devices())], **found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
