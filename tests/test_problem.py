@@ -200,7 +200,7 @@ def test_parameters_that_are_no_real_numbers_are_refused(make, array):
 def test_a_view_is_checked_and_copied_once(monkeypatch):
     calls = []
     count = lambda *args: calls.append(args) or values_and_mask(*args)
-    monkeypatch.setattr("dichroic.problem.values_and_mask", count)
+    monkeypatch.setattr("dichroic.view.values_and_mask", count)
     problem = Problem([A], [view()])
     summary_rows(problem)
     identifiability(problem)

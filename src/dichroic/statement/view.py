@@ -19,7 +19,7 @@ def build_view(
 ) -> View:
     """The view that `table` states; without `noise` it is NaN, for `new_view` to replace.
 
-    Where `spot` has rows, the view is of these observations.
+    Where `spot` has rows, the view is of these observations, and none is held out.
     """
     y = spot.at("observations").array(table["observations"], _never)
     shape = y.shape[1:]
@@ -32,17 +32,27 @@ def build_view(
         else build_noise(table["noise"], shape, spot.at("noise"))
     )
     truth = known_table(table.get("truth"), shapes, spot.at("truth"))
-    group, held_out = table.get("group"), table.get("held_out")
     return View(
         y,
         operators,
         noise,
         name,
         _mask(table.get("mask"), shape, spot.at("mask")),
-        None if group is None else str(group),
+        group_of(table),
         {k: spot.at("truth").at(k).array(v, _never) for k, v in truth.items()},
-        None if held_out is None else spot.at("held_out").array(held_out, _never) > 0,
+        held_out_of(table, spot) if spot.rows is None else None,
     )
+
+
+def group_of(table: Mapping[str, Any]) -> str | None:
+    """The name of the group that `table` states."""
+    return None if table.get("group") is None else str(table["group"])
+
+
+def held_out_of(table: Mapping[str, Any], spot: Spot) -> np.ndarray | None:
+    """`(n,)` booleans of the `held_out` that `table` states, if it does."""
+    held_out = table.get("held_out")
+    return None if held_out is None else spot.at("held_out").array(held_out) > 0
 
 
 def _never(shape: Shape) -> bool:
