@@ -244,7 +244,7 @@ def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
         check_same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
         if np.all(view.held_out):
             raise DataError(f"{view.label}: held_out leaves no observation to learn from")
-    head.prepare()
+    _ = head._checked
 
 
 def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:

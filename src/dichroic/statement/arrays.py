@@ -281,9 +281,12 @@ def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
         raise DataError(_needs("zarr", path)) from error
     node: Any = zarr.open(path, mode="r")
     if isinstance(node, zarr.Group):
-        members = node.members(max_depth=None)
-        names = [name for name, child in members if isinstance(child, zarr.Array)]
-        node = node[_entry(path, key, names).strip("/")]
+        known = None if key is None or ".." in key else node.get(key.strip("/"))
+        if not isinstance(known, zarr.Array):
+            members = node.members(max_depth=None)
+            names = [name for name, child in members if isinstance(child, zarr.Array)]
+            known = node[_entry(path, key, names).strip("/")]
+        node = known
     elif key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
     rows = part(node.shape)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dichroic.batching import row_counts
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DichroicError, ShapeError
 from dichroic.limits import check_text
@@ -40,15 +41,15 @@ class Rows:
 class Spot:
     """A position in a file: the file's name, its folder, and the keys that lead there.
 
-    With `rows`, arrays that have one row per observation are read as far as these go; others are `kept` once they
-    are read, for the next rows.
+    With `rows`, arrays that have one row per observation are read as far as these go; what all observations
+    share is `kept` once it is read, for the next rows.
     """
 
     file: str
     folder: Path
     path: str = ""
     rows: Rows | None = None
-    kept: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, key: str | int) -> "Spot":
         """The position of the entry `key` of the table (or list) that is here."""
@@ -81,6 +82,17 @@ class Spot:
             if whole(stated[-1]):
                 self.kept[self.path] = array
             return array
+
+    def keep(self, build: Callable[[], Any]) -> Any:
+        """What `build` makes of what is here, kept if all observations share it, in place of arrays in it."""
+        if self.rows is not None and self.path in self.kept:
+            return self.kept[self.path]
+        built = build()
+        if self.rows is not None and not row_counts(built):
+            for path in [p for p in self.kept if p.startswith(f"{self.path}.")]:
+                del self.kept[path]
+            self.kept[self.path] = built
+        return built
 
     def __str__(self):
         return f"{self.file}: {self.path}" if self.path else self.file
