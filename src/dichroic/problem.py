@@ -24,6 +24,7 @@ from dichroic.view import check_view as check_view
 from dichroic.view import missing_fraction as missing_fraction
 from dichroic.view import sees as sees
 
+SHUFFLED = 2**24  # observations that are held out by shuffling them
 BLOCK_BYTES = 16 * 2**20  # of the observations that `check_values` reads at a time
 
 
@@ -240,11 +241,18 @@ def held_out(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray
     """`(n,)`, true for the observations of (co-observed) `views` that are to be kept from training.
 
     By the `held_out` of a view that has one, else at random: `fraction` of them, at least one, and
-    all but one at most.
+    all but one at most. Where there are more than 16,777,216, each by itself, to be shuffled in no memory.
     """
     n = views[0].count
     chosen = [v.chosen for v in views if v.chosen is not None]
     if chosen:
         return chosen[0]
-    order = np.random.default_rng(seed).permutation(n)
-    return order < min(max(1, round(fraction * n)), n - 1)
+    rng = np.random.default_rng(seed)
+    if n <= SHUFFLED:
+        return rng.permutation(n) < min(max(1, round(fraction * n)), n - 1)
+    mask = np.empty(n, bool)
+    for start in range(0, n, SHUFFLED):
+        part = mask[start : start + SHUFFLED]
+        part[:] = rng.random(len(part), np.float32) < fraction
+    mask[rng.integers(n)] = True
+    return mask

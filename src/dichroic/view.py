@@ -282,12 +282,13 @@ def check_some(shape: Shape, label: str) -> None:
 
 
 @contextmanager
-def numbering(start: int, stop: int) -> Iterator[None]:
-    """Let errors raised inside, at the observations from `start` up to `stop` of a view, say which they are."""
+def numbering(start: int, stop: int, count: int | None = None) -> Iterator[None]:
+    """Let errors raised inside say of which observations they are: `start` up to `stop`, or `count` of these."""
     try:
         yield
     except DichroicError as error:
-        where = f"in observations {start} to {stop - 1} (numbered from 0 there)"
+        some = "observations" if count in (None, stop - start) else f"{count} of observations"
+        where = f"in {some} {start} to {stop - 1} (numbered from 0 there)"
         raise type(error)(f"{error}; {where}") from error
 
 

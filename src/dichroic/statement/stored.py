@@ -14,7 +14,7 @@ from dichroic.operators import Operator, Shape
 from dichroic.statement.arrays import array_shape
 from dichroic.statement.spots import Rows, Spot, naming
 from dichroic.statement.view import build_view, group_of, held_out_of
-from dichroic.view import View, check_some, check_view, spread
+from dichroic.view import View, check_some, check_view, numbering, spread
 
 HEAD = 64  # observations
 STATED = 32, 8  # runs of as many observations that tell one view from another
@@ -99,13 +99,13 @@ class StoredView:
                 raise DataError(
                     f"{self.spot}: no consecutive observations of {self.count}: {index}"
                 )
-            index = slice(start, stop)
-        else:
-            index = np.asarray(index)
-            bounds = np.concatenate([[-1], index, [self.count]])
-            if not len(index) or np.any(np.diff(bounds) < 1):
-                raise DataError(f"{self.spot}: no increasing numbers of {self.count} observations")
-        return self._read(replace(self.spot, rows=Rows(index, self.count)))
+            return self._read_rows(slice(start, stop))
+        index = np.asarray(index)
+        bounds = np.concatenate([[-1], index, [self.count]])
+        if not len(index) or np.any(np.diff(bounds) < 1):
+            raise DataError(f"{self.spot}: no increasing numbers of {self.count} observations")
+        with numbering(int(index[0]), int(index[-1]) + 1, len(index)):
+            return self._read_rows(index)
 
     def read(self) -> View:
         """All of it."""
@@ -114,6 +114,9 @@ class StoredView:
     def prepare(self) -> Observations:
         """All of it, as `Observations`."""
         return self.read().prepare()
+
+    def _read_rows(self, index: slice | np.ndarray) -> View:
+        return self._read(replace(self.spot, rows=Rows(index, self.count)))
 
     def _read(self, spot: Spot) -> View:
         view = build_view(self.name, self.table, self.shapes, spot)
