@@ -24,6 +24,7 @@ from dichroic.problem import (
     Problem,
     Source,
     View,
+    held_out,
     holdout,
     joint_observations,
     missing_fraction,
@@ -200,7 +201,7 @@ def test_parameters_that_are_no_real_numbers_are_refused(make, array):
 def test_a_view_is_checked_and_copied_once(monkeypatch):
     calls = []
     count = lambda *args: calls.append(args) or values_and_mask(*args)
-    monkeypatch.setattr("dichroic.problem.values_and_mask", count)
+    monkeypatch.setattr("dichroic.view.values_and_mask", count)
     problem = Problem([A], [view()])
     summary_rows(problem)
     identifiability(problem)
@@ -261,6 +262,21 @@ def test_at_least_one_observation_stays_for_training(n, fraction):
     assert train[0].count >= 1
     assert test[0].count >= (n > 1)
     assert train[0].count + test[0].count == n
+
+
+def test_of_very_many_each_is_held_out_by_itself(monkeypatch):
+    views = [view(observations=np.zeros((10_000, 2, 2)))]
+    before = held_out(views, 0.3, 1)
+    assert before.sum() == 3000
+    monkeypatch.setattr("dichroic.problem.SHUFFLED", 1000)
+    mask = held_out(views, 0.3, 1)
+    parts = mask.reshape(10, 1000)
+    assert not np.array_equal(mask, before)
+    assert np.all(np.abs(parts.mean(axis=1) - 0.3) < 5 * np.sqrt(0.21 / 1000))
+    assert len(np.unique(parts, axis=0)) == 10
+    np.testing.assert_array_equal(mask, held_out(views, 0.3, 1))
+    assert not np.array_equal(mask, held_out(views, 0.3, 2))
+    assert held_out(views, 0.0, 1).sum() == 1
 
 
 @pytest.mark.parametrize("fraction", [1, 1.5, -0.1, float("nan")])

@@ -42,7 +42,7 @@ _WHERE = {
         "Zero",
     ],
     "posterior": ["MatrixFreePosterior", "Posterior", "Prior", "build_posterior"],
-    "problem": ["Problem", "Source", "View", "joint_observations"],
+    "problem": ["Problem", "Source", "View", "check_values", "joint_observations"],
     "sample": [
         "Ancestral",
         "Ddim",

@@ -5,8 +5,10 @@ the package computes with: values and masks flattened, noise over the flattened 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
+from weakref import WeakValueDictionary
 
 import equinox as eqx
 import jax
@@ -66,6 +68,20 @@ def check_real(array: Any, what: str) -> None:
         raise DataError(f"{what} of type {dtype}; expected real numbers")
 
 
+def _once(check: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
+    """`check`, which passes over what it has found good before: the very same object, which cannot change."""
+    good: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    @wraps(check)
+    def checked(part: Any, label: str) -> None:
+        if good.get(id(part)) is not part:
+            check(part, label)
+            good[id(part)] = part
+
+    return checked
+
+
+@_once
 def check_operator(op: Operator, label: str) -> None:
     """Raise a `DichroicError` unless `op` is finite, and gives real arrays of its `out_shape`."""
     check_finite(op, f"{label}: the operator")
@@ -86,6 +102,8 @@ def values_and_mask(
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
         y = y.astype(jnp.zeros(()).dtype).reshape(n, -1)
     mask = _flat_mask(given_mask, y, shape, label)
+    if mask is None and np.all(np.isfinite(y)):
+        return y, None
     seen = np.ones_like(y, bool) if mask is None else np.broadcast_to(mask, y.shape)
     bad = seen & ~np.isfinite(y)
     if bad.any():
@@ -142,8 +160,10 @@ def flat_noise(noise: Any, shape: Shape, label: str) -> Noise:
             )
         return StationaryNoise(noise.covariance, shape=shape, ndim=noise.ndim)
     for name, axes in next((a for kind, a in _AXES.items() if isinstance(noise, kind)), {}).items():
-        flat = _flat(getattr(noise, name), axes, shape, f"{label}: the noise {name}")
-        noise = eqx.tree_at(lambda m, name=name: getattr(m, name), noise, flat)
+        array = getattr(noise, name)
+        flat = _flat(array, axes, shape, f"{label}: the noise {name}")
+        if flat is not array:
+            noise = eqx.tree_at(lambda m, name=name: getattr(m, name), noise, flat)
     return noise
 
 
@@ -165,7 +185,8 @@ def _flat(array: Any, axes: str, shape: Shape, what: str) -> Any:
         want = sum((entries if a == "M" else got[-1:] for a in axes), ())
         rows = len(got) - len(want)
         if rows in (0, 1) and got[rows:] == want:
-            return array.reshape(*got[:rows], *(size if a == "M" else got[-1] for a in axes))
+            want = (*got[:rows], *(size if a == "M" else got[-1] for a in axes))
+            return array if want == got else array.reshape(want)
     one = [str(size) if a == "M" else a for a in axes]
     raise ShapeError(
         f"{what} has shape {got}; expected ({', '.join(one)}), or ({', '.join(['n', *one])}) for "
@@ -173,6 +194,7 @@ def _flat(array: Any, axes: str, shape: Shape, what: str) -> Any:
     )
 
 
+@_once
 def check_noise(noise: Noise, label: str) -> None:
     """Raise a `DataError` unless the covariance of `noise` is finite and positive definite."""
     check_finite(noise, f"{label}: the noise")

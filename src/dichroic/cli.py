@@ -6,6 +6,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN, if any")
     fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
+    fit.add_argument(
+        "--memory",
+        type=_parsed(parse_bytes),
+        metavar="4GiB",
+        help="leave the observations in their files, and get by with so much memory",
+    )
     fit.add_argument(
         "--track",
         action="append",
@@ -217,23 +224,28 @@ def _check(args: argparse.Namespace) -> None:
 def _fit(args: argparse.Namespace) -> None:
     from dichroic import layout
     from dichroic.identify import identifiability
+    from dichroic.problem import check_values
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.statement import load_problem
-    from dichroic.tracking import parse_tracker
+    from dichroic.tracking import Console, Silent, parse_tracker
 
     layout.join()
     trackers = [parse_tracker(text) for text in args.track if layout.is_first()]
-    problem, section = load_problem(args.problem)
+    stored = {} if args.memory is None else {"memory": args.memory}
+    problem, section = load_problem(args.problem, stored=bool(stored))
     config = _config(args, section)
+    if not (args.resume and (args.out / "run.json").exists()):  # which were checked when it began
+        bar = Console() if layout.is_first() else Silent()
+        layout.each(partial(check_values, problem, progress=partial(bar.progress, "checked")))
+    separator = Separator(problem, config)
     if not layout.is_first():  # another process speaks, and keeps the files
-        Separator(problem, config).fit(args.out, resume=args.resume, progress=False)
+        separator.fit(args.out, resume=args.resume, progress=False, **stored)
         return
     warnings = identifiability(problem).warnings
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    separator = Separator(problem, config)
-    separator.fit(args.out, resume=args.resume, progress=[True, *trackers])
+    separator.fit(args.out, resume=args.resume, progress=[True, *trackers], **stored)
     print(f"model: {args.out / 'best'}")
     if not args.no_report:
         page = write_report(
@@ -262,12 +274,11 @@ def _separate(args: argparse.Namespace) -> None:
     if blocks:
         _separate_blocks(args, separator, view)
         return
-    bar = Console()
     result = separator.separate(
         view,
         n_draws=args.draws,
         seed=args.seed,
-        progress=lambda done, total: bar.progress("draws", done, total),
+        progress=partial(Console().progress, "draws"),
     )
     out = args.out or Path("separated.npz")
     result.save(out)
@@ -279,7 +290,6 @@ def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> Non
     from dichroic.stream import MEMORY, separate_to
     from dichroic.tracking import Console
 
-    bar = Console()
     separate_to(
         args.out,
         separator,
@@ -289,7 +299,7 @@ def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> Non
         memory=args.memory or MEMORY,
         chunk=args.chunk,
         shard=args.shard or (1, 1),
-        progress=lambda done, total: bar.progress("observations", done, total),
+        progress=partial(Console().progress, "observations"),
     )
     _print_status(args.out)
 
@@ -351,7 +361,7 @@ def _problem_of(args: argparse.Namespace) -> Any:
             f"{run} does not know the problem file that it was fitted to: say where it is (--problem), "
             "or use Separator.load from Python"
         )
-    return load_problem(file)[0]
+    return load_problem(file, stored=True)[0]
 
 
 def _bench(args: argparse.Namespace) -> int:

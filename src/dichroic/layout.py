@@ -119,21 +119,27 @@ def gathered(array: np.ndarray, axis: int = 0) -> np.ndarray:
 
 def from_first(make: Callable[[], bytes]) -> bytes:
     """What `make` gives in the first process, in all of them; where it fails there, all fail."""
+    content = each(lambda: make() if is_first() else b"")
+    return exchange(content)[0]
+
+
+def each(work: Callable[[], Tree]) -> Tree:
+    """`work` in every process; where it fails in one, all fail."""
     if processes() == 1:
-        return make()
-    failure: BaseException | None = None
-    content = b""
-    if is_first():
-        try:
-            content = b"+" + make()
-        except Exception as error:
-            failure, content = error, b"-" + str(error).encode()
-    content = exchange(content)[0]
+        return work()
+    failure: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    said = exchange(b"" if failure is None else str(failure).encode() or b"?")
     if failure is not None:
         raise failure
-    if content[:1] == b"-":
-        raise RunError(f"the first process failed: {content[1:].decode()}")
-    return content[1:]
+    for number, words in enumerate(said):
+        if words:
+            raise RunError(f"process {number} failed: {words.decode()}")
+    return result
 
 
 def exchange(content: bytes) -> list[bytes]:

@@ -35,6 +35,7 @@ from dichroic.identify.result import SourceIdentifiability as SourceIdentifiabil
 from dichroic.identify.result import Verdict as Verdict
 from dichroic.identify.warnings import warnings_of
 from dichroic.problem import Problem, joint_observations
+from dichroic.view import some_of
 
 WEAK = 1e4  # condition number above which a source is weakly identified
 
@@ -44,8 +45,8 @@ def identifiability(problem: Problem, *, seed: int = 0) -> Identifiability:
 
     What is outside the kernels of `(C_β)_β ↦ (Σ_β A_iβ C_β A_iβᵀ)_i` and
     `(μ_β)_β ↦ (Σ_β A_iβ μ_β)_i`, where `i` runs over the observations of all views (a sample of
-    them where there are many; one for all that share operators and mask), co-observed views being
-    one.
+    them where there are many, of at most 4,096 where they stay in files; one for all that share operators
+    and mask), co-observed views being one.
 
     Args:
         problem: sources and views; the values of the observations are not used.
@@ -59,7 +60,7 @@ def identifiability(problem: Problem, *, seed: int = 0) -> Identifiability:
     sizes = {name: len(basis) for name, basis in bases.items()}
     moments = Moments.zeros(sizes)
     for views in problem.joint_views():
-        moments.add(joint_observations(views), bases, rng)
+        moments.add(joint_observations(some_of(views)), bases, rng, views[0].count)
     means = resolve(moments.mean, list(sizes.values()))
     covariances = resolve(moments.covariance, [half(r) for r in sizes.values()])
     lacking = {} if exact else moments.lacking(problem.sources)

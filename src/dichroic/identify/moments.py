@@ -42,9 +42,13 @@ class Moments:
         return cls(sizes, np.zeros((r, r)), np.zeros((p, p)), [])
 
     def add(
-        self, obs: Observations, bases: dict[str, np.ndarray], rng: np.random.Generator
+        self,
+        obs: Observations,
+        bases: dict[str, np.ndarray],
+        rng: np.random.Generator,
+        total: int,
     ) -> None:
-        """Add the equations of one view, scaled by the size of its operators."""
+        """Add the equations of one view, scaled by the size of its operators; `obs` are some of `total`."""
         seen_sizes = {n: r for n, r in self.sizes.items() if n in obs.operators}
         patterns = _patterns(obs, sum(map(half, seen_sizes.values())), rng)
         mean, covariance = _blocks(obs, {n: bases[n] for n in seen_sizes}, patterns)
@@ -55,7 +59,7 @@ class Moments:
             _add_block(self.covariance, halves, a, b, covariance[a, b] / scale**2)
         varies = len(patterns.seen) > 1 or bool(row_counts(obs.operators))
         entries = int(patterns.seen.sum(axis=1).max())
-        count = half(entries) * (obs.count if varies else 1)
+        count = half(entries) * (total if varies else 1)
         self.equations.append((frozenset(seen_sizes), count))
 
     def lacking(self, sources: Sequence[Source]) -> dict[tuple[str, ...], tuple[int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dichroic.metrics import coverage, psnr
-from dichroic.problem import Problem, View, holdout
+from dichroic.problem import Problem, View, held_out
 from dichroic.separator import Separation, Separator
 
 CHI2_RANGE = (0.8, 1.25)  # beyond it, a warning
@@ -42,9 +42,10 @@ def separate_held_out(
     """Separate at most `most` held-out observations of each (joint) view, with `n_draws` draws."""
     out = []
     for i, views in enumerate(problem.joint_views()):
-        train, test = holdout(views, separator.config.holdout, separator.config.seed + i)
-        chosen = test if test[0].count else train
-        some = [v.select(slice(0, most)) for v in chosen]
+        kept = held_out(views, separator.config.holdout, separator.config.seed + i)
+        fresh = bool(kept.any())
+        index = np.flatnonzero(kept if fresh else ~kept)[:most]
+        some = [v.select(index) for v in views]
         truth = {
             k: np.asarray(x)
             for v in some
@@ -54,7 +55,7 @@ def separate_held_out(
         result = separator.separate(some, n_draws=n_draws, seed=separator.config.seed + i)
         truth = {k: x for k, x in truth.items() if k in result.draws}
         name = "+".join(v.name for v in views)
-        out.append(Held(name, some, result, truth, chosen is test))
+        out.append(Held(name, some, result, truth, fresh))
     return out
 
 

@@ -29,4 +29,5 @@ from dichroic.statement.new_view import ViewFile as ViewFile
 from dichroic.statement.new_view import load_view as load_view
 from dichroic.statement.new_view import open_view as open_view
 from dichroic.statement.problem_file import load_problem as load_problem
+from dichroic.statement.stored import StoredView as StoredView
 from dichroic.statement.summary import summary_rows as summary_rows

@@ -5,7 +5,6 @@ more is read of `.npy`, `.npz`, HDF5 and zarr arrays, and of stacked files; of t
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,20 @@ from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
 from dichroic.operators import Shape
 from dichroic.statement.formats import READERS
-from dichroic.statement.guard import check_hdf5, check_npy, check_npz, check_numbers, check_zarr
+from dichroic.statement.guard import (
+    check_hdf5,
+    check_npy,
+    check_npz,
+    check_numbers,
+    check_zarr,
+    open_entry,
+)
 from dichroic.statement.values import as_number, available, short
 
 _NPY = b"\x93NUMPY"
-Part = Callable[[Shape], slice | EllipsisType]  # which rows of an array of some shape; `...`: all
+Rows = slice | np.ndarray  # some rows of an array: consecutive ones, or their numbers, increasing
+Part = Callable[[Shape], Rows | EllipsisType]  # which rows of an array of some shape; `...`: all
+NEAR = 2**18  # numbers between two rows that are read along rather than left out
 
 
 def all_rows(shape: Shape) -> EllipsisType:
@@ -72,7 +80,7 @@ def array_shape(reference: Any, base_dir: str | Path) -> Shape:
     """The shape of the array that `reference` stands for, without reading it; raises as `load_array`."""
     found: list[Shape] = []
 
-    def nothing(shape: Shape) -> slice | EllipsisType:
+    def nothing(shape: Shape) -> Rows | EllipsisType:
         found.append(shape)
         return slice(0, 0) if shape else ...
 
@@ -87,7 +95,7 @@ def _stacked(pattern: Path, kind: str, key: str | None, part: Part) -> np.ndarra
         raise DataError(no_file(pattern))
     first = _read(paths[0], kind, key)
     rows = part((len(paths), *first.shape))
-    chosen = paths if isinstance(rows, EllipsisType) else paths[rows]
+    chosen = [paths[i] for i in np.arange(len(paths))[rows]]
     arrays = [first if path is paths[0] else _read(path, kind, key) for path in chosen]
     for path, array in zip(chosen, arrays, strict=True):
         if array.shape != first.shape:
@@ -187,23 +195,42 @@ def _read_npz(path: Path, key: str | None, part: Part) -> np.ndarray:
         if part is all_rows:
             return archive[name]
         entry = next(e for e in archive.zip.infolist() if e.filename in (name, f"{name}.npy"))
-        with archive.zip.open(entry) as file:
-            header = check_npy(file, entry.file_size, path.name, packed=entry.compress_size)
-            return _npy_part(file, header, part)
+        with open_entry(archive.zip, entry) as file:
+            size = file.tell() + entry.file_size
+            header = check_npy(file, size, path.name, packed=entry.compress_size)
+            rows = part(header[0])
+            if not isinstance(rows, EllipsisType):
+                return _npy_part(file, header, rows)
+        return archive[name]
 
 
-def _npy_part(file: IO[bytes], header: tuple[Shape, bool, np.dtype], part: Part) -> np.ndarray:
+def _npy_part(
+    file: IO[bytes], header: tuple[Shape, bool, np.dtype], rows: Rows | EllipsisType
+) -> np.ndarray:
     """Some rows of the `.npy` data in `file`, read up to the end of its `header`, in memory of their own."""
     shape, fortran, dtype = header
-    rows = part(shape)
+    begin = file.tell()
+
+    def read(start: int, want: Shape) -> np.ndarray:
+        file.seek(begin + start * math.prod(shape[1:]) * dtype.itemsize)
+        array = np.empty(want, dtype)
+        if file.readinto(array.reshape(-1).view(np.uint8)) < array.nbytes:  # type: ignore[attr-defined]
+            raise DataError("the file ends before its numbers do")
+        return array
+
     if isinstance(rows, EllipsisType) or fortran:
-        data = np.frombuffer(bytearray(file.read()), dtype, count=math.prod(shape))
-        return data.reshape(shape, order="F" if fortran else "C")[rows]
-    start, stop, _ = rows.indices(shape[0])
-    each = math.prod(shape[1:]) * dtype.itemsize
-    file.seek(start * each, os.SEEK_CUR)
-    data = bytearray(file.read((stop - start) * each))
-    return np.frombuffer(data, dtype).reshape(stop - start, *shape[1:])
+        array = read(0, (math.prod(shape),)).reshape(shape, order="F" if fortran else "C")
+        return array[rows]
+    return _gather(lambda run: read(run.start, _shape_of(shape, run)), rows, shape)
+
+
+def _gather(read: Callable[[slice], np.ndarray], rows: Rows, shape: Shape) -> np.ndarray:
+    """The `rows` of an array of `shape`, of which `read` gives consecutive ones; those near each other at once."""
+    if isinstance(rows, slice):
+        return read(slice(*rows.indices(shape[0])))
+    apart = np.flatnonzero(np.diff(rows) > max(NEAR // max(math.prod(shape[1:]), 1), 1)) + 1
+    runs = np.split(rows, apart)
+    return np.concatenate([read(slice(run[0], run[-1] + 1))[run - run[0]] for run in runs])
 
 
 def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
@@ -213,7 +240,8 @@ def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
         if file.read(2) == b"PK":
             raise DataError(f"{path.name!r} is an archive of arrays, as .npz files are: rename it")
         file.seek(0)
-        return _npy_part(file, check_npy(file, path.stat().st_size, path.name), part)
+        header = check_npy(file, path.stat().st_size, path.name)
+        return _npy_part(file, header, part(header[0]))
 
 
 def _read_hdf5(path: Path, key: str | None, part: Part) -> np.ndarray:
@@ -228,14 +256,22 @@ def _read_hdf5(path: Path, key: str | None, part: Part) -> np.ndarray:
         dataset: Any = file[name]
         rows = part(dataset.shape or ())
         check_hdf5(dataset, f"{path.name}:{name}", _shape_of(dataset.shape or (), rows))
-        return np.asarray(dataset[rows])
+        return _rows_of(dataset, rows)
 
 
-def _shape_of(shape: Shape, rows: slice | EllipsisType) -> Shape:
+def _shape_of(shape: Shape, rows: Rows | EllipsisType) -> Shape:
     """The shape that `rows` of an array of `shape` have."""
     if isinstance(rows, EllipsisType):
         return shape
-    return (len(range(*rows.indices(shape[0]))), *shape[1:])
+    count = len(range(*rows.indices(shape[0]))) if isinstance(rows, slice) else len(rows)
+    return (count, *shape[1:])
+
+
+def _rows_of(array: Any, rows: Rows | EllipsisType) -> np.ndarray:
+    """Some rows of an HDF5 or zarr array."""
+    if isinstance(rows, EllipsisType):
+        return np.asarray(array[...])
+    return _gather(lambda run: np.asarray(array[run]), rows, array.shape)
 
 
 def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
@@ -245,14 +281,17 @@ def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
         raise DataError(_needs("zarr", path)) from error
     node: Any = zarr.open(path, mode="r")
     if isinstance(node, zarr.Group):
-        members = node.members(max_depth=None)
-        names = [name for name, child in members if isinstance(child, zarr.Array)]
-        node = node[_entry(path, key, names).strip("/")]
+        known = None if key is None or ".." in key else node.get(key.strip("/"))
+        if not isinstance(known, zarr.Array):
+            members = node.members(max_depth=None)
+            names = [name for name, child in members if isinstance(child, zarr.Array)]
+            known = node[_entry(path, key, names).strip("/")]
+        node = known
     elif key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
     rows = part(node.shape)
     check_zarr(node, path.name, _shape_of(node.shape, rows))
-    return np.asarray(node[rows])
+    return _rows_of(node, rows)
 
 
 def _needs(package: str, path: Path) -> str:

@@ -5,8 +5,10 @@ than those below. So is what makes one file read another: virtual and external d
 """
 
 import math
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 import numpy as np
@@ -87,6 +89,27 @@ def check_npz(archive: Any, file: str, names: Iterable[str]) -> None:
             raise DataError(f"{what} is compressed in a way that numpy does not write")
         with archive.open(entry) as data:
             check_npy(data, entry.file_size, what, packed=entry.compress_size)
+
+
+@contextmanager
+def open_entry(archive: Any, entry: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+    """The data of one entry of `archive`, to be read; where they are not compressed, in the file itself.
+
+    There, what comes before some rows need not be read. Raises `DataError` where the file ends before the entry.
+    """
+    with archive.open(entry) as file:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            yield file
+            return
+    whole = archive.fp
+    size = whole.seek(0, 2)
+    whole.seek(entry.header_offset + 26)
+    name, extra = struct.unpack("<HH", whole.read(4))
+    begin = whole.tell() + name + extra
+    if begin + entry.file_size > size:
+        raise DataError(f"the entry {entry.filename!r} is damaged: it ends after its file")
+    whole.seek(begin)
+    yield whole
 
 
 def _stated_count(archive: Any) -> int | None:

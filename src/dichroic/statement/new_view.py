@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +11,24 @@ from dichroic.batching import row_counts
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError
 from dichroic.noise import Noise
-from dichroic.problem import Problem, View, check_view, sees
-from dichroic.statement.arrays import array_shape, no_file, open_npz
+from dichroic.problem import Problem, View, sees
+from dichroic.statement.arrays import no_file, open_npz
 from dichroic.statement.guard import check_npz
 from dichroic.statement.parts import NOISES
-from dichroic.statement.spots import Rows, Spot, as_table, naming, read_yaml, require
-from dichroic.statement.view import VIEW_KEYS, build_view
+from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
+from dichroic.statement.stored import StoredView
+from dichroic.statement.view import VIEW_KEYS
+from dichroic.view import AnyView
 
 
-@dataclass(frozen=True)
-class ViewFile:
-    """A view that stays in its files: `select` reads no more than the observations asked for.
+@dataclass(frozen=True, eq=False)
+class ViewFile(StoredView):
+    """A new view that stays in its files; what these leave out is taken from `donor`, a view of the problem."""
 
-    `count` observations; what `select` and `count` raise is as for `load_view`.
-    """
-
-    name: str
-    table: Mapping[str, Any]
-    spot: Spot
-    problem: Problem
     donor: View
 
-    @cached_property
-    def count(self) -> int:
-        """The number of observations, without reading them."""
-        here = self.spot.at("observations")
-        with naming(here):
-            shape = array_shape(self.table["observations"], here.folder)
-        return shape[0] if shape else 0
-
-    def select(self, index: slice) -> View:
-        """The consecutive observations `index` as a `View`; arrays shared by all are read as a whole."""
-        start, stop, step = index.indices(self.count)
-        if step != 1 or stop <= start:
-            raise DataError(f"{self.spot}: no consecutive observations of {self.count}: {index}")
-        return self._read(replace(self.spot, rows=Rows(start, stop, self.count)))
-
-    def read(self) -> View:
-        """All of it."""
-        return self._read(self.spot)
-
-    def _read(self, spot: Spot) -> View:
-        view = build_view(self.name, self.table, self.problem.shapes, spot)
-        with naming(spot):
-            view = _complete(view, self.table, self.donor)
-            if spot.rows is not None:
-                view = replace(view, held_out=None)
-            check_view(view, self.problem.shapes)
-        return view
+    def _completed(self, view: View) -> View:
+        return _complete(view, self.table, self.donor)
 
 
 def open_view(
@@ -74,7 +43,7 @@ def open_view(
     donor = problem.view(like) if like else max(problem.views, key=lambda v: _seen(v, problem))
     check_keys(table, VIEW_KEYS, str(spot))
     require(table, ("observations",), spot)
-    return ViewFile(name, table, spot, problem, donor)
+    return ViewFile(name, table, spot, problem.shapes, donor.head)
 
 
 def load_view(
@@ -101,7 +70,7 @@ def load_view(
     return open_view(path_or_spec, problem, like=like).read()
 
 
-def _seen(view: View, problem: Problem) -> int:
+def _seen(view: AnyView, problem: Problem) -> int:
     return sum(sees(view, name) for name in problem.names)
 
 

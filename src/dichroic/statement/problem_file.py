@@ -8,15 +8,19 @@ from dichroic.config import check_keys
 from dichroic.operators import Shape
 from dichroic.problem import Problem, Source, View, check_view
 from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
+from dichroic.statement.stored import StoredView
 from dichroic.statement.values import parse_shape
-from dichroic.statement.view import VIEW_KEYS, build_view
+from dichroic.statement.view import VIEW_KEYS
 
 
-def load_problem(path: str | Path) -> tuple[Problem, dict[str, Any]]:
+def load_problem(path: str | Path, *, stored: bool = False) -> tuple[Problem, dict[str, Any]]:
     """Read a problem from a YAML file.
 
     Args:
         path: the file; array references in it are relative to its folder.
+        stored: leave the arrays in their files, for more observations than fit in memory: the views are
+            `StoredView`s, checked as far as their statements and first observations go; `check_values` reads
+            and checks the others.
 
     Returns:
         The problem, checked, and the `fit:` section as it stands (`FitConfig.from_dict` checks it).
@@ -31,7 +35,7 @@ def load_problem(path: str | Path) -> tuple[Problem, dict[str, Any]]:
     shapes = {s.name: s.shape for s in sources}
     here = spot.at("views")
     specs = as_table(table["views"], here)
-    views = [_problem_view(k, v, shapes, here.at(k)) for k, v in specs.items()]
+    views = [_problem_view(k, v, shapes, here.at(k), stored) for k, v in specs.items()]
     with naming(spot):
         problem = Problem(sources, views, str(Path(path).resolve()))
     section = table.get("fit")
@@ -51,11 +55,15 @@ def _sources(value: Any, spot: Spot) -> list[Source]:
     return sources
 
 
-def _problem_view(name: str, value: Any, shapes: Mapping[str, Shape], spot: Spot) -> View:
+def _problem_view(
+    name: str, value: Any, shapes: Mapping[str, Shape], spot: Spot, stored: bool
+) -> View | StoredView:
     table = as_table(value, spot)
     check_keys(table, VIEW_KEYS, str(spot))
     require(table, ("observations", "operators", "noise"), spot)
-    view = build_view(name, table, shapes, spot)
+    view = StoredView(name, table, spot, shapes)
+    if not stored:
+        return view.read()
     with naming(spot):
         check_view(view, shapes)
     return view

@@ -3,13 +3,14 @@
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
 import numpy as np
 
+from dichroic.batching import row_counts
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DichroicError, ShapeError
 from dichroic.limits import check_text
@@ -21,33 +22,34 @@ from dichroic.statement.values import short
 
 @dataclass(frozen=True)
 class Rows:
-    """The observations from `start` up to `stop`, of `count` in all."""
+    """Some observations, consecutive or by their numbers, of `count` in all."""
 
-    start: int
-    stop: int
+    index: slice | np.ndarray
     count: int
 
-    def of(self, shape: Shape) -> slice:
+    def of(self, shape: Shape) -> slice | np.ndarray:
         """Those rows of an array of `shape`, which has one per observation."""
         if shape[0] != self.count:
             raise ShapeError(
                 f"an array of shape {shape}, one row per observation, but there are {self.count} "
                 "observations (axis 0)"
             )
-        return slice(self.start, self.stop)
+        return self.index
 
 
 @dataclass(frozen=True)
 class Spot:
     """A position in a file: the file's name, its folder, and the keys that lead there.
 
-    With `rows`, arrays that have one row per observation are read as far as these go.
+    With `rows`, arrays that have one row per observation are read as far as these go; what all observations
+    share is `kept` once it is read, for the next rows.
     """
 
     file: str
     folder: Path
     path: str = ""
     rows: Rows | None = None
+    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, key: str | int) -> "Spot":
         """The position of the entry `key` of the table (or list) that is here."""
@@ -63,13 +65,34 @@ class Spot:
         `shared` says of which shapes an array is the same for all observations, by what it is there for; of
         another shape, it has one row for each.
         """
-
-        def part(shape: Shape) -> slice | EllipsisType:
-            everything = self.rows is None or not shape or shared(shape)
-            return ... if everything else self.rows.of(shape)  # type: ignore[union-attr]
-
+        rows = self.rows
         with naming(self):
-            return load_array(reference, self.folder, *([] if self.rows is None else [part]))
+            if rows is None:
+                return load_array(reference, self.folder)
+            if self.path in self.kept:
+                return self.kept[self.path]
+            whole = lambda shape: not shape or shared(shape)
+            stated: list[Shape] = []
+
+            def part(shape: Shape) -> slice | np.ndarray | EllipsisType:
+                stated.append(shape)
+                return ... if whole(shape) else rows.of(shape)
+
+            array = load_array(reference, self.folder, part)
+            if whole(stated[-1]):
+                self.kept[self.path] = array
+            return array
+
+    def keep(self, build: Callable[[], Any]) -> Any:
+        """What `build` makes of what is here, kept if all observations share it, in place of arrays in it."""
+        if self.rows is not None and self.path in self.kept:
+            return self.kept[self.path]
+        built = build()
+        if self.rows is not None and not row_counts(built):
+            for path in [p for p in self.kept if p.startswith(f"{self.path}.")]:
+                del self.kept[path]
+            self.kept[self.path] = built
+        return built
 
     def __str__(self):
         return f"{self.file}: {self.path}" if self.path else self.file

@@ -7,7 +7,8 @@ from dichroic import operators
 from dichroic.batching import row_counts
 from dichroic.noise import Masked
 from dichroic.operators import Shape
-from dichroic.problem import Problem, Source, View, missing_fraction, sees
+from dichroic.problem import Problem, Source, sees
+from dichroic.view import AnyView, missing_fraction, some_of
 
 ops: Any = operators  # type checkers do not see the constructors that equinox derives
 
@@ -17,7 +18,8 @@ def summary_rows(problem: Problem) -> tuple[list[list[Any]], list[list[Any]]]:
 
     Cells are text and integers. The observations of a source count draws of it: co-observed views
     are of the same ones. `(i)` marks operators and noise that differ from observation to
-    observation.
+    observation. Where a view stays in its files, entries that are missing are counted in some thousands of its
+    observations (`≈`).
     """
     sources: list[list[Any]] = [["source", "shape", "learned from", "observations"]]
     sources += [_source_row(source, problem) for source in problem.sources]
@@ -32,17 +34,19 @@ def _source_row(source: Source, problem: Problem) -> list[Any]:
     return [source.name, _times(source.shape), ", ".join(problem.seen_by(source.name)), count]
 
 
-def _view_row(view: View) -> list[Any]:
+def _view_row(view: AnyView) -> list[Any]:
     seen = {k: op for k, op in view.operators.items() if sees(view, k)}
+    (some,) = some_of([view])
+    about = "" if some.count == view.count else "≈ "
     return [
         view.name,
         view.count,
         _times(view.shape),
         ", ".join(f"{k}: {_kind_name(op)}{_marker(op)}" for k, op in seen.items()),
         _noise_kind(view),
-        f"{100 * missing_fraction(view):.1f}%",
+        f"{about}{100 * missing_fraction(some):.1f}%",
         view.group or "–",
-        "yes" if view.truth else "no",
+        "yes" if view.head.truth else "no",
     ]
 
 
@@ -67,7 +71,7 @@ def _kind_name(op: Any) -> str:
     return _snake(type(op).__name__)
 
 
-def _noise_kind(view: View) -> str:
+def _noise_kind(view: AnyView) -> str:
     noise = view.noise_model
     while isinstance(noise, Masked):
         noise = noise.noise

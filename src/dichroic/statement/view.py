@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from dichroic.checks import flat_noise
+from dichroic.noise import Noise
 from dichroic.operators import Shape
 from dichroic.problem import View
 from dichroic.statement.parts import build_noise, build_operator
-from dichroic.statement.spots import Spot, known_table
+from dichroic.statement.spots import Spot, known_table, naming
 
 VIEW_KEYS = ("observations", "operators", "noise", "mask", "group", "truth", "held_out")
 
@@ -19,30 +22,53 @@ def build_view(
 ) -> View:
     """The view that `table` states; without `noise` it is NaN, for `new_view` to replace.
 
-    Where `spot` has rows, the view is of these observations.
+    Where `spot` has rows, the view is of these observations, and none is held out.
     """
     y = spot.at("observations").array(table["observations"], _never)
     shape = y.shape[1:]
     here = spot.at("operators")
     specs = known_table(table.get("operators"), shapes, here)
-    operators = {k: build_operator(v, shapes[k], shape, here.at(k)) for k, v in specs.items()}
-    noise = (
-        math.nan
-        if table.get("noise") is None
-        else build_noise(table["noise"], shape, spot.at("noise"))
-    )
+    operators = {}
+    for k, spec in specs.items():
+        at = here.at(k)
+        operators[k] = at.keep(partial(build_operator, spec, shapes[k], shape, at))
+    noise = math.nan if table.get("noise") is None else _noise(name, table["noise"], shape, spot)
     truth = known_table(table.get("truth"), shapes, spot.at("truth"))
-    group, held_out = table.get("group"), table.get("held_out")
     return View(
         y,
         operators,
         noise,
         name,
         _mask(table.get("mask"), shape, spot.at("mask")),
-        None if group is None else str(group),
+        group_of(table),
         {k: spot.at("truth").at(k).array(v, _never) for k, v in truth.items()},
-        None if held_out is None else spot.at("held_out").array(held_out, _never) > 0,
+        held_out_of(table, spot) if spot.rows is None else None,
     )
+
+
+def _noise(name: str, spec: Any, shape: Shape, spot: Spot) -> Noise | float:
+    """The noise that `spec` states; of some observations flat, as it is then kept."""
+    here = spot.at("noise")
+
+    def built() -> Noise | float:
+        noise = build_noise(spec, shape, here)
+        if spot.rows is None or isinstance(noise, float):
+            return noise
+        with naming(spot):
+            return flat_noise(noise, shape, f"view {name!r}")
+
+    return here.keep(built)
+
+
+def group_of(table: Mapping[str, Any]) -> str | None:
+    """The name of the group that `table` states."""
+    return None if table.get("group") is None else str(table["group"])
+
+
+def held_out_of(table: Mapping[str, Any], spot: Spot) -> np.ndarray | None:
+    """`(n,)` booleans of the `held_out` that `table` states, if it does."""
+    held_out = table.get("held_out")
+    return None if held_out is None else spot.at("held_out").array(held_out) > 0
 
 
 def _never(shape: Shape) -> bool:

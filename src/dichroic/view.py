@@ -1,0 +1,328 @@
+"""A view as a user states it: observations of mixtures, with operators, noise, masks and truth, checked by itself.
+
+A view is in memory (`View`) or stays in its files (`statement.StoredView`); `AnyView` is what both can do. What
+all observations share (shapes, kinds of operators) is read off `head`, and what is to be estimated off `some_of`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from dichroic.batching import row_counts, split, take
+from dichroic.checks import (
+    check_noise,
+    check_operator,
+    check_real,
+    check_rows,
+    check_same_shape,
+    flat_noise,
+    values_and_mask,
+)
+from dichroic.errors import DataError, DichroicError
+from dichroic.noise import Masked, Noise, observed_entries
+from dichroic.observations import Observations
+from dichroic.operators import Operator, Shape, Zero
+
+SOME = 4096  # observations that are looked at where not all are in memory,
+RUNS = 64  # in runs of neighbours, evenly spread,
+SOME_BYTES = 64 * 2**20  # and fewer of them where they are large
+
+
+class AnyView(Protocol):
+    """A view, in memory or in its files."""
+
+    @property
+    def name(self) -> str:
+        """How reports call the view."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """How messages call the view."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """The number of observations."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of one observation."""
+        ...
+
+    @property
+    def group(self) -> str | None:
+        """Views of one group are co-observed."""
+        ...
+
+    @property
+    def operators(self) -> Mapping[str, Operator]:
+        """One operator per source that the view sees; of each observation, those of `head` have theirs."""
+        ...
+
+    @property
+    def noise_model(self) -> Noise:
+        """The noise model, over the flattened observation; of each observation, as that of `head`."""
+        ...
+
+    @property
+    def held_out(self) -> Any:
+        """`(n,)`, true for the observations that are kept from training, where that is stated."""
+        ...
+
+    @property
+    def chosen(self) -> np.ndarray | None:
+        """`held_out` as booleans, where it is given."""
+        ...
+
+    @property
+    def head(self) -> "View":
+        """The first observations, in memory: all of them, where the view is."""
+        ...
+
+    @property
+    def stated(self) -> Any:
+        """What a fit depends on, to be hashed."""
+        ...
+
+    def select(self, index: Any) -> "View":
+        """Some observations, in memory."""
+        ...
+
+    def prepare(self) -> Observations:
+        """All observations, in memory."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Observations of one kind of mixture.
+
+    Args:
+        observations: `(n, *shape)`, where `shape` is the output shape of the operators.
+        operators: one operator per source that this view sees, by the source's name.
+        noise: a noise model, or a number: the standard deviation of isotropic noise.
+        name: how reports call the view (`view1`, `view2`, … by default).
+        mask: 1 where an entry was observed and 0 where it is missing, `shape` or `(n, *shape)`;
+            or `"nan"`: entries that are NaN are missing.
+        group: views with the same group are *co-observed*: observation `i` of each is of the same
+            draw of the sources.
+        truth: true sources by name, `(n, *source shape)`; only ever used to score.
+        held_out: `(n,)` booleans, true for the observations to be kept from training and used for
+            stopping and scoring; a random fraction by default. Choose them where observations are
+            not independent (the same object seen twice, neighbouring regions).
+    """
+
+    observations: Any
+    operators: Mapping[str, Operator]
+    noise: Noise | float
+    name: str = ""
+    mask: Any = None
+    group: str | None = None
+    truth: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Any = None
+
+    @property
+    def label(self) -> str:
+        """How messages call the view."""
+        return f"view {self.name!r}" if self.name else "a view"
+
+    @property
+    def count(self) -> int:
+        """The number of observations."""
+        return int(np.shape(self.observations)[0])
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of one observation."""
+        return tuple(np.shape(self.observations)[1:])
+
+    @property
+    def noise_model(self) -> Noise:
+        """The noise model, over the flattened observation."""
+        return flat_noise(self.noise, self.shape, self.label)
+
+    @property
+    def head(self) -> "View":
+        """The observations that are in memory: all."""
+        return self
+
+    @property
+    def stated(self) -> tuple[Any, ...]:
+        """Everything that a fit depends on: all but the truth."""
+        return (
+            *(self.name, self.group, self.observations, self.operators),
+            *(self.noise, self.mask, self.chosen),
+        )
+
+    @property
+    def chosen(self) -> np.ndarray | None:
+        """`held_out` as booleans, where it is given."""
+        return None if self.held_out is None else np.asarray(self.held_out, bool)
+
+    def observed(self) -> np.ndarray:
+        """True where an entry was observed: `(n, *shape)`, or `(1, *shape)` if shared by all."""
+        y, mask, _, noise = self._checked
+        seen = np.asarray(observed_entries(noise, y.shape[1])) > 0
+        return (seen if mask is None else seen & mask).reshape(-1, *self.shape)
+
+    @property
+    def nothing_observed(self) -> bool:
+        """Whether the mask leaves no entry, from which nothing can be learned."""
+        mask = self._checked[1]
+        return mask is not None and not mask.any()
+
+    def select(self, index: Any) -> "View":
+        """The view restricted to the observations `index` (a slice or an integer array)."""
+        mask = self.mask
+        if mask is not None and not isinstance(mask, str) and np.shape(mask) != self.shape:
+            mask = _rows(mask, index)
+        noise = self.noise
+        if not isinstance(noise, (int, float)):
+            noise = take(self.noise_model, index)
+        return View(
+            _rows(self.observations, index),
+            {k: take(op, index) for k, op in self.operators.items()},
+            noise,
+            self.name,
+            mask,
+            self.group,
+            {k: _rows(x, index) for k, x in self.truth.items()},
+            None,
+        )
+
+    def prepare(self) -> Observations:
+        """The view, checked by itself, as `Observations`; raises a `DichroicError`."""
+        y, mask, operators, noise = self._checked
+        return Observations(y, operators, noise if mask is None else Masked(noise, mask))
+
+    @cached_property
+    def _checked(self) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
+        """Values, mask, operators and noise for `prepare`: checked and copied once per view."""
+        return _check_alone(self)
+
+
+def _rows(array: Any, index: Any) -> np.ndarray:
+    """The rows `index` of `array`; what is read by slicing (HDF5, zarr) is not read as a whole for a slice."""
+    lazy = isinstance(index, slice) and hasattr(array, "shape") and hasattr(array, "dtype")
+    return np.asarray(array[index]) if lazy else np.asarray(array)[index]
+
+
+def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
+    """Raise a `DichroicError` unless `view`, as far as it is in memory, fits sources of the given `shapes`."""
+    head = view.head
+    for name, op in head.operators.items():
+        if name not in shapes:
+            raise DataError(
+                f"{view.label} has an operator for {name!r}, which is no source; "
+                f"the sources are {', '.join(shapes)}"
+            )
+        if not isinstance(op, Operator):
+            raise DataError(
+                f"{view.label}, source {name!r}: an operator of type {type(op).__name__}; expected "
+                "one such as Dense(matrix)"
+            )
+        check_same_shape(
+            op.in_shape,
+            shapes[name],
+            f"{view.label}, source {name!r}: the operator takes arrays of",
+        )
+    for name, x in head.truth.items():
+        if name not in shapes:
+            raise DataError(f"{view.label} has a truth for {name!r}, which is no source")
+        want = (head.count, *shapes[name])
+        check_same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
+        check_real(x, f"{view.label}, source {name!r}: a truth")
+    if view.held_out is not None:
+        check_real(view.held_out, f"{view.label}: held_out")
+        check_same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
+        if np.all(view.held_out):
+            raise DataError(f"{view.label}: held_out leaves no observation to learn from")
+    _ = head._checked
+
+
+def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
+    operators = {k: op for k, op in view.operators.items() if not isinstance(op, Zero)}
+    if not operators:
+        raise DataError(f"{view.label} sees no source; give it an operator for at least one")
+    check_some(np.shape(view.observations), view.label)
+    for name, op in operators.items():
+        check_same_shape(
+            op.out_shape,
+            view.shape,
+            f"{view.label}, source {name!r}: the operator gives arrays of",
+            "the observations have",
+        )
+        check_rows(row_counts(op), view.count, f"{view.label}: the operator of source {name!r}")
+        check_operator(op, f"{view.label}, source {name!r}")
+    noise = view.noise_model
+    check_rows(row_counts(noise), view.count, f"{view.label}: the noise")
+    check_noise(noise, view.label)
+    return *values_and_mask(view.observations, view.mask, view.label), operators, noise
+
+
+def sees(view: AnyView, source: str) -> bool:
+    """Whether `view` has an operator other than zero for `source`."""
+    return source in view.operators and not isinstance(view.operators[source], Zero)
+
+
+def check_some(shape: Shape, label: str) -> None:
+    """Raise a `DataError` unless an array of observations, of `shape`, holds any."""
+    if len(shape) < 2 or shape[0] == 0:
+        raise DataError(
+            f"{label} has no observations (an array of shape {shape}); "
+            "expected (n, …) with n ≥ 1 observations"
+        )
+
+
+@contextmanager
+def numbering(start: int, stop: int, count: int | None = None) -> Iterator[None]:
+    """Let errors raised inside say of which observations they are: `start` up to `stop`, or `count` of these."""
+    try:
+        yield
+    except DichroicError as error:
+        some = "observations" if count in (None, stop - start) else f"{count} of observations"
+        where = f"in {some} {start} to {stop - 1} (numbered from 0 there)"
+        raise type(error)(f"{error}; {where}") from error
+
+
+# A part that stands for all.
+
+
+def some_of(views: Sequence[AnyView]) -> list[View]:
+    """Co-observed views, as they are where they are in memory; else the same few observations of each.
+
+    Of those in files at most 4,096, evenly spread in 64 runs, that take some 64 MiB together.
+    """
+    heads = [view.head for view in views]
+    if all(head is view for head, view in zip(heads, views, strict=True)):
+        return heads
+    each = sum(bytes_each(head) for head in heads)
+    most = min(max(SOME_BYTES // each, RUNS), SOME)
+    index = spread(views[0].count, RUNS, most // RUNS)
+    return [view.select(index) for view in views]
+
+
+def bytes_each(view: View) -> int:
+    """The bytes of what each observation of `view` has of its own: values, masks, operators, noise."""
+    rows = jax.tree.leaves(split(view.prepare())[0])
+    return sum(leaf.nbytes for leaf in rows) // view.count
+
+
+def spread(count: int, runs: int, each: int) -> np.ndarray:
+    """The numbers of `runs` times `each` neighbouring observations, evenly spread over `count`; all, if few."""
+    if count <= runs * each:
+        return np.arange(count)
+    starts = np.linspace(0, count - each, runs).astype(int)
+    return (starts[:, None] + np.arange(each)).ravel()
+
+
+def missing_fraction(view: View) -> float:
+    """The fraction of entries of `view` that are missing."""
+    return 1 - float(np.mean(view.observed()))
