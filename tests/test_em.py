@@ -10,7 +10,8 @@ import pytest
 from dichroic.config import FitConfig
 from dichroic.data import learning_order, prepare
 from dichroic.denoise import Mixture, gaussian
-from dichroic.em import State, advance, draw
+from dichroic.drawing import draw
+from dichroic.em import State, advance
 from dichroic.errors import ConfigError
 from dichroic.io import pack
 from dichroic.mixture_em import initial_gaussian, mean_log_evidence

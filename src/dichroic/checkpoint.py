@@ -21,7 +21,8 @@ import numpy as np
 
 from dichroic import layout
 from dichroic.denoise import Mixture
-from dichroic.em import Denoisers, State
+from dichroic.drawing import Denoisers
+from dichroic.em import State
 from dichroic.errors import FormatError, VersionError
 from dichroic.files import writing
 from dichroic.io import file_of_tensors, pack, read_tensors, unpack, write_tensors

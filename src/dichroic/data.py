@@ -1,30 +1,37 @@
 """What a fit works on: training and held-out observations, and the order in which sources are learned."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
 
 import numpy as np
 
-from dichroic import layout
-from dichroic.batching import take
 from dichroic.config import FitConfig
+from dichroic.dataset import Numbers, StoredDataset, rows_within, shared_out
 from dichroic.errors import ConfigError
-from dichroic.observations import Observations, Observed
-from dichroic.operators import Operator
+from dichroic.observations import Observed
 from dichroic.operators.learned import Parameters
-from dichroic.problem import Problem, View, holdout, joint_observations
+from dichroic.problem import Problem, held_out, holdout, joint_observations
+from dichroic.view import View
+
+SCORED = 16384  # observations of files that are held out, at the most, to score with
+
 
 @dataclass(frozen=True)
 class Data:
-    """Training and held-out observations, per joint view, with the truth of the latter if known."""
+    """Training and held-out observations, per joint view, with the truth of the latter if known.
+
+    Where training observations are in files: the `memory` to work with, in bytes, and a folder for draws.
+    """
 
     train: tuple[Observed, ...]
     test: tuple[Observed, ...]
     truth: tuple[Mapping[str, np.ndarray], ...]
     names: tuple[str, ...]
     order: tuple[tuple[str, ...], ...]
+    memory: int = 0
+    scratch: Path = Path()
 
     def at(self, operators: Parameters) -> "Data":
         """With the numbers of operators that are learned replaced by `operators`."""
@@ -34,18 +41,37 @@ class Data:
         return dataclasses.replace(self, train=train, test=test)
 
 
-def prepare(problem: Problem, config: FitConfig) -> Data:
-    """Split each (joint) view into training and held-out observations, and choose the order."""
-    train, test, truth, names = [], [], [], []
-    for i, views in enumerate(problem.joint_views()):
-        kept, held = holdout(views, config.holdout, config.seed + i)
-        train.append(joint_observations(kept))
-        test.append(joint_observations(held) if held[0].count else train[-1])
-        truth.append(_truth(held if held[0].count else kept))
-        names.append("+".join(v.name for v in views))
+def prepare(
+    problem: Problem,
+    config: FitConfig,
+    memory: int | None = None,
+    scratch: Path | None = None,
+) -> Data:
+    """Split each (joint) view into training and held-out observations, and choose the order.
+
+    With `memory`, in bytes, training observations stay in the files that they are in, to be read block by block,
+    and draws are written below the folder `scratch`.
+    """
+    groups, train, test = problem.joint_views(), [], []
+    for i, views in enumerate(groups):
+        seed = config.seed + i
+        if memory is None:
+            kept, held = holdout(views, config.holdout, seed)
+            train.append(joint_observations(kept))
+        else:
+            mask = held_out(views, config.holdout, seed)
+            kept = held = [
+                v.select(Numbers(mask if mask.any() else ~mask).spread(SCORED)) for v in views
+            ]
+            train.append(StoredDataset(tuple(views), Numbers(~mask), rows_within(memory, views)))
+        test.append(held if held[0].count else kept)
+    names = tuple("+".join(v.name for v in views) for views in groups)
     order = config.order or learning_order(train)
     _check_order(order, problem.names, dict(zip(names, train, strict=True)))
-    return Data(shared_out(train), shared_out(test), tuple(truth), tuple(names), order)
+    scored = shared_out([joint_observations(views) for views in test])
+    shared = shared_out(train) if memory is None else tuple(train)
+    truth = tuple(map(_truth, test))
+    return Data(shared, scored, truth, names, order, memory or 0, scratch or Path())
 
 
 def _truth(views: Sequence[View]) -> dict[str, np.ndarray]:

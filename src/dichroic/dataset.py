@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -17,10 +17,10 @@ from dichroic.machine import resident_memory
 from dichroic.observations import Observations, Observed
 from dichroic.operators import Operator
 from dichroic.operators.learned import Parameters, with_parameters
-from dichroic.problem import View, joint_observations
+from dichroic.problem import joint_observations
+from dichroic.view import AnyView
 
-_RUNS = 16  # of neighbours, of which a few of many observations are
-_GAP = 64  # observations that are rather read than left out
+_PAGE = 65536  # entries of a mask that are counted together
 
 Tree = TypeVar("Tree")
 
@@ -86,35 +86,48 @@ class Dataset:
         return Dataset(self.whole.at(operators))
 
 
-class Selectable(Protocol):
-    """Observations that can be had in parts: a `View`, or one that stays in its files."""
+class Numbers:
+    """The numbers of the observations that `mask` `(n,)` is true for, in order, without a list of them."""
+
+    def __init__(self, mask: np.ndarray):
+        self._mask = mask
+        pages = [int(np.sum(mask[i : i + _PAGE])) for i in range(0, len(mask), _PAGE)]
+        self._before = np.concatenate([[0], np.cumsum(pages)])
 
     @property
     def count(self) -> int:
-        """The number of observations."""
-        ...
+        """How many there are."""
+        return int(self._before[-1])
 
-    def select(self, index: slice) -> View:
-        """Consecutive observations, in memory."""
-        ...
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Those at the places from `start` up to `stop`."""
+        first = int(np.searchsorted(self._before, start, side="right")) - 1
+        last = int(np.searchsorted(self._before, stop - 1, side="right"))
+        found = np.flatnonzero(self._mask[first * _PAGE : last * _PAGE]) + first * _PAGE
+        return found[start - self._before[first] : stop - self._before[first]]
+
+    def spread(self, count: int) -> np.ndarray:
+        """`count` of them, evenly spread, or all."""
+        places = np.linspace(0, self.count - 1, min(self.count, count)).astype(int)
+        return np.concatenate([self.between(i, i + 1) for i in places])
 
 
 @dataclass(frozen=True)
 class StoredDataset:
-    """Observations in files: those of co-observed `views` that are not `left_out`, numbered without these.
+    """Observations in files: those of co-observed `views` that have `numbers`, read `block` at a time.
 
-    Read `block` at a time; a block is of one process.
+    A block is of one process.
     """
 
-    views: tuple[Selectable, ...]
-    left_out: np.ndarray  # numbers in the files, in order
+    views: tuple[AnyView, ...]
+    numbers: Numbers
     block: int
     parameters: Parameters = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         """The number of observations."""
-        return self.views[0].count - len(self.left_out)
+        return self.numbers.count
 
     @cached_property
     def _one(self) -> Observations:
@@ -143,9 +156,8 @@ class StoredDataset:
     @property
     def own(self) -> list[tuple[int, int, int]]:
         """`(number, start, stop)` of each block of this process."""
-        every = -(-self.count // self.block)
-        numbers = range(*layout.share(every))
-        return [(i, i * self.block, min((i + 1) * self.block, self.count)) for i in numbers]
+        every = range(*layout.share(-(-self.count // self.block)))
+        return [(i, i * self.block, min((i + 1) * self.block, self.count)) for i in every]
 
     @property
     def first(self) -> int:
@@ -162,12 +174,8 @@ class StoredDataset:
         return self.read(0, min(count, self.count))
 
     def some(self, count: int) -> Observations:
-        """`count` of them, or all: runs of neighbours, evenly spread."""
-        if count >= self.count:
-            return self.read(0, self.count)
-        run = -(-count // _RUNS)
-        starts = np.linspace(0, self.count - run, -(-count // run)).astype(int)
-        return together([self.read(int(i), int(i) + run) for i in starts])
+        """`count` of them, evenly spread, or all."""
+        return self._at(self.numbers.spread(count))
 
     def total(self, tree: Tree) -> Tree:
         """The sum of what the processes have found."""
@@ -183,44 +191,20 @@ class StoredDataset:
 
     def read(self, start: int, stop: int) -> Observations:
         """The observations from `start` up to `stop`."""
-        before = self.left_out - np.arange(len(self.left_out))  # each, numbered as they are here
-        at = lambda i: i + int(np.searchsorted(before, i, side="right"))
-        rows = np.setdiff1d(np.arange(at(start), at(stop - 1) + 1), self.left_out)
-        return with_parameters(joint_observations(_consecutive(self.views, rows)), self.parameters)
+        return self._at(self.numbers.between(start, stop))
+
+    def _at(self, numbers: np.ndarray) -> Observations:
+        some = [view.select(numbers) for view in self.views]
+        return with_parameters(joint_observations(some), self.parameters)
 
 
-def _consecutive(views: Sequence[Selectable], rows: np.ndarray) -> list[View]:
-    """The observations `rows` (in order) of co-observed views, read in one go."""
-    some = [view.select(slice(int(rows[0]), int(rows[-1]) + 1)) for view in views]
-    if len(rows) == rows[-1] + 1 - rows[0]:
-        return some
-    return [view.select(rows - rows[0]) for view in some]
-
-
-def read_rows(
-    views: Sequence[Selectable], rows: np.ndarray
-) -> tuple[Observations, dict[str, np.ndarray]]:
-    """The observations `rows` (in order) of co-observed views, and the truth of those where it is known."""
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) > _GAP) + 1)
-    read = [_consecutive(views, run) for run in runs]
-    truth = [{k: np.asarray(x) for v in some for k, x in v.truth.items()} for some in read]
-    joined = {k: np.concatenate([t[k] for t in truth]) for k in truth[0]}
-    return together([joint_observations(some) for some in read]), joined
-
-
-def together(parts: Sequence[Observations]) -> Observations:
-    """The observations of all `parts`, which share what they share."""
-    rows, shared = zip(*map(split, parts), strict=True)
-    return eqx.combine(jax.tree.map(lambda *a: np.concatenate(a), *rows), shared[0])
-
-
-def rows_within(memory: int, views: Sequence[Selectable], processes: int) -> int:
+def rows_within(memory: int, views: Sequence[AnyView]) -> int:
     """How many observations of co-observed `views` are learned from at a time, within `memory` bytes."""
-    obs = joint_observations(_consecutive(views, np.arange(1)))
+    obs = joint_observations([view.select(slice(0, 1)) for view in views])
     own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(obs)[0], eqx.is_array)))
     each = bytes_each(1, sum(obs.dims.values()), own)
     held = int(resident_memory() * 2**20)
-    return block_size(memory, held, each, views[0].count, processes)
+    return block_size(memory, held, each, views[0].count, layout.processes())
 
 
 def shared_out(views: Sequence[Observations]) -> tuple[Observed, ...]:

@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from dichroic.batching import split
 from dichroic.config import FitConfig, MixtureConfig
-from dichroic.data import Data, shared_out
-from dichroic.denoise import Denoiser, Mixture
-from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
+from dichroic.data import Data
+from dichroic.dataset import StoredDataset, shared_out
+from dichroic.denoise import Mixture
+from dichroic.drawing import Denoisers, draw, predictive_chi2
+from dichroic.drawn import StoredDraws, draw_to_disk
+from dichroic.fingerprint import fingerprint
 from dichroic.machine import peak_memory
 from dichroic.metrics.psnr import psnr
 from dichroic.mixture_em import (
@@ -41,18 +41,14 @@ from dichroic.mixture_em import (
     mean_log_evidence,
     split_components,
 )
-from dichroic.observations import Observations, Observed, numbered, whitened_chi2
+from dichroic.observations import Observations, Observed, numbered
 from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
 from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
-from dichroic.posterior import choose_solver
-from dichroic.sample import LANES, Draws, draw_posterior, lanes_width, make_sampler
 from dichroic.tracking import Clock, Tracker
 from dichroic.train import evidence_gain, is_gain, train_denoiser, with_network
 
-Denoisers = dict[str, Denoiser]
 Metrics = dict[str, Any]
-_CHI2_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -259,10 +255,9 @@ def _diffusion_lap(
     with clock.during("scoring"):
         judges = expectation(old, few, data.names, key_judge, config, c.evidence_draws)
     with clock.during("e_step"):
-        samples = expectation(old, data.train, data.names, key, config, 1, clock)
+        samples = _training_draws(old, data, key, config, clock)
     with clock.during("m_step"):
-        first = {k: x[0] for k, x in samples.items()}
-        new, metrics = _maximisation(old, first, key, config, clock)
+        new, metrics = _maximisation(old, samples, key, config, clock)
     kept, gained = dict(old), 0.0
     for i, (name, x) in enumerate(sorted(judges.items())):
         key_gain = jax.random.fold_in(key, 2000 + i)
@@ -312,6 +307,31 @@ def expectation(
     return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
 
 
+def _training_draws(
+    current: Denoisers, data: Data, key: PRNGKeyArray, config: FitConfig, clock: Clock
+) -> Mapping[str, np.ndarray | StoredDraws]:
+    """One posterior draw of every training observation, per source; on disk where the observations are."""
+    views = [obs for obs in data.train if isinstance(obs, StoredDataset)]
+    if not views:
+        drawn = expectation(current, data.train, data.names, key, config, 1, clock)
+        return {source: x[0] for source, x in drawn.items()}
+
+    def draw_some(i: int, obs: Observations, first: int) -> dict[str, np.ndarray]:
+        return draw(current, obs, jax.random.fold_in(key, i), config, first_index=first).x
+
+    about = (current, [obs.parameters for obs in views], config.to_dict(), jax.random.key_data(key))
+    return draw_to_disk(
+        data.scratch,
+        views,
+        data.names,
+        [partial(draw_some, i) for i in range(len(views))],
+        model=fingerprint(about),
+        memory=data.memory,
+        seed=config.seed,
+        progress=clock.progress,
+    )
+
+
 def _maximisation(current, samples, key, config, clock: Clock) -> tuple[Denoisers, Metrics]:
     updated, metrics = {}, {}
     for i, (name, x) in enumerate(sorted(samples.items())):
@@ -326,59 +346,6 @@ def _maximisation(current, samples, key, config, clock: Clock) -> tuple[Denoiser
         )
         metrics[f"loss_{name}"] = loss
     return updated, metrics
-
-
-def draw(
-    denoisers: Denoisers, obs: Observations, key: PRNGKeyArray, config: FitConfig, **kwargs: Any
-) -> Draws:
-    """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not."""
-    s, used = config.sampler, {k: denoisers[k] for k in obs.sources}
-    mixtures = all(isinstance(d, Mixture) for d in used.values())
-    low_rank = all(map(is_low_rank_prior, used.values())) or (mixtures and is_large([obs]))
-    if low_rank and (mixtures or s.name in ("auto", "ancestral")):
-        kwargs.pop("batch_size", None)
-        sampler = None if mixtures else make_sampler(s)
-        return low_rank_draws(used, obs, key, sampler=sampler, **kwargs)
-    solver = choose_solver(obs, s.solver)
-    exact = solver == "exact" and mixtures
-    kwargs = {"batch_size": config.batch_size, **kwargs}
-    return draw_posterior(
-        denoisers,
-        obs,
-        key,
-        sampler=None if exact else make_sampler(s),
-        **({} if exact else {"solver": solver}),
-        max_tuples=config.mixture.max_tuples if exact else s.max_tuples,
-        **kwargs,
-    )
-
-
-def predictive_chi2(obs: Observations, draws: Draws) -> np.ndarray:
-    """`rᵀ Σ⁻¹ r / M` of every draw, `(n_draws, n)`; 1 on average when the posterior is calibrated."""
-    return np.stack(
-        [_chi2({k: x[d] for k, x in draws.x.items()}, obs) for d in range(len(draws.evidence))]
-    )
-
-
-def _chi2(x: dict[str, np.ndarray], obs: Observations) -> np.ndarray:
-    """`rᵀ Σ⁻¹ r / M` of one draw of every observation, in lanes: none depends on how many others there are."""
-    rows, shared = split(obs)
-    n, out = obs.count, []
-    width = lanes_width(n, _CHI2_BATCH)
-    for start in range(0, n, width):
-        some = np.minimum(np.arange(start, start + width), n - 1)
-        cut = lambda a, some=some: a[some].reshape(-1, LANES, *a.shape[1:])
-        out.append(np.asarray(_chi2_lanes(*jax.tree.map(cut, (rows, x)), shared)).ravel())
-    return np.concatenate(out)[:n]
-
-
-@eqx.filter_jit
-def _chi2_lanes(rows: Observations, x: dict[str, Any], shared: Observations) -> Any:
-    def one(row, x):
-        chi2, count = whitened_chi2(eqx.combine(row, shared), x)
-        return chi2 / jnp.maximum(count, 1)
-
-    return jax.lax.map(lambda lanes: jax.vmap(one)(*lanes), (rows, x))
 
 
 def _scores(

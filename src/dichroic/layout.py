@@ -26,7 +26,9 @@ _CLUSTERS = {  # how a launcher tells a process the number of all: as `jax.distr
     "ompi": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
 }
 AXIS = "data"
-_PATIENCE = 30  # seconds after which a process that says nothing is given up, and with it all others
+_PATIENCE = (
+    30  # seconds after which a process that says nothing is given up, and with it all others
+)
 
 
 def join() -> None:

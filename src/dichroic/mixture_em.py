@@ -14,6 +14,7 @@ from functools import partial
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -39,7 +40,7 @@ from dichroic.tracking import Clock
 
 Mixtures = dict[str, Mixture]
 # Tuples (n, T, sources) of each observation; None where a view is one mixture, see `dichroic.shared`.
-Chosen = Int[Array, "_ _ _"] | None
+Chosen = Int[Array | np.ndarray, "_ _ _"] | None
 _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
 
 
@@ -85,7 +86,10 @@ def choose(mixtures: Mixtures, obs: Observations, config: MixtureConfig) -> Chos
     And as many again for every further source: there are then more ways to explain an observation.
     """
     priors = {k: mixtures[k].prior() for k in obs.sources}
-    return None if _one_mixture(priors, obs) else active_tuples(priors, obs, config)
+    if _one_mixture(priors, obs):
+        return None
+    index = np.asarray(active_tuples(priors, obs, config))
+    return index.astype(np.min_scalar_type(int(index.max())))  # there may be many observations
 
 
 def active_tuples(
@@ -113,7 +117,7 @@ def statistics(
         if index is None:
             found = shared_statistics(priors, obs, coupled)
         else:
-            found = view_statistics(priors, obs, index, coupled)
+            found = view_statistics(priors, obs, jnp.asarray(index, int), coupled)
         found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
         total = found if total is None else total + found
     assert total is not None

@@ -6,10 +6,13 @@ log.jsonl               when it was started, gone back, ended (`dichroic.trackin
 latest.safetensors      the state after the last finished lap, replaced atomically
 previous.safetensors    the state before it (`dichroic.checkpoint`)
 best/                   the best model so far (`dichroic.io.load_model`)
+draws/                  draws of training observations that are in files (`dichroic.drawn`), while fitting
 run.lock                held by the process that is fitting
 """
 
 import dataclasses
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,7 +24,8 @@ from dichroic import layout
 from dichroic.checkpoint import LATEST, PREVIOUS, agreed, last_state, save_state
 from dichroic.config import FitConfig
 from dichroic.data import Data, prepare
-from dichroic.em import Denoisers, State, advance
+from dichroic.drawing import Denoisers
+from dichroic.em import State, advance
 from dichroic.errors import RunError
 from dichroic.files import locked, writing
 from dichroic.io import save_model
@@ -40,6 +44,7 @@ from dichroic.tracking import (
 )
 
 FREE_SETTINGS = ("batch_size",)  # may differ when a run is resumed: they change no result
+DRAWS = "draws"
 CHECKPOINT_SECONDS = 1.0  # laps of closed-form EM can be far shorter than a flush to the disk
 
 
@@ -50,18 +55,21 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     tracker: Tracker | None = None,
+    memory: int | None = None,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Run all laps; the final state and the metrics of each lap.
 
     With `out`, the run is kept in that folder; `resume` goes on with what is there (and starts where
-    nothing is). Raises `RunError` if the folder holds a run and `resume` is not given, if its run
+    nothing is). With `memory`, in bytes, training observations stay in their files, and draws are kept on disk.
+    Raises `RunError` if the folder holds a run and `resume` is not given, if its run
     belongs to another problem or other settings, if another process is fitting there, or if it cannot
     be written to; `FormatError` if the run is damaged.
     """
     tracker = (tracker if layout.is_first() else None) or Silent()
-    data = prepare(problem, config)
     _check_alike(problem, config)
     with following(tracker, stated(problem, config)), ExitStack() as held:
+        scratch = None if memory is None else held.enter_context(_scratch(out))
+        data = prepare(problem, config, memory, scratch)
         folders: list[RunFolder] = []  # one, in the first process: it alone has the files
 
         def begin() -> State:
@@ -78,6 +86,23 @@ def fit(
             folder.flush()
             event("finished", laps=state.total, seconds=round(state.seconds, 3))
         return state, rows
+
+
+@contextmanager
+def _scratch(out: str | Path | None) -> Iterator[Path]:
+    """A folder for draws, removed once the fit has ended well: until then they need not be drawn again."""
+    if out is None and layout.processes() > 1:
+        raise RunError(
+            "several processes that fit within so much memory need a run folder in common"
+        )
+    path = Path(tempfile.mkdtemp() if out is None else Path(out) / DRAWS)
+    try:
+        yield path
+    finally:
+        if out is None:
+            shutil.rmtree(path)
+    if out is not None and layout.is_first():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_alike(problem: Problem, config: FitConfig) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dichroic.config import FitConfig, check_keys
 from dichroic.denoise import Denoiser, Mixture
-from dichroic.em import draw, predictive_chi2
+from dichroic.drawing import draw, predictive_chi2
 from dichroic.errors import DataError, DichroicError, RunError, ShapeError
 from dichroic.files import write_atomic
 from dichroic.io import load_model, save_model
@@ -134,8 +134,11 @@ class Separator:
         *,
         resume: bool = False,
         progress: bool | Tracker | Sequence[bool | Tracker] = True,
+        memory: int | None = None,
     ) -> "Separator":
         """Learn the priors; with `out`, keep the run in that folder, with `resume`, go on with it.
+
+        With `memory`, in bytes, training observations that are in files stay there: see `load_problem`.
 
         `progress` follows the fit: `True` shows it on the terminal, a `Tracker` gets the metrics of
         every lap, and of a list all do: `[True, TensorBoard("logs")]`.
@@ -146,7 +149,7 @@ class Separator:
             )
         tracker = as_tracker(progress)
         state, self.metrics = fit(
-            self.problem, self.config, out=out, resume=resume, tracker=tracker
+            self.problem, self.config, out=out, resume=resume, tracker=tracker, memory=memory
         )
         self.denoisers, self.operators = state.best, state.best_operators
         return self

@@ -31,7 +31,10 @@ FINISHED = "finished"
 
 @dataclass(frozen=True)
 class Job:
-    """What a store holds: hashes of the model and of the view, and what decides the draws and their shapes."""
+    """What a store holds: hashes of the model and of the view, and what decides the draws and their shapes.
+
+    Without `summaries` that is the draws alone.
+    """
 
     model: str
     view: str
@@ -40,6 +43,7 @@ class Job:
     count: int
     block: int
     shapes: Mapping[str, tuple[int, ...]]
+    summaries: bool = True
 
     @property
     def blocks(self) -> int:
@@ -126,6 +130,22 @@ def write_block(path: str | Path, job: Job, block: int, values: Mapping[str, np.
     _write_chunk(Path(path) / FINISHED, _finished(job), block, 1, np.ones(1, np.uint8))
 
 
+def read_draws(path: str | Path, job: Job, block: int, source: str) -> np.ndarray:
+    """The draws of one source in block number `block`, `(n_draws, n, *shape)`.
+
+    Raises `FormatError` where the block is not there as it was written.
+    """
+    name = f"draws/{source}"
+    about, (start, stop) = _arrays(job)[name], job.span(block)
+    file = _chunk(Path(path) / name, about, block)
+    shape = (job.n_draws, job.block, *job.shapes[source])
+    try:
+        values = np.fromfile(file, np.dtype(about.dtype).newbyteorder("<")).reshape(shape)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{file} is damaged: {error}") from None
+    return values[:, : stop - start]
+
+
 def remove_leftovers(path: str | Path, job: Job, blocks: list[int]) -> None:
     """Remove what a kill left half written of `blocks`, which nobody else may be writing."""
     arrays = {**_arrays(job), FINISHED: _finished(job)}
@@ -137,10 +157,11 @@ def remove_leftovers(path: str | Path, job: Job, blocks: list[int]) -> None:
 
 
 def _arrays(job: Job) -> dict[str, _Array]:
-    found = {"chi2": _Array((job.n_draws, job.count), 1)}
+    found = {"chi2": _Array((job.n_draws, job.count), 1)} if job.summaries else {}
     for name, shape in job.shapes.items():
         found[f"draws/{name}"] = _Array((job.n_draws, job.count, *shape), 1)
-        found |= {f"{k}/{name}": _Array((job.count, *shape), 0) for k in ("mean", "std")}
+        if job.summaries:
+            found |= {f"{k}/{name}": _Array((job.count, *shape), 0) for k in ("mean", "std")}
     return found
 
 

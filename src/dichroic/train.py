@@ -28,6 +28,7 @@ from dichroic import layout
 from dichroic.batching import in_batches
 from dichroic.config import DiffusionConfig, FitConfig
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.drawn import StoredDraws, windows
 from dichroic.nn import Mlp, UNet
 from dichroic.operators import Shape
 from dichroic.posterior import EXACT_LIMIT
@@ -113,20 +114,23 @@ def _gains(
 
 def train_denoiser(
     denoiser: Preconditioned,
-    samples: Float[np.ndarray, "n *shape"],
+    samples: np.ndarray | StoredDraws,
     key: PRNGKeyArray,
     *,
     config: DiffusionConfig,
     sigma_min: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Preconditioned, float]:
-    """The denoiser with its network trained on `samples`, and the mean loss of the last block."""
+    """The denoiser with its network trained on `samples` `(n, *shape)`, and the mean loss of the last block."""
     weights, frozen = eqx.partition(denoiser.network, eqx.is_inexact_array)
     carry = (weights, weights, _optimiser(config).init(weights))
-    carry, frozen, fixed, data = layout.replicated((carry, frozen, denoiser, jnp.asarray(samples)))
-    loss = float("nan")
+    carry, frozen, fixed = layout.replicated((carry, frozen, denoiser))
+    loss, data, before = float("nan"), None, None
     block = _train_in_turn if isinstance(denoiser.network, UNet) else _train_block
-    for start in range(0, config.steps, _BLOCK):
+    starts = range(0, config.steps, _BLOCK)
+    for start, window in zip(starts, windows(samples, len(starts)), strict=True):
+        if window is not before:
+            before, data = window, layout.replicated(jnp.asarray(window))
         steps = np.arange(start, min(start + _BLOCK, config.steps))
         carry, losses = block(carry, frozen, fixed, data, key, steps, config, sigma_min)
         loss = float(np.mean(losses))

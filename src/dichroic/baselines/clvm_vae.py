@@ -27,7 +27,7 @@ from dichroic.baselines.clvm_vae_networks import Encoder, Settings, Vae, blank, 
 from dichroic.baselines.clvm_vae_training import train
 from dichroic.config import FitConfig
 from dichroic.data import prepare
-from dichroic.em import predictive_chi2
+from dichroic.drawing import predictive_chi2
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
 from dichroic.io import read_tensors, write_tensors
 from dichroic.observations import Observations

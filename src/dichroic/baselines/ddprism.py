@@ -38,7 +38,7 @@ from dichroic.baselines.ddprism_laps import (
 from dichroic.baselines.ddprism_sampling import Absolute
 from dichroic.data import learning_order
 from dichroic.denoise import Denoiser, Mixture
-from dichroic.em import Denoisers, predictive_chi2
+from dichroic.drawing import Denoisers, predictive_chi2
 from dichroic.errors import DataError, FormatError, RunError
 from dichroic.files import writing
 from dichroic.io import pack, read_tensors, unpack, write_tensors

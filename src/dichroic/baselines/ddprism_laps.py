@@ -30,7 +30,7 @@ from dichroic.baselines.ddprism_training import (
     wide_gaussian,
 )
 from dichroic.denoise import Denoiser, Preconditioned
-from dichroic.em import Denoisers
+from dichroic.drawing import Denoisers
 from dichroic.errors import ConfigError, DataError
 from dichroic.observations import Observations
 from dichroic.operators import Shape

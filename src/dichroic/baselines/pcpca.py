@@ -39,7 +39,7 @@ from dichroic.baselines.pcpca_objective import Pair, Solution
 from dichroic.batching import split, take
 from dichroic.data import Data
 from dichroic.denoise import Denoiser, gaussian
-from dichroic.em import draw, predictive_chi2
+from dichroic.drawing import draw, predictive_chi2
 from dichroic.errors import ConfigError
 from dichroic.noise import Isotropic, Masked, observed_entries
 from dichroic.observations import Observations

@@ -1,0 +1,121 @@
+"""Posterior draws of the training observations, from which networks learn: in memory, or block by block on disk.
+
+Draws on disk are a store (`dichroic.store`) for each view, filled by all processes: what a kill left finished is
+not drawn again. A network then sees a *window* at a time: some blocks, picked at random, that fit in memory.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from dichroic import layout
+from dichroic.dataset import StoredDataset
+from dichroic.errors import RunError
+from dichroic.observations import Observations
+from dichroic.store import Job, finished_blocks, open_store, read_draws, write_block
+
+WINDOW = 8  # a window has this part of the memory at the most
+Draw = Callable[[Observations, int], dict[str, np.ndarray]]  # `(1, n, *shape)` of each source
+
+
+@dataclass(frozen=True)
+class StoredDraws:
+    """The draws of one source in several stores, of which a window has `room` bytes."""
+
+    source: str
+    stores: tuple[tuple[Path, Job], ...]
+    room: int
+    seed: int
+
+    @cached_property
+    def count(self) -> int:
+        """The number of draws."""
+        return sum(job.count for _, job in self.stores)
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of draws in a window."""
+        each = 4 * int(np.prod(self.stores[0][1].shapes[self.source]))
+        return min(max(self.room // each, 1), self.count)
+
+    def window(self, number: int) -> np.ndarray:
+        """Draws `(rows, *shape)`: those of blocks picked at random by `number`, or all of them, if they fit."""
+        blocks = [(path, job, b) for path, job in self.stores for b in range(job.blocks)]
+        order = np.arange(len(blocks))
+        if self.rows < self.count:
+            order = np.random.default_rng((self.seed, number)).permutation(len(blocks))
+        parts, found = [], 0
+        for i in order:
+            path, job, block = blocks[i]
+            parts.append(read_draws(path, job, block, self.source)[0])
+            found += len(parts[-1])
+            if found >= self.rows:
+                break
+        return np.concatenate(parts)[: self.rows]
+
+
+def windows(samples: np.ndarray | StoredDraws, count: int) -> Iterator[np.ndarray]:
+    """`count` windows of `samples`, the next one read while one is in use; all the same where one holds all."""
+    if isinstance(samples, np.ndarray) or samples.rows == samples.count:
+        every = samples if isinstance(samples, np.ndarray) else samples.window(0)
+        yield from [every] * count
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(samples.window, 0)
+        for number in range(count):
+            here = coming.result()
+            if number + 1 < count:
+                coming = reader.submit(samples.window, number + 1)
+            yield here
+
+
+def draw_to_disk(
+    folder: Path,
+    views: Sequence[StoredDataset],
+    names: Sequence[str],
+    draw: Sequence[Draw],
+    *,
+    model: str,
+    memory: int,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, StoredDraws]:
+    """One draw of all sources of every observation of `views`, into stores in `folder`, and those of each source.
+
+    `draw[i]` draws for some observations of view `i`, of which the first has the given number; `model` is a hash
+    of what draws.
+    """
+    stores: dict[str, list[tuple[Path, Job]]] = {}
+    for i, (obs, name) in enumerate(zip(views, names, strict=True)):
+        shapes = {k: tuple(op.in_shape) for k, op in obs.operators.items()}
+        job = Job(model, name, seed, 1, obs.count, obs.block, shapes, summaries=False)
+        path = folder / f"{i}.zarr"
+        layout.from_first(partial(_begin, path, job))
+        done = set(finished_blocks(path).finished)
+        for block, start, stop in obs.own:
+            if block not in done:
+                write_block(path, job, block, _named(draw[i](obs.read(start, stop), start)))
+            progress(f"E-step {name}", stop - obs.first, obs.own[-1][2] - obs.first)
+        for source in shapes:
+            stores.setdefault(source, []).append((path, job))
+    layout.exchange(b"")  # until all have written
+    return {k: StoredDraws(k, tuple(v), memory // WINDOW, seed) for k, v in stores.items()}
+
+
+def _named(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"draws/{k}": x for k, x in draws.items()}
+
+
+def _begin(path: Path, job: Job) -> bytes:
+    """Make the store `path`, unless it is there already; draws of another model are removed."""
+    try:
+        open_store(path, job)
+    except RunError:
+        shutil.rmtree(path)
+        open_store(path, job)
+    return b""
