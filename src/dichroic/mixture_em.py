@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from dichroic import layout
 from dichroic.batching import split
@@ -40,7 +40,7 @@ from dichroic.tracking import Clock
 
 Mixtures = dict[str, Mixture]
 # Tuples (n, T, sources) of each observation; None where a view is one mixture, see `dichroic.shared`.
-Chosen = Int[Array | np.ndarray, "_ _ _"] | None
+Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
 _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
 
 
