@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import targets as fuzz
 
 SEALED = ("mixture", "mlp", "state", "model", "run", "view", "zipped")
-OPEN = ("problem", "npy", "h5", "metrics")
+OPEN = ("problem", "stored", "rows", "packed", "npy", "h5", "metrics")
 MOST_MIB = 256
 HOSTILE = [
     b"0",

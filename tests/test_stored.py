@@ -449,6 +449,18 @@ def test_held_out_observations_are_split_as_in_memory(tmp_path):
     assert mask.sum() == round(0.1 * (N + 7))
 
 
+def test_a_fit_is_that_of_the_problem_in_memory(tmp_path):
+    """Without an amount of memory to get by with, all observations are read."""
+    laps = {"components": 2, "gaussian_laps": 2, "laps": 1, "final_laps": 1}
+    settings = {"polish": 0, "mixture": laps, "diffusion": {"laps": 0}}
+    found = []
+    for problem in both(write(tmp_path, numbers())):
+        separator = Separator(problem, settings).fit(progress=False)
+        found.append([separator.sample_prior(k, 5) for k in "ab"])
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 def test_what_a_run_says_of_it(tmp_path):
     memory, stored = both(write(tmp_path, numbers()))
     got, want = describe(stored, FitConfig()), describe(memory, FitConfig())

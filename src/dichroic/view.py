@@ -312,7 +312,7 @@ def some_of(views: Sequence[AnyView]) -> list[View]:
 def bytes_each(view: View) -> int:
     """The bytes of what each observation of `view` has of its own: values, masks, operators, noise."""
     rows = jax.tree.leaves(split(view.prepare())[0])
-    return sum(leaf.nbytes for leaf in rows) // view.count
+    return max(sum(leaf.nbytes for leaf in rows) // view.count, 1)
 
 
 def spread(count: int, runs: int, each: int) -> np.ndarray:

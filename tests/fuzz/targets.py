@@ -28,7 +28,7 @@ from dichroic.fingerprint import fingerprint
 from dichroic.io import load_denoiser, load_model, pack, save_denoiser, save_model
 from dichroic.nn import Mlp
 from dichroic.operators import Dense, Identity
-from dichroic.problem import Problem, Source, View
+from dichroic.problem import Problem, Source, View, check_values
 from dichroic.records import read_record
 from dichroic.run import describe, write_record
 from dichroic.statement import load_array, load_problem, load_view
@@ -110,6 +110,20 @@ def said_of_problem(path):
     return problem.fingerprint(), FitConfig.from_dict(fit)
 
 
+def said_of_stored(path):
+    problem, _ = load_problem(path, stored=True)
+    check_values(problem, 2)
+    return problem.fingerprint()
+
+
+def said_of_rows(path):
+    """Every other row, and a few that are consecutive."""
+    other = lambda shape: np.arange(0, min(shape[0], 100), 2) if shape else ...
+    first = lambda shape: slice(1, 3) if shape else ...
+    arrays = (load_array(f"{path.name}:x", path.parent, part) for part in (other, first))
+    return fingerprint(list(arrays))
+
+
 def saved(write, name, folder):
     """The bytes that `write(path)` leaves."""
     write(folder / name)
@@ -159,6 +173,9 @@ def targets(root: Path | None = None) -> dict[str, Target]:
     add("view", "view.npz", lambda p: np.savez(p, **view), said_of_view)
     add("zipped", "view.npz", lambda p: np.savez_compressed(p, **view), said_of_view)
     add("problem", "p.yaml", write_problem, said_of_problem, False)
+    add("stored", "p.yaml", write_problem, said_of_stored, False)
+    add("rows", "x.npz", lambda p: np.savez(p, x=array, y=array), said_of_rows, False)
+    add("packed", "x.npz", lambda p: np.savez_compressed(p, x=array), said_of_rows, False)
     add("npy", "x.npy", lambda p: np.save(p, array), lambda p: _array(p.name, p.parent), False)
     add("h5", "x.h5", write_h5, lambda p: _array(f"{p.name}:g/x", p.parent), False)
     lines = "".join(
