@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_stream import environment, peak
 
-from dichroic import data as data_module
+from dichroic import dataset
 from dichroic.checkpoint import load_state
 from dichroic.config import FitConfig
 from dichroic.data import prepare
@@ -72,7 +72,7 @@ def stated(tmp_path_factory):
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    monkeypatch.setattr(data_module, "rows_within", lambda memory, views: BLOCK)
+    monkeypatch.setattr(dataset, "rows_within", lambda memory, views: BLOCK)
 
 
 def loaded(stated):

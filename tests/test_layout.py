@@ -147,6 +147,12 @@ def test_a_fit_goes_on_in_another_layout(stated):
     assert [e["processes"] for e in events if e["event"] == "fitting"] == [2, 1]
 
 
+def test_processes_share_the_blocks_of_observations_in_files(stated):
+    for status, _, errors in ended(start(words(stated, "files", "--memory", "2GiB"), processes=2)):
+        assert status == 0, errors
+    assert_same_fit(stated / "whole", stated / "files")
+
+
 def test_the_loss_of_a_process_ends_the_others_and_no_finished_lap_is_lost(stated):
     two = start(words(stated, "lost"), processes=2)
     killed_after(two, stated / "lost", 1, which=[1])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dichroic.config import FitConfig
-from dichroic.dataset import Numbers, StoredDataset, rows_within, shared_out
+from dichroic.dataset import Numbers, shared_out, stored_dataset
 from dichroic.errors import ConfigError
 from dichroic.observations import Observed
 from dichroic.operators.learned import Parameters
@@ -63,7 +63,7 @@ def prepare(
             kept = held = [
                 v.select(Numbers(mask if mask.any() else ~mask).spread(SCORED)) for v in views
             ]
-            train.append(StoredDataset(tuple(views), Numbers(~mask), rows_within(memory, views)))
+            train.append(stored_dataset(views, ~mask, memory))
         test.append(held if held[0].count else kept)
     names = tuple("+".join(v.name for v in views) for views in groups)
     order = config.order or learning_order(train)

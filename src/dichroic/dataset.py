@@ -13,6 +13,7 @@ import numpy as np
 from dichroic import layout
 from dichroic.batching import split, take
 from dichroic.blocks import block_size, bytes_each
+from dichroic.errors import DataError
 from dichroic.machine import resident_memory
 from dichroic.observations import Observations, Observed
 from dichroic.operators import Operator
@@ -198,13 +199,28 @@ class StoredDataset:
         return with_parameters(joint_observations(some), self.parameters)
 
 
+def stored_dataset(views: Sequence[AnyView], mask: np.ndarray, memory: int) -> StoredDataset:
+    """The observations of co-observed `views` that `mask` is true for, in blocks for so many bytes of memory.
+
+    Raises `DataError` where there are fewer of them than processes, `ConfigError` where `memory` is too little.
+    """
+    numbers = Numbers(mask)
+    if numbers.count < layout.processes():
+        raise DataError(
+            f"{views[0].label} has {numbers.count} observations to learn from, fewer than the "
+            f"{layout.processes()} processes: use fewer"
+        )
+    block = min(rows_within(memory, views), numbers.count // layout.processes())
+    return StoredDataset(tuple(views), numbers, block)
+
+
 def rows_within(memory: int, views: Sequence[AnyView]) -> int:
     """How many observations of co-observed `views` are learned from at a time, within `memory` bytes."""
     obs = joint_observations([view.select(slice(0, 1)) for view in views])
     own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(obs)[0], eqx.is_array)))
     each = bytes_each(1, sum(obs.dims.values()), own)
     held = int(resident_memory() * 2**20)
-    return block_size(memory, held, each, views[0].count, layout.processes())
+    return block_size(memory, held, each, views[0].count)
 
 
 def shared_out(views: Sequence[Observations]) -> tuple[Observed, ...]:
