@@ -1,9 +1,10 @@
-"""Peak memory of separating more and more observations, as a whole and in parts.
+"""Peak memory of separating, or learning from, more and more observations, as a whole and in parts.
 
-    python benchmarks/memory.py [--counts 20000,40000,80000] [--size 256] [--draws 2]
+    python benchmarks/memory.py [--fit] [--counts 20000,40000,80000] [--size 256] [--draws 2]
 
-Every row is two processes of `dichroic separate`: one writes an .npz, the other a .zarr by blocks of 4096
-observations. Peaks are the kernel's (`VmHWM`), read from outside; Linux only.
+Every row is two processes of `dichroic separate`, of which one writes an .npz and the other a .zarr by blocks of 4096
+observations; or, with `--fit`, two of `dichroic fit`, of which one is given `--memory 1GiB`. Peaks are the kernel's
+(`VmHWM`), read from outside; Linux only.
 """
 
 import argparse
@@ -82,17 +83,42 @@ def measure(folder: Path, count: int, size: int, draws: int) -> list[str]:
     return [f"{count:,}", f"{data:,.0f}", f"{whole:,}", f"{slow:.0f}", f"{parts:,}", f"{fast:.0f}"]
 
 
+def measure_fit(folder: Path, count: int, size: int, draws: int) -> list[str]:
+    """A short fit of one source of few numbers, with a network: few laps, that read all observations some ten times."""
+    y = np.lib.format.open_memmap(folder / "y.npy", "w+", np.float32, (count, size))
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=(size, 4)).astype(np.float32)
+    np.save(folder / "A.npy", a)
+    for start in range(0, count, CHUNK):
+        rows = y[start : start + CHUNK]
+        rows[...] = rng.normal(size=(len(rows), 4)) @ a.T + 0.1 * rng.normal(size=rows.shape)
+    del y
+    mixture = {"components": 2, "steps": 2, "laps": 1, "final_laps": 1, "gaussian_laps": 2}
+    network = {"laps": 1, "steps": 100, "width": 16, "depth": 1, "evidence_observations": 64}
+    view = {"observations": "y.npy", "noise": 0.1, "operators": {"x": {"dense": "A.npy"}}}
+    table = {"sources": {"x": [4]}, "views": {"v": view}, "fit": {"holdout": 0.01}}
+    table["fit"] |= {"mixture": mixture, "diffusion": network, "sampler": {"steps": 4}}
+    (folder / "fit.yaml").write_text(yaml.safe_dump(table))
+    base = [sys.executable, "-m", "dichroic.cli", "fit", str(folder / "fit.yaml"), "--no-report"]
+    whole, slow = peak([*base, "--out", str(folder / f"whole{count}")])
+    parts, fast = peak([*base, "--out", str(folder / f"parts{count}"), "--memory", "1GiB"])
+    data = count * size * 4 / 2**20
+    return [f"{count:,}", f"{data:,.0f}", f"{whole:,}", f"{slow:.0f}", f"{parts:,}", f"{fast:.0f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", default="20000,40000,80000")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--fit", action="store_true", help="learn, in place of separating")
     args = parser.parse_args()
-    header = ["observations", "in and out, MiB", "whole, MiB", "s", "in parts, MiB", "s"]
+    data = "data, MiB" if args.fit else "in and out, MiB"
+    header = ["observations", data, "whole, MiB", "s", "in parts, MiB", "s"]
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), args.size)
-        counts = map(int, args.counts.split(","))
-        print(text_table(header, [measure(Path(name), n, args.size, args.draws) for n in counts]))
+        counts, row = map(int, args.counts.split(",")), measure_fit if args.fit else measure
+        print(text_table(header, [row(Path(name), n, args.size, args.draws) for n in counts]))
 
 
 if __name__ == "__main__":
