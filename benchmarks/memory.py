@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--fit] [--counts 20000,40000,80000] [--size 256] [--draws 2]
 
-Every row is two processes of `dichroic separate`, of which one writes an .npz and the other a .zarr by blocks of 4096
-observations; or, with `--fit`, two of `dichroic fit`, of which one is given `--memory 1GiB`. Peaks are the kernel's
-(`VmHWM`), read from outside; Linux only.
+Every row is two processes of `dichroic separate`, of which one writes an .npz and the other a .zarr by blocks of
+4096 observations; or, with `--fit`, two of `dichroic fit`, of which one is given `--memory 1GiB`. Peaks are the
+kernel's (`VmHWM`), read from outside; Linux only.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def measure(folder: Path, count: int, size: int, draws: int) -> list[str]:
 
 
 def measure_fit(folder: Path, count: int, size: int, draws: int) -> list[str]:
-    """A short fit of one source of few numbers, with a network: few laps, that read all observations some ten times."""
+    """A short fit of a source of few numbers, with a network: it reads all observations some ten times."""
     y = np.lib.format.open_memmap(folder / "y.npy", "w+", np.float32, (count, size))
     rng = np.random.default_rng(1)
     a = rng.normal(size=(size, 4)).astype(np.float32)

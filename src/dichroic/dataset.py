@@ -110,7 +110,14 @@ class Numbers:
     def spread(self, count: int) -> np.ndarray:
         """`count` of them, evenly spread, or all."""
         places = np.linspace(0, self.count - 1, min(self.count, count)).astype(int)
-        return np.concatenate([self.between(i, i + 1) for i in places])
+        pages = np.searchsorted(self._before, places, side="right") - 1
+        return np.concatenate(
+            [self._page(i)[places[pages == i] - self._before[i]] for i in np.unique(pages)]
+        )
+
+    def _page(self, number: int) -> np.ndarray:
+        start = number * _PAGE
+        return np.flatnonzero(self._mask[start : start + _PAGE]) + start
 
 
 @dataclass(frozen=True)
