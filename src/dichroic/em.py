@@ -31,6 +31,7 @@ from dichroic.batching import split, take
 from dichroic.config import FitConfig, MixtureConfig
 from dichroic.data import Data
 from dichroic.denoise import Denoiser, Mixture
+from dichroic.guards import check_draws, guarded, no_prior, trained, usable
 from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
 from dichroic.machine import peak_memory
 from dichroic.metrics.psnr import psnr
@@ -41,6 +42,7 @@ from dichroic.mixture_em import (
     mean_log_evidence,
     split_components,
 )
+from dichroic.mixture_step import LOST
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
@@ -48,7 +50,7 @@ from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
 from dichroic.posterior import choose_solver
 from dichroic.sample import LANES, Draws, draw_posterior, lanes_width, make_sampler
 from dichroic.tracking import Clock, Tracker
-from dichroic.train import evidence_gain, is_gain, train_denoiser, with_network
+from dichroic.train import evidence_gain, is_gain, with_network
 
 Denoisers = dict[str, Denoiser]
 Metrics = dict[str, Any]
@@ -85,7 +87,7 @@ def advance(
     began, clock = time.perf_counter(), Clock(tracker)
     laps = {"mixture": _mixture_lap, "polish": _polish_lap, "diffusion": _diffusion_lap}
     at = data.at(state.operators)
-    new, metrics = laps[state.phase](state, at, config, clock)
+    new, metrics = guarded(laps[state.phase], state, at, config, clock)
     took = time.perf_counter() - began
     new = dataclasses.replace(new, total=state.total + 1, seconds=state.seconds + took)
     cost: dict[str, float] = {"seconds": round(new.seconds, 3), **clock.metrics}
@@ -134,7 +136,8 @@ def _mixture_lap(
     metrics |= told
     state = dataclasses.replace(state, operators=operators)
     clock.progress(f"{'+'.join(names)}: {size} components", state.lap + 1, laps)
-    if state.lap + 1 < laps:
+    lost = LOST in clock.metrics  # further laps of this size would be no better
+    if state.lap + 1 < laps and not lost:
         return dataclasses.replace(state, current=current, lap=state.lap + 1), metrics
 
     data = data.at(operators)
@@ -143,7 +146,10 @@ def _mixture_lap(
         held_out = [data.test[i] for i in test]
         score = mean_log_evidence(current, held_out, max_tuples=c.max_tuples)
     metrics["heldout_log_evidence"] = score
-    better = score > state.score
+    better = score > state.score  # false for NaN
+    learned = math.isfinite(evidence) or state.lap > 0
+    if names[0] not in state.best and not (better and learned):
+        raise no_prior(names, evidence, score, data)
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
     if size == 1 and rank is not None:
@@ -154,6 +160,7 @@ def _mixture_lap(
             return wide, metrics
         current = {**current, **{n: best[n] for n in names}}  # of the rank with the best score
     stale = 0 if better or size == 1 else state.stale + 1
+    stale = c.patience if lost and not better else stale
     if size < c.components and stale < c.patience:
         target = min(2 * size, c.components)
         grown = {n: split_components(current[n], target).ordered() for n in names}
@@ -205,12 +212,8 @@ def _next_group(state: State, best: Denoisers, data: Data, config: FitConfig) ->
     )
     if fresh.group < len(data.order):
         return fresh
-    polish = len(data.order) > 1 and config.polish > 0
-    return (
-        dataclasses.replace(_after_mixture(fresh, config), phase="polish")
-        if polish
-        else (_after_mixture(fresh, config))
-    )
+    after, polish = _after_mixture(fresh, config), len(data.order) > 1 and config.polish > 0
+    return dataclasses.replace(after, phase="polish") if polish else after
 
 
 def _after_mixture(state: State, config: FitConfig) -> State:
@@ -302,6 +305,7 @@ def _expectation(
             n_draws=n_draws,
             progress=lambda done, n, name=name: say(f"E-step {name}", done, n),
         )
+        check_draws(name, obs, draws, current)
         for source, x in draws.x.items():
             found.setdefault(source, []).append(x)
     return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
@@ -311,15 +315,10 @@ def _maximisation(current, samples, key, config, clock: Clock) -> tuple[Denoiser
     updated, metrics = {}, {}
     for i, (name, x) in enumerate(sorted(samples.items())):
         key_init, key_train = jax.random.split(jax.random.fold_in(key, 1000 + i))
-        updated[name], loss = train_denoiser(
-            with_network(current[name], key_init, config),
-            x,
-            key_train,
-            config=config.diffusion,
-            sigma_min=config.sampler.sigma_min,
-            progress=lambda done, n, name=name: clock.progress(f"M-step {name}", done, n),
-        )
-        metrics[f"loss_{name}"] = loss
+        say = lambda done, n, name=name: clock.progress(f"M-step {name}", done, n)
+        start = with_network(current[name], key_init, config)
+        updated[name], told = trained(current[name], start, x, key_train, name, config, say)
+        metrics |= told
     return updated, metrics
 
 
@@ -385,6 +384,8 @@ def _scores(
     for i in which:
         some = take(data.test[i], slice(0, config.diffusion.evidence_observations))
         draws = draw(denoisers, some, jax.random.fold_in(key, i), config)
+        if not usable(data.names[i], some, draws, denoisers):
+            continue
         chi2 = predictive_chi2(some, draws)
         metrics[f"chi2_{data.names[i]}"] = float(np.mean(chi2))
         for name, x in draws.x.items():

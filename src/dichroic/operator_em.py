@@ -12,6 +12,7 @@ the tuples of components that matter (`dichroic.evidence`), and never falls: a s
 tried again, smaller.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,12 @@ from jaxtyping import Array, Float
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.evidence import project, simulate, tuple_log_evidence
+from dichroic.finite import finite
 from dichroic.mixture_em import active_tuples
 from dichroic.mixture_sums import chunks
 from dichroic.observations import Observations
 from dichroic.operators.learned import Parameters, parameters, with_parameters
+from dichroic.tracking import event
 
 TRIALS = 4  # evaluations of the evidence and its scores in one M-step
 _SHRINK = 0.25  # of a step that lowers the evidence
@@ -66,13 +69,15 @@ def operator_lap(
     for _ in range(TRIALS):
         values = unravel(jnp.asarray(theta, flat.dtype))
         new = _add([observation_scores(*w, values) for w in work])
-        if found is None or new.log_evidence >= found.log_evidence:
+        if found is None or (new.log_evidence >= found.log_evidence and finite(new)):
             best, found = theta, new
             step = _inverse(new.information) @ new.score
         else:
             step = _SHRINK * step
         theta = best + step
     assert found is not None
+    if not finite(found):
+        event("operators stay as they were: their scores are not finite", level=logging.WARNING)
     inverse = _inverse(found.information)
     errors = np.sqrt(np.diagonal(inverse @ found.scatter @ inverse))
     as_parameters = lambda x: unravel(jnp.asarray(x, flat.dtype))

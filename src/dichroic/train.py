@@ -128,6 +128,8 @@ def train_denoiser(
         steps = jnp.arange(start, min(start + _BLOCK, config.steps))
         carry, losses = block(carry, frozen, denoiser, data, key, steps, config, sigma_min)
         loss = float(jnp.mean(losses))
+        if not math.isfinite(loss):  # nor will it be again
+            break
         if progress:
             progress(int(steps[-1]) + 1, config.steps)
     network = eqx.combine(carry[1], frozen)
