@@ -100,14 +100,14 @@ def _seconds_left(old: State, new: State, took: float, data: Data, config: FitCo
     """What is left of the phase of the lap from `old` to `new`, which took `took` seconds, at most."""
     if new.phase != old.phase:
         return 0.0
-    size = lambda s: _components(s, data.order[s.group]) if s.phase == "mixture" else 1
+    size = lambda s: _components(s.current, data.order[s.group]) if s.phase == "mixture" else 1
     more, large = len(data.order) - new.group - 1, is_large(data.train)
     costs = costs_left(new.phase, new.lap, size(new), more, config, large=large)
     return seconds_left(took, size(old), list(costs))
 
 
-def _components(state: State, names: Sequence[str]) -> int:
-    found = state.current.get(names[0])
+def _components(current: Denoisers, names: Sequence[str]) -> int:
+    found = current.get(names[0])
     return found.log_weights.size if isinstance(found, Mixture) else 1
 
 
@@ -128,7 +128,7 @@ def _mixture_lap(
     current, evidence = em_lap(current, train, names, c, clock)
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, train, c)
-    size = _components(State(current=current), names)
+    size = _components(current, names)
     laps = laps_of(size, c)
     rank = None if current[names[0]].full_rank else current[names[0]].variances.shape[1]
     metrics: Metrics = {"sources": "+".join(names), "components": size, "log_evidence": evidence}
