@@ -215,6 +215,17 @@ def test_help_is_instant():
     assert time.perf_counter() - began < 10  # the real guard is that nothing heavy is imported
 
 
+@pytest.mark.parametrize("module", ["dichroic", "dichroic.cli"])
+def test_the_command_line_is_a_module_too(module, tmp_path):
+    run = lambda *words: subprocess.run(
+        [sys.executable, "-m", module, *words], capture_output=True, text=True
+    )
+    assert run("--help").stdout.startswith("usage: dichroic ")
+    failed = run("check", str(tmp_path / "nothing.yaml"))
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
+
+
 def test_a_process_killed_with_sigkill_loses_nothing(stated):
     run = stated / "killed"
     command = [sys.executable, "-m", "dichroic.cli", "fit", str(stated / "problem.yaml")]
