@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
+from followers import Rows
 
 from dichroic import em, guards, mixture_em, operator_em
 from dichroic import run as runs
@@ -171,12 +172,13 @@ def test_a_size_whose_steps_are_not_finite_ends_with_its_last_good_mixtures(
     """From a step of the first lap of two components on: 12 steps of one component come before."""
     name, change = FAULTS[fault]
     breaking(mixture_em, name, 14, ALWAYS, change)
-    rows = []
-    found = fit(one, tmp_path, tracker=Rows(rows))
+    rows = Rows()
+    found = fit(one, tmp_path, tracker=rows)
     last = found.metrics[-1]
     assert last["lap"] == 4
     assert (last["components"], last["steps_lost"]) == (2, 1)
-    assert rows[-1]["steps_lost"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["steps_lost"] == 1
+    told = [rows.rows[-1], read_metrics(tmp_path / "metrics.jsonl")[-1]]
+    assert [m["steps_lost"] for m in told] == [1, 1]
     assert [w.split(":")[0] for w in warnings_of(tmp_path)] == [
         "an EM step and a textbook step give numbers that are not finite"
     ]
@@ -186,19 +188,6 @@ def test_a_size_whose_steps_are_not_finite_ends_with_its_last_good_mixtures(
     assert np.isfinite([last["log_evidence"], two_components]).all()
     kept = found.denoisers["a"].log_weights.size
     assert kept == (2 if two_components > one_component else 1)
-
-
-class Rows:
-    """A tracker that keeps what it is told."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def lap(self, metrics):
-        self.rows.append(metrics)
-
-    def progress(self, what, done, total):
-        pass
 
 
 def test_growth_stops_with_the_best_mixture_where_a_larger_one_has_no_evidence(

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import yaml
+from followers import KillAt, Killed
 
 from dichroic.cli import main
 from dichroic.config import FitConfig
@@ -44,25 +45,6 @@ def problem():
 def whole(problem, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, Separator(problem, SMALL).fit(folder, progress=False)
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt:
-    """A tracker that ends the fit at a lap."""
-
-    def __init__(self, lap):
-        self.left = lap
-
-    def lap(self, metrics):
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
-
-    def progress(self, what, done, total):
-        pass
 
 
 def assert_same_model(a, b):
