@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from cost_frame import print_costs
 
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
@@ -20,7 +21,6 @@ from dichroic.mixture_em import em_lap
 from dichroic.operators import Dense
 from dichroic.problem import View
 from dichroic.sample import Exact, draw_posterior
-from dichroic.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,17 @@ def measure(size: Size) -> list[str]:
     return [f"{lap[0]:.1f}", f"{lap[1]:.2f}", f"{draw[0]:.1f}", f"{1e6 * draw[1] / obs.count:.0f}"]
 
 
+def cost(name: str, value: int) -> list[str]:
+    """What `measure` says of the base case with one size changed."""
+    change = {name: value}
+    if name == "dim":  # as many numbers observed, relative to the source
+        change["observed"] = max(3, 3 * value // 5)
+    return measure(dataclasses.replace(Size(), **change))
+
+
 def main() -> None:
     """One table."""
-    rows = []
-    for name, values in CURVES.items():
-        for value in values:
-            change = {name: value}
-            if name == "dim":  # as many numbers observed, relative to the source
-                change["observed"] = max(3, 3 * value // 5)
-            size = dataclasses.replace(Size(), **change)
-            rows.append([name, value, *measure(size)])
-            print(*rows[-1], flush=True)
-    head = ["changed", "to", "first lap, s", "lap, s", "first draws, s", "draw, µs"]
-    print("\n" + text_table(head, rows))
+    print_costs(CURVES, ["first lap, s", "lap, s", "first draws, s", "draw, µs"], cost)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-
-from dichroic.tables import text_table
+from cost_frame import print_costs
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,13 @@ def measure(size: Size) -> list[str]:
 
 def main() -> None:
     """One table."""
-    rows = []
     context = multiprocessing.get_context("spawn")
-    for name, values in CURVES.items():
-        for value in values:
-            size = dataclasses.replace(Size(), **{name: value})
-            with context.Pool(1) as pool:
-                rows.append([name, value, *pool.apply(measure, (size,))])
-            print(*rows[-1], flush=True)
-    head = ["changed", "to", "EM step, s", "draw, ms", "data, MiB", "peak, MiB"]
-    print("\n" + text_table(head, rows))
+
+    def cost(name: str, value: int) -> list[str]:
+        with context.Pool(1) as pool:
+            return pool.apply(measure, (dataclasses.replace(Size(), **{name: value}),))
+
+    print_costs(CURVES, ["EM step, s", "draw, ms", "data, MiB", "peak, MiB"], cost)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Files in the formats of a field, written by the field's own libraries."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -151,3 +152,20 @@ def test_a_problem_of_stamps_and_pictures(tmp_path, sky, rng):
     problem, _ = load_problem(tmp_path / "problem.yaml")
     assert [v.count for v in problem.views] == [3, 4]
     np.testing.assert_array_equal(problem.views[0].observations, sky["image"])
+
+
+@pytest.mark.parametrize(
+    ("file", "module", "package", "extra"),
+    [
+        ("x.fits", "astropy.io.fits", "astropy", "astronomy"),
+        ("x.png", "PIL.Image", "pillow", "images"),
+        ("x.wav", "soundfile", "soundfile", "audio"),
+        ("x.mseed", "obspy", "obspy", "seismology"),
+    ],
+)
+def test_a_missing_library_names_the_extra(monkeypatch, tmp_path, file, module, package, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / file).touch()
+    said = rf"^.*reading '{file}' needs {package}: pip install 'dichroic\[{extra}\]'"
+    with pytest.raises(DataError, match=said):
+        load_array(file, tmp_path)

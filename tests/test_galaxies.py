@@ -1,5 +1,6 @@
 """Galaxies: stand-ins for the files, written with astropy; and the real ones where they are at hand."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,11 @@ def test_real_galaxies_and_the_real_scene():
     first = view.operators["object1"].each(np.ones((5, 32, 32), np.float32))
     brightest = np.unravel_index(first[2].argmax(), (58, 48))
     assert np.hypot(*np.subtract(brightest, (33, 14))) < 3
+
+
+def test_a_missing_library_names_the_extra(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "astropy.io.fits", None)
+    with pytest.raises(
+        DataError, match=r"\.fits' needs astropy: pip install 'dichroic\[astronomy\]'"
+    ):
+        galaxies.load_galaxies(folder)

@@ -213,5 +213,6 @@ def test_sums_and_rows_of_one_process_are_its_own():
     assert layout.gathered(x, axis=1) is x
     assert layout.share(7) == (0, 7)
     assert layout.exchange(b"x") == [b"x"]
+    assert layout.each(lambda: 3) == 3
     with pytest.raises(RunError, match="no"):
         layout.from_first(lambda: (_ for _ in ()).throw(RunError("no")))

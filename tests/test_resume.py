@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from followers import KillAt, Killed
 
 from dichroic import run as runs
 from dichroic.checkpoint import load_state, save_state
@@ -61,30 +62,11 @@ def events(folder):
     return [json.loads(line) for line in lines]
 
 
-class Killed(BaseException):
-    pass
-
-
-class Until:
-    """A tracker that ends the fit after some laps."""
-
-    def __init__(self, laps):
-        self.left = laps
-
-    def lap(self, metrics):
-        self.left -= 1
-        if not self.left:
-            raise Killed
-
-    def progress(self, what, done, total):
-        pass
-
-
 @pytest.fixture
 def half(problem, tmp_path):
     """A run that was killed after six laps."""
     with pytest.raises(Killed):
-        Separator(problem, SMALL).fit(tmp_path, progress=Until(6))
+        Separator(problem, SMALL).fit(tmp_path, progress=KillAt(6))
     assert load_state(tmp_path / STATES[0]).total == 6
     assert load_state(tmp_path / STATES[1]).total == 5
     return tmp_path
@@ -149,7 +131,7 @@ def test_a_state_of_a_newer_release_is_not_taken_for_damage(problem, half):
 def test_a_state_that_no_fit_is_ever_in_is_refused(problem, tmp_path, change):
     """Its hash is right, so a stranger made it: there is nothing to go back to."""
     with pytest.raises(Killed):
-        Separator(problem, SMALL).fit(tmp_path, progress=Until(1))
+        Separator(problem, SMALL).fit(tmp_path, progress=KillAt(1))
     arrays, meta = read_tensors(tmp_path / STATES[0])
     write_tensors(
         tmp_path / STATES[0], arrays, {**meta, "counters": {**meta["counters"], **change}}

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import yaml
+from followers import KillAt, Killed
 
 from dichroic.cli import main
 from dichroic.config import FitConfig
@@ -44,25 +45,6 @@ def problem():
 def whole(problem, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, Separator(problem, SMALL).fit(folder, progress=False)
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt:
-    """A tracker that ends the fit at a lap."""
-
-    def __init__(self, lap):
-        self.left = lap
-
-    def lap(self, metrics):
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
-
-    def progress(self, what, done, total):
-        pass
 
 
 def assert_same_model(a, b):
@@ -213,6 +195,17 @@ def test_help_is_instant():
     heavy = "import sys, dichroic.cli; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", heavy], check=True)
     assert time.perf_counter() - began < 10  # the real guard is that nothing heavy is imported
+
+
+@pytest.mark.parametrize("module", ["dichroic", "dichroic.cli"])
+def test_the_command_line_is_a_module_too(module, tmp_path):
+    run = lambda *words: subprocess.run(
+        [sys.executable, "-m", module, *words], capture_output=True, text=True
+    )
+    assert run("--help").stdout.startswith("usage: dichroic ")
+    failed = run("check", str(tmp_path / "nothing.yaml"))
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
 
 
 def test_a_process_killed_with_sigkill_loses_nothing(stated):

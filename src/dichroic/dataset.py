@@ -1,7 +1,7 @@
 """Observations that processes share, in memory or in files (`observations.Observed`)."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -74,9 +74,9 @@ class Dataset:
         """`count` of them, evenly spread, or all."""
         return self.whole.some(count)
 
-    def total(self, tree: Tree) -> Tree:
-        """The sum of what the processes have found."""
-        return layout.total(tree)
+    def total(self, work: Callable[[], Tree]) -> Tree:
+        """The sum of what `work` finds in every process."""
+        return layout.total(layout.each(work))
 
     def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
         """The rows of all processes."""
@@ -185,9 +185,9 @@ class StoredDataset:
         """`count` of them, evenly spread, or all."""
         return self._at(self.numbers.spread(count))
 
-    def total(self, tree: Tree) -> Tree:
-        """The sum of what the processes have found."""
-        return layout.total(tree)
+    def total(self, work: Callable[[], Tree]) -> Tree:
+        """The sum of what `work` finds in every process."""
+        return layout.total(layout.each(work))
 
     def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
         """The rows of all processes."""

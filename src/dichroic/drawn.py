@@ -96,15 +96,22 @@ def draw_to_disk(
         job = Job(model, name, seed, 1, obs.count, obs.block, shapes, summaries=False)
         path = folder / f"{i}.zarr"
         layout.from_first(partial(_begin, path, job))
-        done = set(finished_blocks(path).finished)
-        for block, start, stop in obs.own:
-            if block not in done:
-                write_block(path, job, block, _named(draw[i](obs.read(start, stop), start)))
-            progress(f"E-step {name}", stop - obs.first, obs.own[-1][2] - obs.first)
+        say = partial(progress, f"E-step {name}")
+        layout.each(partial(_fill, path, job, obs, draw[i], say))  # until all have written
         for source in shapes:
             stores.setdefault(source, []).append((path, job))
-    layout.exchange(b"")  # until all have written
     return {k: StoredDraws(k, tuple(v), memory // WINDOW, seed) for k, v in stores.items()}
+
+
+def _fill(
+    path: Path, job: Job, obs: StoredDataset, draw: Draw, progress: Callable[[int, int], None]
+) -> None:
+    """Draw and write the blocks of this process that are missing."""
+    done = set(finished_blocks(path).finished)
+    for block, start, stop in obs.own:
+        if block not in done:
+            write_block(path, job, block, _named(draw(obs.read(start, stop), start)))
+        progress(stop - obs.first, obs.own[-1][2] - obs.first)
 
 
 def _named(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from dichroic import layout
 from dichroic.config import FitConfig, MixtureConfig
 from dichroic.data import Data
 from dichroic.dataset import StoredDataset, shared_out
@@ -32,6 +33,7 @@ from dichroic.denoise import Mixture
 from dichroic.drawing import Denoisers, draw, predictive_chi2
 from dichroic.drawn import StoredDraws, draw_to_disk
 from dichroic.fingerprint import fingerprint
+from dichroic.guards import check_draws, guarded, no_prior, trained, usable
 from dichroic.machine import peak_memory
 from dichroic.metrics.psnr import psnr
 from dichroic.mixture_em import (
@@ -41,12 +43,13 @@ from dichroic.mixture_em import (
     mean_log_evidence,
     split_components,
 )
+from dichroic.mixture_step import LOST
 from dichroic.observations import Observations, Observed, numbered
 from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
 from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
 from dichroic.tracking import Clock, Tracker
-from dichroic.train import evidence_gain, is_gain, train_denoiser, with_network
+from dichroic.train import evidence_gain, is_gain, with_network
 
 Metrics = dict[str, Any]
 
@@ -81,7 +84,7 @@ def advance(
     began, clock = time.perf_counter(), Clock(tracker)
     laps = {"mixture": _mixture_lap, "polish": _polish_lap, "diffusion": _diffusion_lap}
     at = data.at(state.operators)
-    new, metrics = laps[state.phase](state, at, config, clock)
+    new, metrics = guarded(laps[state.phase], state, at, config, clock)
     took = time.perf_counter() - began
     new = dataclasses.replace(new, total=state.total + 1, seconds=state.seconds + took)
     cost: dict[str, float] = {"seconds": round(new.seconds, 3), **clock.metrics}
@@ -94,14 +97,14 @@ def _seconds_left(old: State, new: State, took: float, data: Data, config: FitCo
     """What is left of the phase of the lap from `old` to `new`, which took `took` seconds, at most."""
     if new.phase != old.phase:
         return 0.0
-    size = lambda s: _components(s, data.order[s.group]) if s.phase == "mixture" else 1
+    size = lambda s: _components(s.current, data.order[s.group]) if s.phase == "mixture" else 1
     more, large = len(data.order) - new.group - 1, is_large(data.train)
     costs = costs_left(new.phase, new.lap, size(new), more, config, large=large)
     return seconds_left(took, size(old), list(costs))
 
 
-def _components(state: State, names: Sequence[str]) -> int:
-    found = state.current.get(names[0])
+def _components(current: Denoisers, names: Sequence[str]) -> int:
+    found = current.get(names[0])
     return found.log_weights.size if isinstance(found, Mixture) else 1
 
 
@@ -122,7 +125,7 @@ def _mixture_lap(
     current, evidence = em_lap(current, train, names, c, clock)
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, train, c)
-    size = _components(State(current=current), names)
+    size = _components(current, names)
     laps = laps_of(size, c)
     rank = None if current[names[0]].full_rank else current[names[0]].variances.shape[1]
     metrics: Metrics = {"sources": "+".join(names), "components": size, "log_evidence": evidence}
@@ -130,7 +133,8 @@ def _mixture_lap(
     metrics |= told
     state = dataclasses.replace(state, operators=operators)
     clock.progress(f"{'+'.join(names)}: {size} components", state.lap + 1, laps)
-    if state.lap + 1 < laps:
+    lost = LOST in clock.metrics  # further laps of this size would be no better
+    if state.lap + 1 < laps and not lost:
         return dataclasses.replace(state, current=current, lap=state.lap + 1), metrics
 
     data = data.at(operators)
@@ -139,7 +143,10 @@ def _mixture_lap(
         held_out = [data.test[i] for i in test]
         score = mean_log_evidence(current, held_out, max_tuples=c.max_tuples)
     metrics["heldout_log_evidence"] = score
-    better = score > state.score
+    better = score > state.score  # false for NaN
+    learned = math.isfinite(evidence) or state.lap > 0
+    if names[0] not in state.best and not (better and learned):
+        raise no_prior(names, evidence, score, data)
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
     if size == 1 and rank is not None:
@@ -150,6 +157,7 @@ def _mixture_lap(
             return wide, metrics
         current = {**current, **{n: best[n] for n in names}}  # of the rank with the best score
     stale = 0 if better or size == 1 else state.stale + 1
+    stale = c.patience if lost and not better else stale
     if size < c.components and stale < c.patience:
         target = min(2 * size, c.components)
         grown = {n: split_components(current[n], target).ordered() for n in names}
@@ -201,12 +209,8 @@ def _next_group(state: State, best: Denoisers, data: Data, config: FitConfig) ->
     )
     if fresh.group < len(data.order):
         return fresh
-    polish = len(data.order) > 1 and config.polish > 0
-    return (
-        dataclasses.replace(_after_mixture(fresh, config), phase="polish")
-        if polish
-        else (_after_mixture(fresh, config))
-    )
+    after, polish = _after_mixture(fresh, config), len(data.order) > 1 and config.polish > 0
+    return dataclasses.replace(after, phase="polish") if polish else after
 
 
 def _after_mixture(state: State, config: FitConfig) -> State:
@@ -295,15 +299,32 @@ def expectation(
     found: dict[str, list[np.ndarray]] = {}
     clock = clock or Clock()
     for i, (obs, name) in enumerate(zip(views, names, strict=True)):
-        own: dict[str, list[np.ndarray]] = {}
-        for first, block in numbered(obs):
-            say = lambda done, n, name=name: clock.progress(f"E-step {name}", done, n)
-            key_view = jax.random.fold_in(key, i)
-            options = {"n_draws": n_draws, "first_index": first, "progress": say}
-            for source, x in draw(current, block, key_view, config, **options).x.items():
-                own.setdefault(source, []).append(x)
-        for source, parts in own.items():
-            found.setdefault(source, []).append(obs.gathered(np.concatenate(parts, 1), 1))
+        own = partial(
+            _own_draws, current, obs, name, jax.random.fold_in(key, i), config, n_draws, clock
+        )
+        for source, x in layout.each(own).items():
+            found.setdefault(source, []).append(obs.gathered(x, 1))
+    return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
+
+
+def _own_draws(
+    current: Denoisers,
+    obs: Observed,
+    name: str,
+    key: PRNGKeyArray,
+    config: FitConfig,
+    n_draws: int,
+    clock: Clock,
+) -> dict[str, np.ndarray]:
+    """Those of the observations of this process."""
+    found: dict[str, list[np.ndarray]] = {}
+    say = partial(clock.progress, f"E-step {name}")
+    for first, block in numbered(obs):
+        options = {"n_draws": n_draws, "first_index": first, "progress": say}
+        draws = draw(current, block, key, config, **options)
+        check_draws(name, block, draws, current)
+        for source, x in draws.x.items():
+            found.setdefault(source, []).append(x)
     return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
 
 
@@ -317,7 +338,9 @@ def _training_draws(
         return {source: x[0] for source, x in drawn.items()}
 
     def draw_some(i: int, obs: Observations, first: int) -> dict[str, np.ndarray]:
-        return draw(current, obs, jax.random.fold_in(key, i), config, first_index=first).x
+        draws = draw(current, obs, jax.random.fold_in(key, i), config, first_index=first)
+        check_draws(data.names[i], obs, draws, current)
+        return draws.x
 
     about = (current, [obs.parameters for obs in views], config.to_dict(), jax.random.key_data(key))
     return draw_to_disk(
@@ -336,15 +359,10 @@ def _maximisation(current, samples, key, config, clock: Clock) -> tuple[Denoiser
     updated, metrics = {}, {}
     for i, (name, x) in enumerate(sorted(samples.items())):
         key_init, key_train = jax.random.split(jax.random.fold_in(key, 1000 + i))
-        updated[name], loss = train_denoiser(
-            with_network(current[name], key_init, config),
-            x,
-            key_train,
-            config=config.diffusion,
-            sigma_min=config.sampler.sigma_min,
-            progress=lambda done, n, name=name: clock.progress(f"M-step {name}", done, n),
-        )
-        metrics[f"loss_{name}"] = loss
+        say = lambda done, n, name=name: clock.progress(f"M-step {name}", done, n)
+        start = with_network(current[name], key_init, config)
+        updated[name], told = trained(current[name], start, x, key_train, name, config, say)
+        metrics |= told
     return updated, metrics
 
 
@@ -357,6 +375,8 @@ def _scores(
     for i in which:
         some = data.test[i].head(config.diffusion.evidence_observations)
         draws = draw(denoisers, some, jax.random.fold_in(key, i), config)
+        if not usable(data.names[i], some, draws, denoisers):
+            continue
         chi2 = predictive_chi2(some, draws)
         metrics[f"chi2_{data.names[i]}"] = float(np.mean(chi2))
         for name, x in draws.x.items():

@@ -41,7 +41,7 @@ def write_atomic(
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -56,7 +56,8 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Let what was renamed in `folder` be on the disk."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -76,6 +77,18 @@ def locked(folder: Path) -> Iterator[None]:
         file = open(folder / LOCK, "a+")  # noqa: SIM115 (it is closed below)
     with file:
         _lock(file, folder)
+        yield
+
+
+@contextlib.contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Hold the file `path`, which is made and stays, for this process, after waiting for others that hold it."""
+    with writing(path):
+        file = open(path, "a+")  # noqa: SIM115 (it is closed below)
+    with file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dichroic.errors import ConfigError, RunError
+from dichroic.errors import ConfigError, DataError, RunError
 
 Tree = TypeVar("Tree")
 ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -126,7 +126,10 @@ def from_first(make: Callable[[], bytes]) -> bytes:
 
 
 def each(work: Callable[[], Tree]) -> Tree:
-    """`work` in every process; where it fails in one, all fail."""
+    """`work` in every process; where it fails in one, it fails in all.
+
+    Where numbers or data are at fault with `DataError`, else with `RunError`.
+    """
     if processes() == 1:
         return work()
     failure: Exception | None = None
@@ -135,12 +138,14 @@ def each(work: Callable[[], Tree]) -> Tree:
         result = work()
     except Exception as error:
         failure = error
-    said = exchange(b"" if failure is None else str(failure).encode() or b"?")
+    kind = b"n" if isinstance(failure, (np.linalg.LinAlgError, DataError)) else b"r"
+    said = exchange(b"" if failure is None else kind + str(failure).encode())
     if failure is not None:
         raise failure
     for number, words in enumerate(said):
         if words:
-            raise RunError(f"process {number} failed: {words.decode()}")
+            raised = DataError if words[:1] == b"n" else RunError
+            raise raised(f"process {number} failed: {words[1:].decode()}")
     return result
 
 

@@ -93,9 +93,8 @@ def low_rank_lap(
         return {**mixtures, **{n: step(mixtures[n], found[n]) for n in names}}
 
     blocks = lambda: itertools.chain.from_iterable(obs.blocks() for obs in views)
-    evaluate = lambda mixtures: views[0].total(
-        _added(low_rank_statistics(mixtures, obs) for obs in blocks())
-    )
+    own = lambda mixtures: _added(low_rank_statistics(mixtures, obs) for obs in blocks())
+    evaluate = lambda mixtures: views[0].total(partial(own, mixtures))
     options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
     mixtures, value = ascend(dict(mixtures), evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)

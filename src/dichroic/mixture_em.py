@@ -65,7 +65,8 @@ def em_lap(
     coupled = names if sum(mixtures[n].means.size for n in names) <= MOST_MEANS else ()
 
     def evaluate(mixtures: Mixtures) -> tuple[float, Statistics]:
-        found = views[0].total(statistics(mixtures, every_block(views), chosen, coupled))
+        own = partial(statistics, mixtures, every_block(views), chosen, coupled)
+        found = views[0].total(own)
         return float(found.log_evidence), found
 
     def update(mixtures: Mixtures, found: Statistics, textbook: bool) -> Mixtures:
@@ -133,6 +134,11 @@ def mean_log_evidence(
     mixtures: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
+    own = partial(_own_log_evidence, mixtures, views, max_tuples)
+    return views[0].total(own) / sum(obs.count for obs in views)
+
+
+def _own_log_evidence(mixtures: Mixtures, views: Sequence[Observed], max_tuples: int) -> float:
     total = 0.0
     for obs in every_block(views):
         if is_low_rank(mixtures, obs):
@@ -143,7 +149,7 @@ def mean_log_evidence(
             total += shared_log_evidence(priors, obs)
         else:
             total += float(_view_log_evidence(priors, obs, max_tuples))
-    return views[0].total(total) / sum(obs.count for obs in views)
+    return total
 
 
 def is_low_rank(mixtures: Mixtures, obs: Observed) -> bool:

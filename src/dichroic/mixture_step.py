@@ -21,18 +21,26 @@ between components of two sources in X. Source by source, views that mix two sou
 (f, 1) would lose only a part `(1 − f)² / 2 (1 + f²)` of an error a step: 0.3% for f = 0.9.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import jax
 import numpy as np
 
 from dichroic.denoise import Mixture
+from dichroic.errors import DataError
+from dichroic.finite import finite
 from dichroic.mixture_sums import Statistics, Sums
-from dichroic.tracking import Clock
+from dichroic.tracking import Clock, event
 
 Found = TypeVar("Found")
+Result = TypeVar("Result")
+# What is counted in a lap: steps whose numbers were not finite, for which a textbook step was taken; and those
+# for which that was no better.
+UNDONE, LOST = "steps_undone", "steps_lost"
 MOST_MEANS = 2048  # numbers in the means of all sources, up to which they are solved for together
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
 _ROUNDING = 1e-6  # of the information, in sums of single precision
@@ -51,20 +59,46 @@ def ascend(
     """`steps` EM steps, and the evidence before the last.
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
-    the evidence, by more than a part `tolerance` of it, is taken back for a textbook step.
+    the evidence, by more than a part `tolerance` of it, or gives numbers that are not finite, is taken back for
+    a textbook step. Where that gives none either, it ends with the last mixtures whose evidence is finite, and
+    `clock` counts a step that was `LOST`.
     """
-    before, value, clock = None, -math.inf, clock or Clock()
+    known, textbook, clock = None, False, clock or Clock()
     for _ in range(steps):
         with clock.during("e_step"):
-            evidence, found = evaluate(mixtures)
-        fell = before is not None and evidence < value - tolerance * abs(value)
-        if fell and before is not None:
-            mixtures, evidence, found = before
-        value = evidence
-        before = None if fell else (mixtures, evidence, found)
+            evidence, found = _finite_or_not(partial(evaluate, mixtures)) or (math.nan, None)
+        least = -math.inf if known is None or textbook else known[1] - tolerance * abs(known[1])
+        if math.isfinite(evidence) and evidence >= least:
+            known, textbook = (mixtures, evidence, found), False
+        elif known is None or textbook:
+            break
+        else:
+            textbook = True
+            if not math.isfinite(evidence):
+                clock.count(UNDONE)
         with clock.during("m_step"):
-            mixtures = update(mixtures, found, fell)
-    return mixtures, value
+            new = _finite_or_not(partial(update, known[0], known[2], textbook))
+            if new is None and not textbook:
+                clock.count(UNDONE)
+                textbook, new = True, _finite_or_not(partial(update, known[0], known[2], True))
+        if new is None:
+            break
+        mixtures = new
+    else:
+        return mixtures, known[1] if known else math.nan
+    clock.count(LOST)
+    what = "an EM step and a textbook step give" if known else "the evidence of mixtures has"
+    event(f"{what} numbers that are not finite: mixtures stay as they were", level=logging.WARNING)
+    return known[:2] if known else (mixtures, math.nan)
+
+
+def _finite_or_not(work: Callable[[], Result]) -> Result | None:
+    """What `work` gives, unless that cannot be computed or is not finite."""
+    try:
+        found = work()
+    except (np.linalg.LinAlgError, DataError):  # of numbers that are not finite, or nearly so
+        return None
+    return found if finite(found) else None
 
 
 def joint_shifts(

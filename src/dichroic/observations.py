@@ -5,7 +5,7 @@ data of the same shapes never recompile. Views of the same draws are already sta
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -69,8 +69,8 @@ class Observed(Protocol):
         """`count` of all, evenly spread, or all."""
         ...
 
-    def total(self, tree: Tree) -> Tree:
-        """The sum of what the processes have found."""
+    def total(self, work: Callable[[], Tree]) -> Tree:
+        """The sum of what `work` finds in every process."""
         ...
 
     def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
@@ -126,9 +126,9 @@ class Observations(eqx.Module):
         """`count` of them, evenly spread, or all."""
         return take(self, np.linspace(0, self.count - 1, min(self.count, count)).astype(int))
 
-    def total(self, tree: Tree) -> Tree:
-        """What was found in all `blocks` is what there is."""
-        return tree
+    def total(self, work: Callable[[], Tree]) -> Tree:
+        """What `work` finds here is all."""
+        return work()
 
     def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
         """The rows of all `blocks` are all."""

@@ -13,6 +13,7 @@ tried again, smaller.
 """
 
 import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
@@ -28,10 +29,12 @@ from dichroic import layout
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.evidence import project, simulate, tuple_log_evidence
+from dichroic.finite import finite
 from dichroic.mixture_em import active_tuples
 from dichroic.mixture_sums import chunks
 from dichroic.observations import Observations, Observed, numbered
 from dichroic.operators.learned import Parameters, parameters, with_parameters
+from dichroic.tracking import event
 
 TRIALS = 4  # evaluations of the evidence and its scores in one M-step
 _SHRINK = 0.25  # of a step that lowers the evidence
@@ -62,24 +65,29 @@ def operator_lap(
     seeing = [obs for obs in views if parameters(obs.operators)]
     blocks = lambda: itertools.chain.from_iterable(map(numbered, seeing))
     chosen = [active_tuples(own(obs), obs, config) for _, obs in blocks()]
+
+    def scores(values: Parameters) -> Scores:
+        work = zip(blocks(), chosen, strict=True)
+        return _added(
+            observation_scores(own(obs), obs, index, values, jnp.asarray(first))
+            for (first, obs), index in work
+        )
+
     flat, unravel = ravel_pytree(start)
     best = np.asarray(flat, np.float64)
     theta, step, found = best, np.zeros_like(best), None
     for _ in range(TRIALS):
         values = unravel(jnp.asarray(theta, flat.dtype))
-        work = zip(blocks(), chosen, strict=True)
-        parts = (
-            observation_scores(own(obs), obs, index, values, jnp.asarray(first))
-            for (first, obs), index in work
-        )
-        new = views[0].total(_added(parts))
-        if found is None or new.log_evidence >= found.log_evidence:
+        new = views[0].total(partial(scores, values))
+        if found is None or (new.log_evidence >= found.log_evidence and finite(new)):
             best, found = theta, new
             step = _inverse(new.information) @ new.score
         else:
             step = _SHRINK * step
         theta = best + step
     assert found is not None
+    if not finite(found):
+        event("operators stay as they were: their scores are not finite", level=logging.WARNING)
     inverse = _inverse(found.information)
     errors = np.sqrt(np.diagonal(inverse @ found.scatter @ inverse))
     as_parameters = lambda x: unravel(jnp.asarray(x, flat.dtype))

@@ -66,7 +66,7 @@ class _View:
             outer = lambda u, v: (u[:, None] + v[None]).reshape(-1, *u.shape[1:])
             log_weights = outer(log_weights, to64(c.log_weights))
             mean = outer(mean, to64(c.means) @ a.T)
-            cov = outer(cov, a @ to64(c.covariances) @ a.T)
+            cov = outer(cov, _sandwich(a, c))
         low = np.linalg.cholesky(cov)
         self.inverse_root = np.linalg.inv(low)
         self.mean = mean
@@ -95,6 +95,14 @@ class _View:
         order = np.argsort(np.argsort(own))  # kept axes are in the order of the sources
         sort = lambda a: np.moveaxis(a, order, range(len(own)))
         return jax.tree.map(lambda a: sort(fold(a)), over_tuples)
+
+
+def _sandwich(a: np.ndarray, c: Components) -> np.ndarray:
+    """`A C_k Aᵀ` in float64; by roots where they are known, so that no rounding leaves it below zero."""
+    if c.roots is None:
+        return a @ np.asarray(c.covariances, np.float64) @ a.T
+    half = a @ np.asarray(c.roots, np.float64)
+    return half @ half.swapaxes(1, 2)
 
 
 def _whiten(y, root, shift, constant):

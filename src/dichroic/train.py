@@ -77,7 +77,7 @@ def evidence_gain(
     x = jnp.asarray(samples).reshape(-1, *samples.shape[2:])
     total = np.zeros(draws * n)
     for i in range(repeats):
-        levels, z = _noise(old, x, jax.random.fold_in(key, i), sigma_min)
+        levels, z = _noise(old.scale, x, jax.random.fold_in(key, i), sigma_min)
         gains = lambda *rows: _gains(old, new, *rows, sigma_min)
         total += in_batches(gains, _BATCH, x, levels, z)
     gains = total.reshape(draws, n).mean(axis=0) / repeats
@@ -90,12 +90,12 @@ def is_gain(gain: float, error: float) -> bool:
 
 
 @eqx.filter_jit
-def _noise(old: Denoiser, x: Array, key: PRNGKeyArray, sigma_min: float) -> tuple[Array, Array]:
+def _noise(scale: Array, x: Array, key: PRNGKeyArray, sigma_min: float) -> tuple[Array, Array]:
     """A noise level for each row of `x`, evenly spread, and white noise."""
     key_level, key_order, key_noise = jax.random.split(key, 3)
     size, span = x.shape[0], np.log(_TOP) - jnp.log(sigma_min)
     even = (jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size
-    sigma = old.scale * sigma_min * jnp.exp(span * jax.random.permutation(key_order, even))
+    sigma = scale * sigma_min * jnp.exp(span * jax.random.permutation(key_order, even))
     return sigma, jax.random.normal(key_noise, x.shape)
 
 
@@ -134,6 +134,8 @@ def train_denoiser(
         steps = np.arange(start, min(start + _BLOCK, config.steps))
         carry, losses = block(carry, frozen, fixed, data, key, steps, config, sigma_min)
         loss = float(np.mean(losses))
+        if not math.isfinite(loss):  # nor will it be again
+            break
         if progress:
             progress(int(steps[-1]) + 1, config.steps)
     network = eqx.combine(*layout.here((carry[1], frozen)))
@@ -188,8 +190,8 @@ def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> Pr
     if isinstance(denoiser, Preconditioned):
         return denoiser
     assert isinstance(denoiser, Mixture)
-    make = eqx.filter_jit(lambda k: fresh_network(denoiser.shape, config.diffusion, k))
-    return Preconditioned(denoiser, make(key), covariance=config.diffusion.covariance)
+    network = _compiled_network(denoiser.shape, config.diffusion, key)
+    return Preconditioned(denoiser, network, covariance=config.diffusion.covariance)
 
 
 def fresh_network(shape: Shape, c: DiffusionConfig, key: PRNGKeyArray) -> Mlp | UNet:
@@ -206,3 +208,6 @@ def fresh_network(shape: Shape, c: DiffusionConfig, key: PRNGKeyArray) -> Mlp | 
         c.spatial_axes or None,
         key=key,
     )
+
+
+_compiled_network = eqx.filter_jit(fresh_network)

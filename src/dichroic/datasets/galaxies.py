@@ -30,6 +30,7 @@ from dichroic.datasets.remote import find_file
 from dichroic.errors import DataError
 from dichroic.noise import StationaryNoise
 from dichroic.operators import Convolve, Diagonal, Identity, Operator, Scale
+from dichroic.optional import library
 from dichroic.problem import View
 
 SIZE, BLOCK, PIXEL = 32, 2, 0.06  # pixels across, of the file averaged into one, arcseconds
@@ -92,11 +93,7 @@ def _opened(name: str, data_dir: str | Path | None):
             f"no galaxies/{name}.fits in the data folder (--data-dir, or the variable DICHROIC_DATA); the stamps "
             "come with GalSim and the Blending ToolKit"
         )
-    try:
-        from astropy.io import fits
-    except ImportError as error:
-        raise DataError("FITS files need astropy: pip install 'dichroic[astronomy]'") from error
-    return fits.open(path)
+    return library("astropy.io.fits", "astronomy", f"reading {path.name!r}").open(path)
 
 
 def load_galaxies(data_dir: str | Path | None = None) -> tuple[Galaxies, Camera]:

@@ -21,6 +21,7 @@ import numpy as np
 from dichroic.datasets.remote import RemoteFile, fetch, find_file
 from dichroic.errors import DataError
 from dichroic.operators import BlockAverage, Identity, Operator, Scale
+from dichroic.optional import library
 from dichroic.problem import Problem, Source, View
 
 SIZE = 28
@@ -58,10 +59,7 @@ def load_mnist(
 
 def load_photographs(data_dir: str | Path | None = None) -> list[np.ndarray]:
     """Photographs of grass as grey images in [0, 1]."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError("photographs need pillow: pip install 'dichroic[images]'") from error
+    pictures = library("PIL.Image", "images", "a photograph")
     found = [p for name in PHOTOGRAPHS if (p := find_file(name, data_dir))]
     if not found:
         try:
@@ -72,7 +70,7 @@ def load_photographs(data_dir: str | Path | None = None) -> list[np.ndarray]:
                 "pip install 'dichroic[images]'"
             ) from error
         return [np.asarray(data.grass(), np.float32) / 255]
-    return [np.asarray(Image.open(p).convert("L"), np.float32) / 255 for p in found]
+    return [np.asarray(pictures.open(p).convert("L"), np.float32) / 255 for p in found]
 
 
 def grass_patches(

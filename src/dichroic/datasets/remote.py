@@ -1,17 +1,13 @@
 """Files that a data set needs: in a folder of the user's, or fetched once and kept."""
 
-import hashlib
 import os
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from dichroic.datasets.download import Patience, download
 from dichroic.errors import DataError
-from dichroic.files import write_atomic
 
 DATA_VARIABLE = "DICHROIC_DATA"
-_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -36,31 +32,26 @@ def find_file(name: str, data_dir: str | Path | None = None) -> Path | None:
     return next((p for d in data_folders(data_dir) if (p := d / name).is_file()), None)
 
 
-def fetch(file: RemoteFile, data_dir: str | Path | None = None) -> Path:
+def fetch(
+    file: RemoteFile, data_dir: str | Path | None = None, *, patience: Patience | None = None
+) -> Path:
     """The path of `file`, which is fetched and kept if it is not there.
 
-    Raises `DataError` where it cannot be fetched or is not what it should be. A file of the user's own is
-    taken as it is.
+    Raises `DataError` where it cannot be fetched or is not what it should be; what has come of it by then is
+    kept, and the next call goes on from there. A file of the user's own is taken as it is.
     """
     found = find_file(file.name, data_dir)
     if found:
         return found
-    target = data_folders(data_dir)[-1] / file.name
-    advice = f"put it in a folder and give that as --data-dir or as the variable {DATA_VARIABLE}"
+    folders = data_folders(data_dir)
+    target = folders[-1] / file.name
     try:
-        with urllib.request.urlopen(file.url, timeout=_SECONDS) as answer:
-            content = answer.read(file.size + 1)
-    except (OSError, urllib.error.URLError) as error:
-        raise DataError(
-            f"{file.name} is not in {', '.join(map(str, data_folders(data_dir)))}, and could not be "
-            f"fetched from {file.url} ({error}); {advice}"
-        ) from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != file.sha256:
-        raise DataError(
-            f"{file.url} is not what it was: {len(content):,} bytes with SHA-256 {digest}, expected "
-            f"{file.sha256}; nothing was kept. If you have {file.name}, {advice}"
+        download(
+            file.url, target, size=file.size, sha256=file.sha256, patience=patience or Patience()
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(target, content)
+    except DataError as error:
+        raise DataError(
+            f"{file.name} is not in {', '.join(map(str, folders))}: {error}. If you have it, put it in a "
+            f"folder and give that as --data-dir or as the variable {DATA_VARIABLE}"
+        ) from error
     return target

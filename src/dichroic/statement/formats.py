@@ -4,7 +4,6 @@ Each reader takes a path and a key, and returns an array. It needs the library t
 extras install: astropy (`astronomy`), pillow (`images`), soundfile (`audio`), obspy (`seismology`).
 """
 
-import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from dichroic.errors import DataError
 from dichroic.limits import check_array
+from dichroic.optional import library
 from dichroic.statement.values import available
 
 Reader = Callable[[Path, str | None], np.ndarray]
@@ -118,13 +118,7 @@ def _no_key(path: Path, key: str | None) -> None:
 
 
 def _library(name: str, extra: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = {"astropy.io.fits": "astropy", "PIL.Image": "pillow"}.get(name, name)
-        raise DataError(
-            f"reading {path.name!r} needs {package}: pip install 'dichroic[{extra}]'"
-        ) from error
+    return library(name, extra, f"reading {path.name!r}")
 
 
 READERS: dict[str, Reader] = {

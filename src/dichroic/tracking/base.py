@@ -76,11 +76,12 @@ def following(tracker: Tracker, about: dict[str, Any]) -> Iterator[None]:
 
 
 class Clock:
-    """Hands progress on to a tracker, and adds up the seconds of the parts of a lap."""
+    """Hands progress on to a tracker, adds up the seconds of the parts of a lap, and counts what happens."""
 
     def __init__(self, tracker: Tracker | None = None) -> None:
         self._tracker: Tracker = tracker or Silent()
         self._spent: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
 
     def progress(self, what: str, done: int, total: int) -> None:
         """`done` of `total` steps of `what` are finished."""
@@ -95,7 +96,12 @@ class Clock:
         finally:
             self._spent[part] = self._spent.get(part, 0.0) + time.perf_counter() - began
 
+    def count(self, what: str) -> None:
+        """It happened once more that `what`."""
+        self._counts[what] = self._counts.get(what, 0) + 1
+
     @property
     def metrics(self) -> dict[str, float]:
-        """`seconds_<part>` of every part."""
-        return {f"seconds_{part}": round(seconds, 3) for part, seconds in self._spent.items()}
+        """`seconds_<part>` of every part, and what happened how often."""
+        spent = {f"seconds_{part}": round(seconds, 3) for part, seconds in self._spent.items()}
+        return {**self._counts, **spent}

@@ -1,0 +1,8 @@
+"""`python -m dichroic`: the command line."""
+
+import sys
+
+from dichroic.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Whether numbers are numbers: what guards ask before they let something go on."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def finite(tree: Any) -> bool:
+    """Whether no number in the arrays of `tree` is NaN or infinite."""
+    leaves = (np.asarray(a) for a in jax.tree.leaves(tree) if hasattr(a, "dtype"))
+    return all(np.all(np.isfinite(a)) for a in leaves if np.issubdtype(a.dtype, np.inexact))
