@@ -350,7 +350,7 @@ def _training_draws(
         [partial(draw_some, i) for i in range(len(views))],
         model=fingerprint(about),
         memory=data.memory,
-        seed=config.seed,
+        seed=int(jax.random.randint(key, (), 0, 2**31 - 1)),
         progress=clock.progress,
     )
 
