@@ -1,6 +1,8 @@
 """Shared fixtures; annotations of the numerical core are checked at run time while the tests run."""
 
+import gc
 import os
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -14,6 +16,19 @@ CORE += ("mixture_step", "mixture_sums", "operator_em", "woodbury")
 
 if os.environ.get("DICHROIC_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"dichroic.{m}" for m in CORE], "beartype.beartype")
+
+
+MOST_MAPPINGS = 20_000  # of memory: Linux allows a process 65,530, and every compiled program takes some
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """Programs of earlier modules are let go of when there are many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -74,10 +74,10 @@ def main(out: str) -> None:
     found["network"] = np.asarray(jax.vmap(lambda u: trained(u, 0.5))(x))
     settings = {
         "mixture": {"components": 2, "steps": 3, "laps": 2, "final_laps": 2, "gaussian_laps": 2},
-        "polish": 2,
         "diffusion": {"laps": 0},
     }
-    state, _ = fit(stated, FitConfig.from_dict(settings))
+    both = Problem(stated.sources, stated.views[1:])
+    state, _ = fit(both, FitConfig.from_dict(settings))
     for name, mixture in state.best.items():
         found[f"mean/{name}"] = np.asarray(mixture.location)
         found[f"covariance/{name}"] = np.asarray(mixture.covariances())

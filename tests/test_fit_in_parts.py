@@ -28,6 +28,7 @@ from dichroic.statement import load_problem
 from dichroic.store import Job, finished_blocks
 
 N, M, D, BLOCK = 150, 2, 3, 64
+MEMORY = 2**36  # a test process may hold much
 FIT = {
     "mixture": {"components": 2, "steps": 3, "laps": 2, "final_laps": 2, "gaussian_laps": 2},
     "polish": 2,
@@ -101,7 +102,7 @@ def test_numbers_of_what_is_true(rng):
 
 def test_blocks_are_the_observations_in_memory(stated, in_blocks):
     problem, config = loaded(stated), FitConfig()
-    whole, parts = prepare(problem, config), prepare(problem, config, memory=2**31)
+    whole, parts = prepare(problem, config), prepare(problem, config, memory=MEMORY)
     for one, other in zip(whole.train, parts.train, strict=True):
         assert isinstance(other, StoredDataset)
         assert (one.count, one.size, one.sources) == (other.count, other.size, other.sources)
@@ -124,7 +125,7 @@ def test_blocks_are_the_observations_in_memory(stated, in_blocks):
 def test_a_fit_in_blocks_is_that_in_memory(stated, in_blocks, tmp_path):
     problem, config = loaded(stated), FitConfig.from_dict(FIT)
     whole, _ = fit(problem, config)
-    parts, rows = fit(problem, config, out=tmp_path / "run", memory=2**31)
+    parts, rows = fit(problem, config, out=tmp_path / "run", memory=MEMORY)
     assert parts.phase == "done"
     assert {r["phase"] for r in rows} == {"mixture", "polish", "diffusion"}
     assert not (tmp_path / "run" / "draws").exists()
@@ -138,7 +139,7 @@ def test_draws_on_disk_are_those_in_memory_and_are_not_drawn_twice(stated, in_bl
     problem, config = loaded(stated), FitConfig()
     known = {"line": prior(1), "ring": prior(2)}
     whole = prepare(problem, config)
-    views = prepare(problem, config, memory=2**31).train
+    views = prepare(problem, config, memory=MEMORY).train
     key, calls = jax.random.key(3), []
 
     def some(obs, first):
@@ -208,7 +209,7 @@ def test_a_network_learns_the_same_from_windows_that_hold_all(stated, in_blocks,
     problem, config = loaded(stated), FitConfig.from_dict(FIT)
     known = {"line": prior(1), "ring": prior(2)}
     whole = prepare(problem, config)
-    parts = prepare(problem, config, memory=2**31, scratch=tmp_path)
+    parts = prepare(problem, config, memory=MEMORY, scratch=tmp_path)
     from dichroic.em import State
 
     at = State(phase="diffusion", current=known, best=known)
@@ -225,7 +226,7 @@ def test_several_processes_need_a_folder_in_common(stated, monkeypatch):
     monkeypatch.setattr(layout, "processes", lambda: 2)
     monkeypatch.setattr(layout, "exchange", lambda content: [content] * 2)
     with pytest.raises(RunError, match="a run folder in common"):
-        fit(loaded(stated), FitConfig(), memory=2**31)
+        fit(loaded(stated), FitConfig(), memory=MEMORY)
 
 
 def words(folder, out, *more):
@@ -238,7 +239,7 @@ def test_a_fit_in_blocks_goes_on_after_a_kill(stated):
         command = [sys.executable, "-m", "dichroic.cli", *words(stated, out, *more)]
         return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
-    fit(loaded(stated), FitConfig.from_dict(FIT), out=stated / "whole", memory=2**31)
+    fit(loaded(stated), FitConfig.from_dict(FIT), out=stated / "whole", memory=MEMORY)
     killed = start("killed")
     finished = stated / "killed" / "draws" / "0.zarr" / "finished" / "c" / "0"
     until = time.monotonic() + 120

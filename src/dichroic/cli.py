@@ -237,10 +237,11 @@ def _fit(args: argparse.Namespace) -> None:
     config = _config(args, section)
     if not (args.resume and (args.out / "run.json").exists()):  # which were checked when it began
         bar = Console() if layout.is_first() else Silent()
-        layout.each(partial(check_values, problem, progress=partial(bar.progress, "checked")))
+        check_values(problem, progress=partial(bar.progress, "observations checked"))
     separator = Separator(problem, config)
     if not layout.is_first():  # another process speaks, and keeps the files
         separator.fit(args.out, resume=args.resume, progress=False, **stored)
+        layout.each(lambda: None)  # until its report is written
         return
     warnings = identifiability(problem).warnings
     for warning in warnings:
@@ -252,6 +253,7 @@ def _fit(args: argparse.Namespace) -> None:
             args.out, separator=separator, metrics=separator.metrics, warnings=warnings
         )
         print(f"report: {page}")
+    layout.each(lambda: None)
 
 
 def _separate(args: argparse.Namespace) -> None:

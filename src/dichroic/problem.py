@@ -8,9 +8,11 @@ the views into the `Observations` that the rest of the package computes with.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from dichroic import layout
 from dichroic.errors import DataError, ShapeError
 from dichroic.fingerprint import fingerprint
 from dichroic.noise import JointNoise
@@ -209,24 +211,30 @@ def check_values(
     Args:
         problem: of views in files or in memory.
         block_rows: observations to read at a time; by default as many as take 16 MiB.
-        progress: called with the observations that are done and the number of all.
+        progress: called with the observations that are done and the number of all of this process.
 
     Raises:
         DichroicError: at the first block with a fault; the message says which observations it is of.
     """
     stored = [v for v in problem.views if v.head.count < v.count]
-    done, total = 0, sum(v.count for v in stored)
-    for view in stored:
-        rows = block_rows or max(BLOCK_BYTES // bytes_each(view.head), 1)
-        nothing = True
-        for start in range(0, view.count, rows):
-            stop = min(start + rows, view.count)
+    own = [layout.share(v.count) for v in stored]
+    done, total = 0, sum(stop - first for first, stop in own)
+
+    def observed(view: AnyView, first: int, last: int) -> int:
+        """How many blocks of those of this process have something that was observed."""
+        nonlocal done
+        rows, found = block_rows or max(BLOCK_BYTES // bytes_each(view.head), 1), 0
+        for start in range(first, last, rows):
+            stop = min(start + rows, last)
             with numbering(start, stop):
-                nothing &= view.select(slice(start, stop)).nothing_observed
+                found += not view.select(slice(start, stop)).nothing_observed
             done += stop - start
             if progress:
                 progress(done, total)
-        if nothing:
+        return found
+
+    for view, span in zip(stored, own, strict=True):
+        if not layout.total(layout.each(partial(observed, view, *span))):
             raise _nothing_observed(view)
 
 
