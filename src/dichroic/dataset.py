@@ -222,12 +222,15 @@ def stored_dataset(views: Sequence[AnyView], mask: np.ndarray, memory: int) -> S
 
 
 def rows_within(memory: int, views: Sequence[AnyView]) -> int:
-    """How many observations of co-observed `views` are learned from at a time, within `memory` bytes."""
+    """How many observations of co-observed `views` are learned from at a time, within `memory` bytes.
+
+    A power of two, so that little more or less memory in use does not change what a fit that is resumed gives.
+    """
     obs = joint_observations([view.select(slice(0, 1)) for view in views])
     own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(obs)[0], eqx.is_array)))
     each = bytes_each(1, sum(obs.dims.values()), own)
     held = int(resident_memory() * 2**20)
-    return block_size(memory, held, each, views[0].count)
+    return 1 << block_size(memory, held, each, views[0].count).bit_length() - 1
 
 
 def shared_out(views: Sequence[Observations]) -> tuple[Observed, ...]:
