@@ -18,7 +18,7 @@ if os.environ.get("DICHROIC_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"dichroic.{m}" for m in CORE], "beartype.beartype")
 
 
-MOST_MAPPINGS = 20_000  # of memory: Linux allows a process 65,530, and every compiled program takes some
+MOST_MAPPINGS = 20_000  # of memory, of which programs take some: Linux allows 65,530
 
 
 @pytest.fixture(scope="module", autouse=True)

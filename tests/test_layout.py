@@ -55,38 +55,28 @@ def ended(processes, timeout=240):
     return [(*p.communicate(timeout=timeout)[::-1], p.returncode)[::-1] for p in processes]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder, found = tmp_path_factory.mktemp("layouts"), {}
+def test_draws_are_the_same_bits_and_parameters_equal_to_rounding_in_every_layout(tmp_path):
+    found = {}
     for name, (processes, devices) in LAYOUTS.items():
-        out = folder / f"{name}.npz"
+        out = tmp_path / f"{name}.npz"
         for status, _, errors in ended(start([WORKER, out], processes, devices)):
             assert status == 0, errors
         with np.load(out) as archive:
             found[name] = dict(archive)
         assert list(found[name].pop("layout")) == [processes, processes * devices]
-    return found
-
-
-@pytest.mark.parametrize("name", list(LAYOUTS)[1:])
-def test_draws_are_the_same_bits_in_every_layout(results, name):
-    keys = [k for k in results[name] if k.startswith(("exact/", "walk/"))]
+    one = found.pop("one")
+    keys = [k for k in one if k.startswith(("exact/", "walk/"))]
     assert len(keys) == 4
-    for key in keys:
-        assert results["one"][key].std() > 0.1
-        np.testing.assert_array_equal(results[name][key], results["one"][key])
-
-
-@pytest.mark.parametrize("name", list(LAYOUTS)[1:])
-def test_parameters_are_equal_to_rounding_in_every_layout(results, name):
-    one = results["one"]
-    np.testing.assert_allclose(results[name]["loss"], one["loss"], rtol=1e-4)
-    np.testing.assert_allclose(results[name]["network"], one["network"], atol=1e-3)
-    for source in ("line", "ring"):
-        for what in ("mean", "covariance"):
+    for other in found.values():
+        for key in keys:
+            assert one[key].std() > 0.1
+            np.testing.assert_array_equal(other[key], one[key])
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+        np.testing.assert_allclose(other["network"], one["network"], atol=1e-3)
+        for source in ("line", "ring"):
             scale = np.abs(one[f"covariance/{source}"]).max()
-            got, want = results[name][f"{what}/{source}"], one[f"{what}/{source}"]
-            np.testing.assert_allclose(got, want, atol=1e-3 * scale)
+            for key in (f"mean/{source}", f"covariance/{source}"):
+                np.testing.assert_allclose(other[key], one[key], atol=1e-3 * scale)
 
 
 @pytest.fixture(scope="module")
