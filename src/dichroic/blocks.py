@@ -45,6 +45,11 @@ def shard_blocks(blocks: int, shard: tuple[int, int]) -> list[int]:
     return list(range(shard[0] - 1, blocks, shard[1]))
 
 
+def spans(count: int, chunk: int) -> list[tuple[int, int]]:
+    """`(start, stop)` of `count` observations, `chunk` at a time."""
+    return [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+
+
 def bytes_each(n_draws: int, source_numbers: int, view_numbers: int) -> int:
     """The bytes that one observation needs while it is separated (see above)."""
     return 4 * (COPIES * (n_draws + 2) * source_numbers + COPIES_OF_VIEW * view_numbers)

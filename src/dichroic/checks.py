@@ -17,6 +17,7 @@ import numpy as np
 
 from dichroic.batching import split, take
 from dichroic.errors import DataError, ShapeError
+from dichroic.finite import finite
 from dichroic.noise import (
     DenseNoise,
     DiagonalNoise,
@@ -56,9 +57,8 @@ def check_rows(counts: set[int], n: int, what: str) -> None:
 
 def check_finite(tree: Any, what: str) -> None:
     """Raise a `DataError` if an array in `tree` holds NaN or infinity."""
-    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)):
-        if not np.all(np.isfinite(leaf)):
-            raise DataError(f"{what} contains NaN or infinite values")
+    if not finite(eqx.filter(tree, eqx.is_array)):
+        raise DataError(f"{what} contains NaN or infinite values")
 
 
 def check_real(array: Any, what: str) -> None:

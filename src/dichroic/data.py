@@ -60,18 +60,17 @@ def prepare(
             train.append(joint_observations(kept))
         else:
             mask = held_out(views, config.holdout, seed)
-            kept = held = [
-                v.select(Numbers(mask if mask.any() else ~mask).spread(SCORED)) for v in views
-            ]
+            scored = Numbers(mask if mask.any() else ~mask).spread(SCORED)
+            kept = held = [v.select(scored) for v in views]
             train.append(stored_dataset(views, ~mask, memory))
         test.append(held if held[0].count else kept)
     names = tuple("+".join(v.name for v in views) for views in groups)
     order = config.order or learning_order(train)
     _check_order(order, problem.names, dict(zip(names, train, strict=True)))
-    scored = shared_out([joint_observations(views) for views in test])
+    judged = shared_out([joint_observations(views) for views in test])
     shared = shared_out(train) if memory is None else tuple(train)
     truth = tuple(map(_truth, test))
-    return Data(shared, scored, truth, names, order, memory or 0, scratch or Path())
+    return Data(shared, judged, truth, names, order, memory or 0, scratch or Path())
 
 
 def _truth(views: Sequence[View]) -> dict[str, np.ndarray]:

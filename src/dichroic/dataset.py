@@ -12,7 +12,7 @@ import numpy as np
 
 from dichroic import layout
 from dichroic.batching import split, take
-from dichroic.blocks import block_size, bytes_each
+from dichroic.blocks import block_size, bytes_each, spans
 from dichroic.errors import DataError
 from dichroic.machine import resident_memory
 from dichroic.observations import Observations, Observed
@@ -26,36 +26,58 @@ _PAGE = 65536  # entries of a mask that are counted together
 Tree = TypeVar("Tree")
 
 
+class _Shared:
+    """What is the same wherever the observations are; `like` are some that are as all of them."""
+
+    @property
+    def like(self) -> Observations:
+        """Some of the observations, or all."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """The number of entries of one observation."""
+        return self.like.size
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources seen."""
+        return self.like.sources
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The number of entries of each source."""
+        return self.like.dims
+
+    @property
+    def operators(self) -> Mapping[str, Operator]:
+        """The operators of some of the observations."""
+        return self.like.operators
+
+    def total(self, work: Callable[[], Tree]) -> Tree:
+        """The sum of what `work` finds in every process."""
+        return layout.total(layout.each(work))
+
+    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """The rows of all processes."""
+        return layout.gathered(rows, axis)
+
+
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(_Shared):
     """Observations in memory that processes share (`observations.Observed`)."""
 
     whole: Observations
 
     @property
+    def like(self) -> Observations:
+        """All of them."""
+        return self.whole
+
+    @property
     def count(self) -> int:
         """The number of observations."""
         return self.whole.count
-
-    @property
-    def size(self) -> int:
-        """The number of entries of one observation."""
-        return self.whole.size
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names of the sources seen."""
-        return self.whole.sources
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """The number of entries of each source."""
-        return self.whole.dims
-
-    @property
-    def operators(self) -> Mapping[str, Operator]:
-        """The operators of some of the observations."""
-        return self.whole.operators
 
     @property
     def first(self) -> int:
@@ -73,14 +95,6 @@ class Dataset:
     def some(self, count: int) -> Observations:
         """`count` of them, evenly spread, or all."""
         return self.whole.some(count)
-
-    def total(self, work: Callable[[], Tree]) -> Tree:
-        """The sum of what `work` finds in every process."""
-        return layout.total(layout.each(work))
-
-    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
-        """The rows of all processes."""
-        return layout.gathered(rows, axis)
 
     def at(self, operators: Parameters) -> "Dataset":
         """With the numbers of operators that are learned replaced by `operators`."""
@@ -121,7 +135,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class StoredDataset:
+class StoredDataset(_Shared):
     """Observations in files: those of co-observed `views` that have `numbers`, read `block` at a time.
 
     A block is of one process.
@@ -138,34 +152,15 @@ class StoredDataset:
         return self.numbers.count
 
     @cached_property
-    def _one(self) -> Observations:
+    def like(self) -> Observations:
+        """The first of them."""
         return self.head(1)
 
-    @property
-    def size(self) -> int:
-        """The number of entries of one observation."""
-        return self._one.size
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names of the sources seen."""
-        return self._one.sources
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """The number of entries of each source."""
-        return self._one.dims
-
-    @property
-    def operators(self) -> Mapping[str, Operator]:
-        """The operators of the first observation."""
-        return self._one.operators
-
-    @property
+    @cached_property
     def own(self) -> list[tuple[int, int, int]]:
         """`(number, start, stop)` of each block of this process."""
-        every = range(*layout.share(-(-self.count // self.block)))
-        return [(i, i * self.block, min((i + 1) * self.block, self.count)) for i in every]
+        every = [(i, *span) for i, span in enumerate(spans(self.count, self.block))]
+        return every[slice(*layout.share(len(every)))]
 
     @property
     def first(self) -> int:
@@ -184,14 +179,6 @@ class StoredDataset:
     def some(self, count: int) -> Observations:
         """`count` of them, evenly spread, or all."""
         return self._at(self.numbers.spread(count))
-
-    def total(self, work: Callable[[], Tree]) -> Tree:
-        """The sum of what `work` finds in every process."""
-        return layout.total(layout.each(work))
-
-    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
-        """The rows of all processes."""
-        return layout.gathered(rows, axis)
 
     def at(self, operators: Parameters) -> "StoredDataset":
         """With the numbers of operators that are learned replaced by `operators`."""
@@ -226,11 +213,17 @@ def rows_within(memory: int, views: Sequence[AnyView]) -> int:
 
     A power of two, so that little more or less memory in use does not change what a fit that is resumed gives.
     """
-    obs = joint_observations([view.select(slice(0, 1)) for view in views])
-    own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(obs)[0], eqx.is_array)))
-    each = bytes_each(1, sum(obs.dims.values()), own)
-    held = int(resident_memory() * 2**20)
-    return 1 << block_size(memory, held, each, views[0].count).bit_length() - 1
+    one = joint_observations([view.select(slice(0, 1)) for view in views])
+    return 1 << observations_within(memory, one, views[0].count).bit_length() - 1
+
+
+def observations_within(
+    memory: int, one: Observations, count: int, *, n_draws: int = 1, shards: int = 1
+) -> int:
+    """How many of `count` observations like `one` fit in `memory` bytes with what the process holds already."""
+    own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(one)[0], eqx.is_array)))
+    each = bytes_each(n_draws, sum(one.dims.values()), own)
+    return block_size(memory, int(resident_memory() * 2**20), each, count, shards)
 
 
 def shared_out(views: Sequence[Observations]) -> tuple[Observed, ...]:

@@ -107,15 +107,12 @@ def _fill(
     path: Path, job: Job, obs: StoredDataset, draw: Draw, progress: Callable[[int, int], None]
 ) -> None:
     """Draw and write the blocks of this process that are missing."""
-    done = set(finished_blocks(path).finished)
+    done, first, last = set(finished_blocks(path).finished), obs.first, obs.own[-1][2]
     for block, start, stop in obs.own:
         if block not in done:
-            write_block(path, job, block, _named(draw(obs.read(start, stop), start)))
-        progress(stop - obs.first, obs.own[-1][2] - obs.first)
-
-
-def _named(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"draws/{k}": x for k, x in draws.items()}
+            draws = draw(obs.read(start, stop), start)
+            write_block(path, job, block, {f"draws/{k}": x for k, x in draws.items()})
+        progress(stop - first, last - first)
 
 
 def _begin(path: Path, job: Job) -> bytes:

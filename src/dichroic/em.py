@@ -321,11 +321,23 @@ def _own_draws(
     say = partial(clock.progress, f"E-step {name}")
     for first, block in numbered(obs):
         options = {"n_draws": n_draws, "first_index": first, "progress": say}
-        draws = draw(current, block, key, config, **options)
-        check_draws(name, block, draws, current)
-        for source, x in draws.x.items():
+        for source, x in _checked_draws(current, block, name, key, config, **options).items():
             found.setdefault(source, []).append(x)
     return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
+
+
+def _checked_draws(
+    current: Denoisers,
+    obs: Observations,
+    name: str,
+    key: PRNGKeyArray,
+    config: FitConfig,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """Draws of each source for some observations of the view `name`; raises `RunError` unless they are finite."""
+    draws = draw(current, obs, key, config, **options)
+    check_draws(name, obs, draws, current)
+    return draws.x
 
 
 def _training_draws(
@@ -338,9 +350,8 @@ def _training_draws(
         return {source: x[0] for source, x in drawn.items()}
 
     def draw_some(i: int, obs: Observations, first: int) -> dict[str, np.ndarray]:
-        draws = draw(current, obs, jax.random.fold_in(key, i), config, first_index=first)
-        check_draws(data.names[i], obs, draws, current)
-        return draws.x
+        at = jax.random.fold_in(key, i)
+        return _checked_draws(current, obs, data.names[i], at, config, first_index=first)
 
     about = (current, [obs.parameters for obs in views], config.to_dict(), jax.random.key_data(key))
     return draw_to_disk(

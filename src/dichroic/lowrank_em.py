@@ -15,7 +15,6 @@ Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall e
 over pairs of components that are in a tuple together. No matrix of D × D numbers is formed.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from dichroic.denoise import Mixture
 from dichroic.lowrank import Columns, LowRankView, moments, products
 from dichroic.mixture_step import ascend
 from dichroic.noise import Noise
-from dichroic.observations import Observations, Observed, groups, is_shared
+from dichroic.observations import Observations, Observed, every_block, groups, is_shared
 from dichroic.posterior import EXACT_LIMIT
 from dichroic.tracking import Clock
 
@@ -92,8 +91,7 @@ def low_rank_lap(
         step = partial(maximise_low_rank, least=config.floor, textbook=textbook)
         return {**mixtures, **{n: step(mixtures[n], found[n]) for n in names}}
 
-    blocks = lambda: itertools.chain.from_iterable(obs.blocks() for obs in views)
-    own = lambda mixtures: _added(low_rank_statistics(mixtures, obs) for obs in blocks())
+    own = lambda mixtures: _added(low_rank_statistics(mixtures, o) for o in every_block(views))
     evaluate = lambda mixtures: views[0].total(partial(own, mixtures))
     options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
     mixtures, value = ascend(dict(mixtures), evaluate, update, **options)

@@ -7,9 +7,8 @@ Components are grown by splitting: each becomes two, apart along its principal a
 far faster than a random start of all of them.
 """
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import equinox as eqx
@@ -33,7 +32,7 @@ from dichroic.lowrank import low_rank_log_evidence
 from dichroic.lowrank_em import initial_low_rank, low_rank_lap, mean_gain
 from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.mixture_sums import Statistics, chunks, pairs, sum_over, view_statistics
-from dichroic.observations import Observations, Observed, is_shared
+from dichroic.observations import Observations, Observed, every_block, is_shared
 from dichroic.posterior import EXACT_LIMIT
 from dichroic.shared import shared_log_evidence, shared_statistics
 from dichroic.tracking import Clock
@@ -123,11 +122,6 @@ def statistics(
         total = found if total is None else total + found
     assert total is not None
     return total
-
-
-def every_block(views: Iterable[Observed]) -> Iterator[Observations]:
-    """The blocks of all `views`."""
-    return itertools.chain.from_iterable(obs.blocks() for obs in views)
 
 
 def mean_log_evidence(

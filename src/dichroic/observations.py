@@ -4,8 +4,9 @@ Everything that computes takes this, not a `View`: it is an argument of the jitt
 data of the same shapes never recompile. Views of the same draws are already stacked here.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -173,6 +174,11 @@ class Observations(eqx.Module):
         """The same observation with `y` drawn anew from the sources `x`."""
         noise = self.noise.observed(self.size) * self.noise.sample(key, self.size)
         return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
+
+
+def every_block(views: Iterable[Observed]) -> Iterator[Observations]:
+    """The blocks of all `views`."""
+    return itertools.chain.from_iterable(obs.blocks() for obs in views)
 
 
 def numbered(obs: Observed) -> Iterator[tuple[int, Observations]]:

@@ -82,8 +82,7 @@ def fit(
         state, rows = agreed(begin), [row for folder in folders for row in folder.rows]
         record = folders[0].record if folders else lambda state, metrics: state
         state, rows = _run(state, rows, data, config, tracker, record)
-        for folder in folders:
-            folder.flush()
+        if folders:
             event("finished", laps=state.total, seconds=round(state.seconds, 3))
         return state, rows
 
@@ -107,6 +106,8 @@ def _scratch(out: str | Path | None) -> Iterator[Path]:
 
 def _check_alike(problem: Problem, config: FitConfig) -> None:
     """Raise `RunError` unless all processes are to fit the same."""
+    if layout.processes() == 1:  # there is nothing to hash all for
+        return
     said = layout.exchange(f"{problem.fingerprint()} {config.to_dict()}".encode())
     if len(set(said)) > 1:
         raise RunError("the processes were given different problems or settings: give all the same")

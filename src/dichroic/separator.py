@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from dichroic.blocks import spans
 from dichroic.config import FitConfig, check_keys
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.drawing import draw, predictive_chi2
-from dichroic.errors import DataError, DichroicError, RunError, ShapeError
+from dichroic.errors import DataError, RunError, ShapeError
 from dichroic.files import write_atomic
 from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists, with_parameters
@@ -20,6 +21,7 @@ from dichroic.problem import Problem, View, check_view, joint_observations, name
 from dichroic.run import fit
 from dichroic.sample import draw_prior, make_sampler
 from dichroic.tracking import Tracker, as_tracker
+from dichroic.view import numbering
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,6 @@ def common_count(views: Sequence[Selectable]) -> int:
     if not counts[0]:
         raise DataError("there are no observations")
     return counts[0]
-
-
-def spans(count: int, chunk: int) -> list[tuple[int, int]]:
-    """`(start, stop)` of `count` observations, `chunk` at a time."""
-    return [(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 
 class Separator:
@@ -224,12 +221,9 @@ class Separator:
         first_index: int = 0,
     ) -> Separation:
         """What `separate` gives of the observations from `start` up to `stop` of co-observed `views` alone."""
-        try:
+        with numbering(start, stop):
             some = [v.select(slice(start, stop)) for v in views]
             return self.separate(some, n_draws=n_draws, seed=seed, first_index=first_index + start)
-        except DichroicError as error:
-            where = f"in observations {start} to {stop - 1} (numbered from 0 there)"
-            raise type(error)(f"{error}; {where}") from error
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws from the learned prior of `source`, `(n, *shape)`."""

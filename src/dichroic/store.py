@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from dichroic.errors import DataError, FormatError, RunError
+from dichroic.errors import FormatError, RunError
 from dichroic.files import write_atomic, writing
+from dichroic.optional import library
 from dichroic.records import read_json, understanding
 
 _VERSION = 1
@@ -190,10 +191,7 @@ def _write_chunk(folder: Path, about: _Array, block: int, size: int, values: np.
 
 def _create(path: Path, job: Job) -> None:
     """Make the whole group beside `path`, and rename it; another process may have been first."""
-    try:
-        import zarr
-    except ImportError as error:
-        raise DataError(f"writing {path.name} needs zarr: pip install 'dichroic[data]'") from error
+    zarr = library("zarr", "data", f"writing {path.name}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

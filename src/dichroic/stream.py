@@ -9,15 +9,12 @@ its number alone, so it does not matter which process does which block, nor in h
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import equinox as eqx
-import jax
 import numpy as np
 
-from dichroic.batching import split
-from dichroic.blocks import block_size, bytes_each, shard_blocks
+from dichroic.blocks import shard_blocks
+from dichroic.dataset import observations_within
 from dichroic.errors import RunError
 from dichroic.fingerprint import fingerprint
-from dichroic.machine import resident_memory
 from dichroic.operators.learned import with_parameters
 from dichroic.problem import joint_observations
 from dichroic.separator import Selectable, Separation, Separator, common_count, selectable
@@ -126,8 +123,6 @@ def job_of(
     obs = with_parameters(joint_observations(some[0]), separator.operators)
     shapes = {k: separator.denoisers[k].shape for k in obs.sources}
     if chunk is None:
-        own = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(split(obs)[0], eqx.is_array)))
-        each = bytes_each(n_draws, sum(obs.dims.values()), own)
-        chunk = block_size(memory, int(resident_memory() * 2**20), each, count, shard[1])
+        chunk = observations_within(memory, obs, count, n_draws=n_draws, shards=shard[1])
     model = fingerprint((separator.denoisers, separator.operators, separator.config.to_dict()))
     return Job(model, fingerprint((count, stated)), seed, n_draws, count, chunk, shapes)

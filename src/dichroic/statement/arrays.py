@@ -18,6 +18,7 @@ import numpy as np
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
 from dichroic.operators import Shape
+from dichroic.optional import library
 from dichroic.statement.formats import READERS
 from dichroic.statement.guard import (
     check_hdf5,
@@ -245,10 +246,7 @@ def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
 
 
 def _read_hdf5(path: Path, key: str | None, part: Part) -> np.ndarray:
-    try:
-        import h5py
-    except ImportError as error:
-        raise DataError(_needs("h5py", path)) from error
+    h5py = _library("h5py", path)
     with h5py.File(path, "r") as file:
         names: list[str] = []
         file.visititems(lambda k, v: names.append(f"/{k}") if isinstance(v, h5py.Dataset) else None)
@@ -275,10 +273,7 @@ def _rows_of(array: Any, rows: Rows | EllipsisType) -> np.ndarray:
 
 
 def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
-    try:
-        import zarr
-    except ImportError as error:
-        raise DataError(_needs("zarr", path)) from error
+    zarr = _library("zarr", path)
     node: Any = zarr.open(path, mode="r")
     if isinstance(node, zarr.Group):
         known = None if key is None or ".." in key else node.get(key.strip("/"))
@@ -294,8 +289,8 @@ def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
     return _rows_of(node, rows)
 
 
-def _needs(package: str, path: Path) -> str:
-    return f"reading {path.name!r} needs {package}: pip install 'dichroic[data]'"
+def _library(name: str, path: Path) -> Any:
+    return library(name, "data", f"reading {path.name!r}")
 
 
 _PART_READERS: dict[str, Callable[[Path, str | None, Part], np.ndarray]] = {
