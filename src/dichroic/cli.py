@@ -63,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("problem", type=Path, help="a problem file (YAML)")
     fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN, if any")
+    fit.add_argument(
+        "--start",
+        type=Path,
+        metavar="MODEL",
+        help="a run folder or saved model whose priors the diffusion laps start from",
+    )
     fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
     fit.add_argument(
         "--memory",
@@ -121,7 +127,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, default=Path("bench-out"))
     bench.add_argument("--data-dir", metavar="DIR", help="of mnist.npz and textures/grass.png")
     bench.add_argument("--quick", action="store_true", help="small presets, fewer observations")
-    bench.add_argument("--count", type=_positive, help="observations of each view to learn from")
+    sizes = {
+        "--count": "observations of each view to learn from (16384)",
+        "--held-out": "held-out observations of each view (2048)",
+        "--draws": "posterior draws of each (32)",
+    }
+    for name, text in sizes.items():
+        bench.add_argument(name, type=_positive, metavar="N", help=text)
 
     demo = add("demo", _demo, "fit and separate two embedded problems, with a table and reports")
     demo.add_argument("--out", type=Path, default=Path("demo-out"))
@@ -232,21 +244,21 @@ def _fit(args: argparse.Namespace) -> None:
 
     layout.join()
     trackers = [parse_tracker(text) for text in args.track if layout.is_first()]
-    stored = {} if args.memory is None else {"memory": args.memory}
-    problem, section = load_problem(args.problem, stored=bool(stored))
+    options = {"memory": args.memory, "start": args.start, "resume": args.resume}
+    problem, section = load_problem(args.problem, stored=args.memory is not None)
     config = _config(args, section)
     if not (args.resume and (args.out / "run.json").exists()):  # which were checked when it began
         bar = Console() if layout.is_first() else Silent()
         check_values(problem, progress=partial(bar.progress, "observations checked"))
     separator = Separator(problem, config)
     if not layout.is_first():  # another process speaks, and keeps the files
-        separator.fit(args.out, resume=args.resume, progress=False, **stored)
+        separator.fit(args.out, progress=False, **options)
         layout.each(lambda: None)  # until its report is written
         return
     warnings = identifiability(problem).warnings
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    separator.fit(args.out, resume=args.resume, progress=[True, *trackers], **stored)
+    separator.fit(args.out, progress=[True, *trackers], **options)
     print(f"model: {args.out / 'best'}")
     if not args.no_report:
         page = write_report(
@@ -376,8 +388,8 @@ def _bench(args: argparse.Namespace) -> int:
     if args.data_dir:
         os.environ[DATA_VARIABLE] = str(Path(args.data_dir).absolute())  # for the jobs too
     config = QUICK if args.quick else BenchConfig()
-    if args.count:
-        config = dataclasses.replace(config, count=args.count)
+    sizes = {name: getattr(args, name) for name in ("count", "held_out", "draws")}
+    config = dataclasses.replace(config, **{k: n for k, n in sizes.items() if n})
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     jobs = plan(args.problem, args.methods, seeds, config)
     command = shlex.join(["dichroic", *sys.argv[1:]])

@@ -16,21 +16,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dichroic import layout
 from dichroic.checkpoint import LATEST, PREVIOUS, agreed, last_state, save_state
+from dichroic.checks import check_same_shape
 from dichroic.config import FitConfig
 from dichroic.data import Data, prepare
 from dichroic.drawing import Denoisers
 from dichroic.em import State, advance
-from dichroic.errors import RunError
+from dichroic.errors import ConfigError, RunError
 from dichroic.files import locked, writing
+from dichroic.fingerprint import fingerprint
 from dichroic.io import save_model
 from dichroic.machine import machine
-from dichroic.operators.learned import to_lists
+from dichroic.operators.learned import Parameters, parameters, to_lists, with_parameters
 from dichroic.problem import Problem
 from dichroic.records import read_record, write_record
 from dichroic.tracking import (
@@ -48,6 +51,42 @@ DRAWS = "draws"
 CHECKPOINT_SECONDS = 1.0  # laps of closed-form EM can be far shorter than a flush to the disk
 
 
+@dataclass(frozen=True)
+class Start:
+    """Priors that were learned before, and what was learned of operators, in place of the mixture phase."""
+
+    denoisers: Denoisers
+    operators: Parameters
+
+    def check(self, problem: Problem, config: FitConfig) -> None:
+        """Raise a `DichroicError` unless a fit of `problem` can go on from here."""
+        for name, shape in problem.shapes.items():
+            if name not in self.denoisers:
+                have = ", ".join(self.denoisers)
+                raise RunError(f"the start has no prior of {name!r}, only of {have}")
+            found = self.denoisers[name].shape
+            check_same_shape(found, shape, f"source {name!r}: the prior of the start is of")
+        if not config.diffusion.laps:
+            raise ConfigError(
+                "diffusion.laps: a fit with a start has diffusion laps alone, so at least 1"
+            )
+
+    def state(self, problem: Problem, data: Data) -> State:
+        """That of a fit before its diffusion laps."""
+        priors = {name: self.denoisers[name] for name in problem.names}
+        own = parameters([view.operators for view in problem.views])
+        learned = {k: v for k, v in self.operators.items() if k in own}
+        with_parameters([view.operators for view in problem.views], learned)
+        return State(
+            phase="diffusion",
+            group=len(data.order),
+            current=priors,
+            best=priors,
+            operators=learned,
+            best_operators=learned,
+        )
+
+
 def fit(
     problem: Problem,
     config: FitConfig,
@@ -56,8 +95,9 @@ def fit(
     resume: bool = False,
     tracker: Tracker | None = None,
     memory: int | None = None,
+    start: Start | None = None,
 ) -> tuple[State, list[dict[str, Any]]]:
-    """Run all laps; the final state and the metrics of each lap.
+    """Run all laps; the final state and the metrics of each lap. With a `start`, diffusion laps alone.
 
     With `out`, the run is kept in that folder; `resume` goes on with what is there (and starts where
     nothing is). With `memory`, in bytes, training observations stay in their files, and draws are kept on disk.
@@ -66,16 +106,19 @@ def fit(
     be written to; `FormatError` if the run is damaged.
     """
     tracker = (tracker if layout.is_first() else None) or Silent()
+    if start is not None:
+        start.check(problem, config)
     _check_alike(problem, config)
     with following(tracker, stated(problem, config)), ExitStack() as held:
         scratch = None if memory is None else held.enter_context(_scratch(out))
         data = prepare(problem, config, memory, scratch)
+        first = State() if start is None else start.state(problem, data)
         folders: list[RunFolder] = []  # one, in the first process: it alone has the files
 
         def begin() -> State:
             if out is None:
-                return State()
-            opened = _opened(Path(out), problem, config, data, resume=resume)
+                return first
+            opened = _opened(Path(out), problem, config, data, first, resume=resume)
             folders.append(held.enter_context(opened))
             return folders[0].state
 
@@ -115,13 +158,13 @@ def _check_alike(problem: Problem, config: FitConfig) -> None:
 
 @contextmanager
 def _opened(
-    path: Path, problem: Problem, config: FitConfig, data: Data, *, resume: bool
+    path: Path, problem: Problem, config: FitConfig, data: Data, first: State, *, resume: bool
 ) -> Iterator["RunFolder"]:
     """The run folder `path`, held; what was recorded is on the disk afterwards, however it ends."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     with locked(path), logged(path / "log.jsonl"):
-        folder = RunFolder.open(path, problem, config, data, resume=resume)
+        folder = RunFolder.open(path, problem, config, data, first, resume=resume)
         event("fitting", laps_done=len(folder.rows), processes=layout.processes(), **machine())
         try:
             yield folder
@@ -164,18 +207,30 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: Path, problem: Problem, config: FitConfig, data: Data, *, resume: bool
+        cls,
+        path: Path,
+        problem: Problem,
+        config: FitConfig,
+        data: Data,
+        first: State,
+        *,
+        resume: bool,
     ) -> "RunFolder":
-        """A new run, or, with `resume`, the one in `path`."""
+        """A new run from the state `first`, or, with `resume`, the one in `path`."""
         sweep(path)
+        known = describe(problem, config)
+        if first.current:
+            known["start"] = fingerprint((first.current, first.operators))
         if not (path / "run.json").exists():
-            write_record(path / "run.json", describe(problem, config))
-            return cls(path, State(), problem, config)
+            if first.current:
+                save_state(path / LATEST, first)
+            write_record(path / "run.json", known)
+            return cls(path, first, problem, config)
         if not resume:
             raise RunError(
                 f"{path} already holds a run; resume it (--resume) or choose another folder"
             )
-        check_same(path, problem, config)
+        check_same(path, known)
         return cls(path, last_state(path, problem.shapes, data.order), problem, config)
 
     def record(self, state: State, metrics: dict[str, Any]) -> State:
@@ -246,18 +301,20 @@ def model_info(problem: Problem, config: FitConfig, state: State) -> dict[str, A
     }
 
 
-def check_same(path: Path, problem: Problem, config: FitConfig) -> None:
-    """Raise `RunError` unless the run in `path` is of this problem with these settings."""
+def check_same(path: Path, known: Mapping[str, Any]) -> None:
+    """Raise `RunError` unless the run in `path` is what is `known` of this one (`describe`, and its start)."""
     saved = read_record(path / "run.json")
-    if saved.get("fingerprint") != problem.fingerprint():
+    if saved.get("fingerprint") != known["fingerprint"]:
         raise RunError(
             f"{path} holds a run of another problem (its names, observations, operators, noise, masks or "
             "held-out observations differ); choose another folder"
         )
+    if "start" in known and saved.get("start") != known["start"]:
+        raise RunError(f"{path} holds a run with another start; choose another folder")
     before = FitConfig.from_dict(saved.get("config"), where=f"{path}/run.json").to_dict()
     changed = [
         f"{k}: {a!r} before, {b!r} now"
-        for k, a, b in _differences(before, config.to_dict())
+        for k, a, b in _differences(before, known["config"])
         if k not in FREE_SETTINGS
     ]
     if changed:

@@ -18,7 +18,7 @@ from dichroic.files import write_atomic
 from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists, with_parameters
 from dichroic.problem import Problem, View, check_view, joint_observations, named_views
-from dichroic.run import fit
+from dichroic.run import Start, fit
 from dichroic.sample import draw_prior, make_sampler
 from dichroic.tracking import Tracker, as_tracker
 from dichroic.view import numbering
@@ -132,10 +132,15 @@ class Separator:
         resume: bool = False,
         progress: bool | Tracker | Sequence[bool | Tracker] = True,
         memory: int | None = None,
+        start: "Separator | str | Path | None" = None,
     ) -> "Separator":
         """Learn the priors; with `out`, keep the run in that folder, with `resume`, go on with it.
 
         With `memory`, in bytes, training observations that are in files stay there: see `load_problem`.
+
+        A `start`, a separator or what `load` takes, stands for the mixture phase: the fit goes on from its priors
+        with diffusion laps alone. Mixtures of one fit can so be where several fits of networks start, elsewhere
+        or of other observations too.
 
         `progress` follows the fit: `True` shows it on the terminal, a `Tracker` gets the metrics of
         every lap, and of a list all do: `[True, TensorBoard("logs")]`.
@@ -144,10 +149,12 @@ class Separator:
             raise RunError(
                 "this separator was loaded without a problem; Separator(problem) can fit"
             )
-        tracker = as_tracker(progress)
-        state, self.metrics = fit(
-            self.problem, self.config, out=out, resume=resume, tracker=tracker, memory=memory
-        )
+        options: dict[str, Any] = {"out": out, "resume": resume, "memory": memory}
+        if start is not None:
+            other = start if isinstance(start, Separator) else Separator.load(start)
+            options["start"] = Start(other._fitted(), other.operators)
+        options["tracker"] = as_tracker(progress)
+        state, self.metrics = fit(self.problem, self.config, **options)
         self.denoisers, self.operators = state.best, state.best_operators
         return self
 
