@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dichroic import precision as precision  # before anything is compiled
 from dichroic.errors import DataError
 
 Tree = TypeVar("Tree")

@@ -136,6 +136,12 @@ class LowRankView:
         parts = zip(self.parts.values(), self.tuples.T, strict=True)
         self.constant = sum(p.log_weights[c] for p, c in parts) - 0.5 * (self.volume + square)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        held = (self.columns, self.solved, self.gram, self.covariance)
+        return sum(a.nbytes for a in held)
+
     def given(
         self,
         y: np.ndarray,
@@ -246,6 +252,10 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 def products(op: Operator, seen: np.ndarray) -> tuple[Columns, Columns]:
     """Products with `A` and with `Aᵀ` of columns, `(D, n)` to `(M, n)` and back; rows not `seen` are 0."""
+    gain = diagonal_of(op)
+    if gain is not None:
+        both = lambda columns: (seen * gain)[:, None] * columns
+        return both, both
     dtype = jnp.zeros(()).dtype
 
     def forward(columns: np.ndarray) -> np.ndarray:

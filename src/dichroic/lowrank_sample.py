@@ -7,12 +7,11 @@ exact one, at every noise level. One evaluation of each network a step, no Jacob
 network of zero the chain is exact at any number of steps.
 
 The last bits of a product of matrices depend on how many rows it has, so rows are taken in lanes of one number,
-the last filled up: a draw does not depend on how many others there are. They depend on the number of threads too,
-so it is one.
+the last filled up: a draw does not depend on how many others there are. They depend on the number of threads of a
+product too, so it is one; there are as many lanes at once as cores instead.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +23,18 @@ from jaxtyping import Array, PRNGKeyArray
 
 from dichroic.batching import in_batches, split, take
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.denoise.precondition import NETWORK_BATCH, corrections
 from dichroic.lowrank import LowRankView, gains
-from dichroic.machine import one_blas_thread
+from dichroic.machine import in_threads
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
 from dichroic.sample import LANES, Draws, Progress, Sampler, observation_keys
 
-_NETWORK_BATCH = 256
 _CHUNK_BYTES = 256 * 2**20
+_KEPT_BYTES = 2 * 2**30  # of views, prepared once for all chunks
 Priors = Mapping[str, Mixture | Preconditioned]
 Alike = list[tuple[np.ndarray, Observations]]
+Map = Callable[..., Iterable[Any]]  # of a function over lanes
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def low_rank_draws(
     for start, stop in walk.chunks(n_draws):
         index = jnp.asarray(first_index + np.arange(start, stop))
         keys = jax.vmap(lambda d, index=index: observation_keys(key, d, index))(jnp.arange(n_draws))
-        with one_blas_thread():
-            x = walk.draw(np.arange(start, stop), keys.reshape(-1))
+        with in_threads() as each:
+            x = walk.draw(np.arange(start, stop), keys.reshape(-1), each)
         for name, values in x.items():
             shaped = values.reshape(n_draws, stop - start, *priors[name].shape)
             found[name].append(shaped.astype(np.float32))
@@ -120,27 +121,27 @@ class _Walk:
     def chunks(self, n_draws: int) -> Iterator[tuple[int, int]]:
         """First and last of as many observations as can be drawn at once."""
         width = sum(1 + b.variances.shape[1] for b in self.bases.values())
-        count = math.prod(b.log_weights.size for b in self.bases.values())
         columns = sum(b.means.shape[0] * (1 + b.variances.shape[1]) for b in self.bases.values())
-        each = 4 * count * width + 3 * self.obs.size + columns
+        numbers = sum(b.means.shape[1] for b in self.bases.values())
+        each = 2 * columns + width + 3 * self.obs.size + 6 * numbers
         step = max(1, _CHUNK_BYTES // (8 * n_draws * each))
         for start in range(0, self.obs.count, step):
             yield start, min(start + step, self.obs.count)
 
-    def draw(self, index: np.ndarray, keys: Array) -> dict[str, np.ndarray]:
+    def draw(self, index: np.ndarray, keys: Array, each: Map) -> dict[str, np.ndarray]:
         """Draws of all sources `(S n, D)` of the observations `index` `(n,)`, one for each key."""
         some = take(self.obs, index)
         alike = list(groups(some))
         normals = self._normals(some, keys, 0)
         if not self.sigmas:
-            return self._draw(some, alike, 0, normals, None)
+            return self._draw(some, alike, 0, normals, None, each)
         x = {
             k: np.asarray(p.location, float).ravel() + self.start[k] * normals.sources[k]
             for k, p in self.priors.items()
         }
         for i, here in enumerate(self.sigmas):
-            given = {k: noised(p, x[k], here[k]) for k, p in self.priors.items()}
-            drawn = self._draw(some, alike, i, self._normals(some, keys, 2 * i + 1), given)
+            given = {k: noised(p, x[k], here[k], each) for k, p in self.priors.items()}
+            drawn = self._draw(some, alike, i, self._normals(some, keys, 2 * i + 1), given, each)
             if i + 1 == len(self.sigmas):
                 return drawn
             z = self._normals(some, keys, 2 * i + 2).sources
@@ -154,26 +155,33 @@ class _Walk:
         level: int,
         normals: Normals,
         given: dict[str, Noised] | None,
+        each: Map,
     ) -> dict[str, np.ndarray]:
         """One draw at a level of every row, those that are `alike` (`groups`) together."""
         out = {k: np.empty((len(normals.uniform), p.means.shape[1])) for k, p in self.bases.items()}
+        observed = np.asarray(some.y, np.float64)
         for part, same in alike:
             view = self._view(same, level)
             rows = np.arange(len(normals.uniform)).reshape(-1, some.count)[:, part].ravel()
-            for lanes, count in _lanes(rows):
-                y = view.seen * np.asarray(some.y, np.float64)[lanes % some.count]
+
+            def own(lanes: np.ndarray, view: LowRankView = view) -> dict[str, np.ndarray]:
+                y = view.seen * observed[lanes % some.count]
                 mine = None if given is None else {k: g.rows(lanes) for k, g in given.items()}
-                for k, x in _draw(view, y, normals.rows(lanes), mine).items():
-                    out[k][lanes[:count]] = x[:count]
+                return _draw(view, y, normals.rows(lanes), mine)
+
+            lanes, counts = zip(*_lanes(rows), strict=True)
+            for found, at, count in zip(each(own, lanes), lanes, counts, strict=True):
+                for k, x in found.items():
+                    out[k][at[:count]] = x[:count]
         return out
 
     def _view(self, alike: Observations, level: int) -> LowRankView:
-        """The view of observations that share all; kept where all do."""
+        """The view of observations that share all; kept where all do and those of all levels are small."""
         if level in self._shared:
             return self._shared[level]
         sigmas = self.sigmas[level] if self.sigmas else None
         view = LowRankView(self.bases, alike, sigmas)
-        if is_shared(self.obs):
+        if is_shared(self.obs) and view.nbytes * max(len(self.sigmas), 1) <= _KEPT_BYTES:
             self._shared[level] = view
         return view
 
@@ -225,13 +233,13 @@ def _draw(
     return view.moved(y, t, x, normals.noise)
 
 
-def noised(prior: Mixture | Preconditioned, x_t: np.ndarray, sigma: float) -> Noised:
+def noised(
+    prior: Mixture | Preconditioned, x_t: np.ndarray, sigma: float, each: Map = map
+) -> Noised:
     """What the noised values `x_t` `(n, D)` say of a source."""
     base = prior.base if isinstance(prior, Preconditioned) else prior
-    parts = [
-        [a[:count] for a in _noised_lanes(base, x_t[lanes], sigma)]
-        for lanes, count in _lanes(np.arange(len(x_t)))
-    ]
+    own = lambda some: [a[: some[1]] for a in _noised_lanes(base, x_t[some[0]], sigma)]
+    parts = each(own, _lanes(np.arange(len(x_t))))
     log_weights, coefficients, offset = map(np.concatenate, zip(*parts, strict=True))
     if isinstance(prior, Preconditioned):
         offset = offset + _corrections(prior, x_t, sigma)
@@ -264,17 +272,13 @@ def _noised_lanes(
 
 def _corrections(prior: Preconditioned, x_t: np.ndarray, sigma: float) -> np.ndarray:
     """What the network adds to the mean, `(n, D)`."""
-    level = jnp.asarray(sigma, float)
     x = np.asarray(x_t, np.float32).reshape(-1, *prior.shape)
     filled = np.minimum(np.arange(max(len(x), LANES)), len(x) - 1)
-    width = _NETWORK_BATCH if len(x) > LANES else LANES
-    found = in_batches(lambda some: _correct(prior, some, level), width, x[filled])
+    width = NETWORK_BATCH if len(x) > LANES else LANES
+    levels = np.full(len(filled), sigma, np.float32)
+    correct = lambda *rows: corrections(prior, *map(jnp.asarray, rows))
+    found = in_batches(correct, width, x[filled], levels)
     return found[: len(x)].reshape(x_t.shape)
-
-
-@eqx.filter_jit
-def _correct(prior: Preconditioned, x_t: Array, sigma: Array) -> Array:
-    return jax.vmap(lambda x: prior.correction(x, sigma))(x_t)
 
 
 @eqx.filter_jit

@@ -4,6 +4,8 @@ import contextlib
 import os
 import platform
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
-    """While it lasts, NumPy's products of matrices use one thread: how many there are changes their last bits."""
-    return _controller().limit(limits=1, user_api="blas")
+@contextlib.contextmanager
+def in_threads() -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` with as many threads as NumPy's products of matrices would take, each of which then takes one.
+
+    How many threads a product takes changes its last bits; how many products there are at once changes nothing.
+    """
+    count = max((lib["num_threads"] for lib in _blas().info()), default=os.cpu_count() or 1)
+    with _blas().limit(limits=1), ThreadPoolExecutor(count) as pool:
+        yield map if count == 1 else pool.map
 
 
 @cache
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController()  # it looks through all loaded libraries, which takes its time
+def _blas() -> ThreadpoolController:
+    found = ThreadpoolController()  # it looks through all loaded libraries, which takes its time
+    return found.select(user_api="blas")
 
 
 def peak_memory() -> float:

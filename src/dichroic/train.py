@@ -28,13 +28,13 @@ from dichroic import layout
 from dichroic.batching import in_batches
 from dichroic.config import DiffusionConfig, FitConfig
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
+from dichroic.denoise.precondition import NETWORK_BATCH, denoised
 from dichroic.drawn import StoredDraws, windows
 from dichroic.nn import Mlp, UNet
 from dichroic.operators import Shape
 from dichroic.posterior import EXACT_LIMIT
 
 _BLOCK = 100  # training steps between reports
-_BATCH = 1024
 _TOP = 5.0  # above a few standard deviations of the source there is nothing to correct
 
 
@@ -49,14 +49,26 @@ def score_matching_loss(
 
     On average 1 for the exact denoiser of white Gaussian data.
     """
+    return _loss(denoiser.network, *_examples(denoiser, x, key, sigma_min))
+
+
+def _loss(network: eqx.Module, x: Array, c_noise: Array, wanted: Array) -> Array:
+    """`‖D − x‖² / c_out²` is the error of the network alone."""
+    return jnp.mean((jax.vmap(network)(x, c_noise) - wanted) ** 2)  # type: ignore[arg-type]
+
+
+def _examples(
+    denoiser: Preconditioned, x: Array, key: PRNGKeyArray, sigma_min: float
+) -> tuple[Array, Array, Array]:
+    """What the network is asked, and should answer, for a batch `x` with fresh noise."""
     key_sigma, key_noise = jax.random.split(key)
-    s = denoiser.scale
     low, high = np.log(sigma_min), np.log(_TOP)
-    sigma = s * jnp.exp(jax.random.uniform(key_sigma, x.shape[:1], minval=low, maxval=high))
+    spread = jax.random.uniform(key_sigma, x.shape[:1], minval=low, maxval=high)
+    sigma = denoiser.scale * jnp.exp(spread)
     z = jax.random.normal(key_noise, x.shape)
-    noised = x + sigma.reshape(-1, *[1] * (x.ndim - 1)) * z
-    error = (jax.vmap(denoiser)(noised, sigma) - x).reshape(x.shape[0], -1)
-    return jnp.mean(jnp.mean(error**2, axis=1) * (1 / sigma**2 + 1 / s**2))
+    noised = _noised(x, sigma, z)
+    wanted = jax.vmap(denoiser.answer)(x, noised, sigma)
+    return *jax.vmap(denoiser.question)(noised, sigma), wanted
 
 
 def evidence_gain(
@@ -78,8 +90,8 @@ def evidence_gain(
     total = np.zeros(draws * n)
     for i in range(repeats):
         levels, z = _noise(old.scale, x, jax.random.fold_in(key, i), sigma_min)
-        gains = lambda *rows: _gains(old, new, *rows, sigma_min)
-        total += in_batches(gains, _BATCH, x, levels, z)
+        gains = lambda x, sigma, z: _gains(old, new, x, sigma, z, sigma_min)
+        total += in_batches(gains, NETWORK_BATCH, x, levels, z)
     gains = total.reshape(draws, n).mean(axis=0) / repeats
     return float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
 
@@ -99,17 +111,17 @@ def _noise(scale: Array, x: Array, key: PRNGKeyArray, sigma_min: float) -> tuple
     return sigma, jax.random.normal(key_noise, x.shape)
 
 
-@eqx.filter_jit
 def _gains(
     old: Denoiser, new: Denoiser, x: Array, sigma: Array, z: Array, sigma_min: float
 ) -> Array:
-    span = np.log(_TOP) - jnp.log(sigma_min)
+    x_t = _noised(x, sigma, z)
+    square = lambda d: jnp.sum((denoised(d, x_t, sigma) - x) ** 2, axis=tuple(range(1, x.ndim)))
+    span = math.log(_TOP) - math.log(sigma_min)
+    return span * (square(old) - square(new)) / sigma**2
 
-    def one(x: Array, sigma: Array, z: Array) -> Array:
-        error = lambda d: jnp.sum((d(x + sigma * z, sigma) - x) ** 2)
-        return span * (error(old) - error(new)) / sigma**2
 
-    return jax.vmap(one)(x, sigma, z)
+def _noised(x: Array, sigma: Array, z: Array) -> Array:
+    return x + sigma.reshape(-1, *[1] * (x.ndim - 1)) * z
 
 
 def train_denoiser(
@@ -150,30 +162,38 @@ def _optimiser(config: DiffusionConfig) -> optax.GradientTransformation:
 @eqx.filter_jit
 def _train_block(carry, frozen, denoiser, data, key, steps, config, sigma_min):
     """The gradient steps number `steps`, and their losses."""
-    step = lambda c, i: _training_step(c, frozen, denoiser, data, key, i, config, sigma_min)
+
+    def step(carry, i):
+        return _update(carry, frozen, *_batch(denoiser, data, key, i, config, sigma_min), i, config)
+
     return jax.lax.scan(step, carry, steps)
 
 
 def _train_in_turn(carry, frozen, denoiser, data, key, steps, config, sigma_min):
-    """The same without a loop of XLA, where convolutions on a CPU take five times as long."""
+    """The same, of which the network's part is compiled once for all sources with one of its kind.
+
+    And without a loop of XLA, where convolutions on a CPU take five times as long.
+    """
     losses = []
     for i in steps:
-        carry, loss = _one_step(carry, frozen, denoiser, data, key, i, config, sigma_min)
+        examples = _compiled_batch(denoiser, data, key, i, config, sigma_min)
+        carry, loss = _compiled_update(carry, frozen, *examples, i, config)
         losses.append(loss)
     return carry, np.stack(losses)
 
 
-def _training_step(carry, frozen, denoiser, data, key, step, config, sigma_min):
-    weights, average, state = carry
-
-    def loss_of(weights, batch, k):
-        d = eqx.tree_at(lambda d: d.network, denoiser, eqx.combine(weights, frozen))
-        return score_matching_loss(d, batch, k, sigma_min=sigma_min)
-
-    key_batch, key_loss = jax.random.split(jax.random.fold_in(key, step))
+def _batch(denoiser, data, key, step, config, sigma_min):
+    """The examples of a step."""
+    key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
     index = jax.random.randint(key_batch, (config.batch_size,), 0, data.shape[0])
-    batch = layout.shared_out(data[index])
-    loss, grads = jax.value_and_grad(loss_of)(weights, batch, key_loss)
+    return _examples(denoiser, layout.shared_out(data[index]), key_noise, sigma_min)
+
+
+def _update(carry, frozen, x, c_noise, wanted, step, config):
+    """A step of gradient descent on examples."""
+    weights, average, state = carry
+    loss_of = lambda w: _loss(eqx.combine(w, frozen), x, c_noise, wanted)
+    loss, grads = jax.value_and_grad(loss_of)(weights)
     # The optimiser is made here: as an argument, its new functions would compile all anew.
     updates, state = _optimiser(config).update(grads, state)
     weights = optax.apply_updates(weights, updates)
@@ -182,7 +202,7 @@ def _training_step(carry, frozen, denoiser, data, key, step, config, sigma_min):
     return (weights, average, state), loss
 
 
-_one_step = eqx.filter_jit(_training_step)
+_compiled_batch, _compiled_update = eqx.filter_jit(_batch), eqx.filter_jit(_update)
 
 
 def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> Preconditioned:

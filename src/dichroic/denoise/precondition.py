@@ -12,6 +12,7 @@ denoiser is exact for the mixture.
 from typing import Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -22,6 +23,7 @@ from dichroic.evidence import Components
 from dichroic.operators import Shape
 
 CovarianceModel = Literal["jacobian", "base"]
+NETWORK_BATCH = 256  # rows of a network at once, outside of training
 
 
 class Preconditioned(Denoiser):
@@ -49,12 +51,24 @@ class Preconditioned(Denoiser):
     def scale(self) -> Array:
         return self.base.scale
 
+    def question(self, x_t: Array, sigma: Array) -> tuple[Array, Array]:
+        """What the network is given: `c_in (x_t − μ)` and `c_noise`."""
+        s = self.scale
+        inside = (x_t - self.location) / jnp.sqrt(sigma**2 + s**2)
+        return inside, 0.25 * jnp.log(sigma / s)
+
+    def answer(self, x: Array, x_t: Array, sigma: Array) -> Array:
+        """What it should say where `x_t` is a noised `x`: `(x − B(x_t, σ)) / c_out`."""
+        return (x - self.base(x_t, sigma)) / self.c_out(sigma)
+
     def correction(self, x_t: Array, sigma: Array) -> Array:
         """`c_out F(c_in (x_t − μ), c_noise)`."""
+        return self.c_out(sigma) * self.network(*self.question(x_t, sigma))
+
+    def c_out(self, sigma: Array) -> Array:
+        """The scale of a correction."""
         s = self.scale
-        total = jnp.sqrt(sigma**2 + s**2)
-        f = self.network((x_t - self.location) / total, 0.25 * jnp.log(sigma / s))
-        return sigma * s / total * f
+        return sigma * s / jnp.sqrt(sigma**2 + s**2)
 
     def __call__(self, x_t: Array, sigma: Array) -> Array:
         return self.base(x_t, sigma) + self.correction(x_t, sigma)
@@ -71,3 +85,32 @@ class Preconditioned(Denoiser):
         if self.covariance == "base":
             return base._replace(mean=base.mean + self.correction(x_t, sigma).ravel())
         return super().moments(x_t, sigma)._replace(floor=base.floor, columns=base.columns)
+
+
+def denoised(denoiser: Denoiser, x_t: Array, sigma: Array) -> Array:
+    """`D(x_t, σ)` of rows."""
+    if isinstance(denoiser, Preconditioned):
+        return denoised(denoiser.base, x_t, sigma) + corrections(denoiser, x_t, sigma)
+    return _denoised(denoiser, x_t, sigma)
+
+
+@eqx.filter_jit
+def _denoised(denoiser: Denoiser, x_t: Array, sigma: Array) -> Array:
+    return jax.vmap(denoiser)(x_t, sigma)
+
+
+def corrections(denoiser: Preconditioned, x_t: Array, sigma: Array) -> Array:
+    """`Preconditioned.correction` of rows; the network is compiled once for all sources with one of its kind."""
+    *question, c_out = _questions(denoiser, x_t, sigma)
+    return c_out * _answers(denoiser.network, *question)
+
+
+@eqx.filter_jit
+def _questions(denoiser: Preconditioned, x_t: Array, sigma: Array) -> tuple[Array, Array, Array]:
+    c_out = denoiser.c_out(sigma).reshape(-1, *[1] * (x_t.ndim - 1))
+    return *jax.vmap(denoiser.question)(x_t, sigma), c_out
+
+
+@eqx.filter_jit
+def _answers(network: eqx.Module, x: Array, c_noise: Array) -> Array:
+    return jax.vmap(network)(x, c_noise)  # type: ignore[arg-type]
