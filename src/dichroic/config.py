@@ -85,6 +85,7 @@ class DiffusionConfig(_Ranged):
     attention: Literal["none", "lowest"] = "none"  # the level of a unet that attends to itself
     precision: Literal["float32", "bfloat16"] = "float32"  # of a unet
     covariance: Literal["jacobian", "base"] = "base"
+    keep: Literal["gains", "all"] = "gains"  # networks that gain held-out evidence, or every lap's
     patience: int = 1  # laps without a gain in held-out evidence before stopping
     evidence_draws: int = _count(4)  # posterior draws of held-out observations that judge a lap
     evidence_observations: int = _count(1024)  # held-out observations it uses, at most per view

@@ -268,7 +268,7 @@ def _diffusion_lap(
         with clock.during("scoring"):
             gain, error = evidence_gain(old[name], new[name], x, key_gain, sigma_min=sigma_min)
         metrics |= {f"evidence_gain_{name}": gain, f"evidence_gain_error_{name}": error}
-        if is_gain(gain, error):
+        if c.keep == "all" or is_gain(gain, error):
             kept[name], gained = new[name], gained + gain
     with clock.during("scoring"):
         metrics |= {"sources": "+".join(old), **_scores(kept, data, range(len(data.test)), config)}

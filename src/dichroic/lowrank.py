@@ -207,7 +207,7 @@ class LowRankView:
         v = self.base.solve((y - eta).T - given).T
         along = np.take_along_axis(v @ self.columns, self.where[t], axis=1)
         # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ, row by row, so that no bit depends on which other rows there are
-        w = np.matmul(along[:, None, :], self.covariance[t])[:, 0]
+        w = np.stack([a @ self.covariance[k] for a, k in zip(along, t, strict=True)])
         back = self.spread(t, w)
         v = v - back @ self.solved.T
         return {

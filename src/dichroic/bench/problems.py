@@ -114,15 +114,29 @@ def _manifolds(name: ProblemName, seed: int, config: BenchConfig) -> Case:
 GRASSY_FIT: Mapping[str, Any] = {
     "mixture": {"components": 16, "rank": 128, "gaussian_laps": 4, "final_laps": 4},
 }
-SMALL_NETWORK: Mapping[str, Any] = {  # for minutes on two cores
-    "laps": 1,
-    "steps": 500,
-    "batch_size": 64,
-    "channels": 16,
-    "levels": 2,
-    "level_depth": 1,
-    "evidence_observations": 256,
-    "evidence_draws": 2,
+SMALL: Mapping[str, Any] = {  # for minutes on two cores
+    "diffusion": {
+        "laps": 1,
+        "steps": 500,
+        "batch_size": 64,
+        "channels": 16,
+        "levels": 2,
+        "level_depth": 1,
+        "evidence_observations": 256,
+        "evidence_draws": 2,
+    }
+}
+FULL: Mapping[str, Any] = {  # for minutes on a data-centre GPU
+    "sampler": {"steps": 16},
+    "diffusion": {
+        "laps": 8,
+        "steps": 1000,
+        "batch_size": 256,
+        "channels": 64,
+        "precision": "bfloat16",
+        "evidence_observations": 512,
+        "evidence_draws": 2,
+    },
 }
 
 
@@ -141,7 +155,7 @@ def _grassy(name: ProblemName, seed: int, config: BenchConfig) -> Case:
         tuple(Held(v.name, (v,)) for v in views if "digit" in v.operators),
         dict.fromkeys(problem.names, 1.0),
         grassy.fresh_sources(config.points, seed=seed + FRESH_SEED, size=name.pixels),
-        GRASSY_FIT if name.pixels > 14 else {**GRASSY_FIT, "diffusion": SMALL_NETWORK},
+        GRASSY_FIT | (SMALL if name.pixels <= 14 else FULL),
         {"digit": classifier.of},
     )
 
