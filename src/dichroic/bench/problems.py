@@ -129,8 +129,9 @@ SMALL: Mapping[str, Any] = {  # for minutes on two cores
 FULL: Mapping[str, Any] = {  # for minutes on a data-centre GPU
     "sampler": {"steps": 16},
     "diffusion": {
-        "laps": 8,
-        "steps": 1000,
+        "laps": 6,
+        "steps": 500,
+        "keep": "all",
         "batch_size": 256,
         "channels": 64,
         "precision": "bfloat16",
