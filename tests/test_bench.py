@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -48,6 +49,26 @@ def finished(tmp_path_factory):
         failed = run_bench(todo, out, command="a command", run=jobs.main, say=said.append)
     assert failed == 1
     return out, todo, "\n".join(said)
+
+
+def test_networks_start_from_the_mixtures_of_the_same_benchmark(finished, monkeypatch, tmp_path):
+    """Not from those of other sizes."""
+    out, todo, _ = finished
+    out, given = shutil.copytree(out, tmp_path / "copy"), []
+
+    class Started:
+        def fit(self, folder, start=None, **options):
+            given.append(start)
+            raise RuntimeError("seen")
+
+    monkeypatch.setitem(methods._FACTORIES, "dichroic", lambda case, config: Started())
+    for config in (TINY, dataclasses.replace(TINY, count=TINY.count + 1)):
+        jobs_of = plan(["mixed-0.5"], ["dichroic"], [3], config)
+        run_bench(jobs_of, out, run=jobs.main, say=lambda text: None)
+    assert given == [todo[0].folder(out) / "fit", None]
+    spent = json.loads((jobs_of[0].folder(out) / "seconds.json").read_text())["fit"]
+    before = json.loads((todo[0].folder(out) / "result.json").read_text())["fit_seconds"]
+    assert spent < before
 
 
 def test_scores_are_those_of_the_saved_draws(finished):

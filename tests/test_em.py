@@ -9,7 +9,7 @@ import pytest
 
 from dichroic.config import FitConfig
 from dichroic.data import learning_order, prepare
-from dichroic.denoise import Mixture, gaussian
+from dichroic.denoise import Mixture, Preconditioned, gaussian
 from dichroic.drawing import draw
 from dichroic.em import State, advance
 from dichroic.errors import ConfigError
@@ -294,6 +294,15 @@ def test_a_lap_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch):
         assert runs(rows)[-1] == ("diffusion", "a", None, count)
         assert isinstance(state.best["a"], Mixture) == (count == 1)
         assert state.score == pytest.approx(3 * gain if count == 3 else 0)
+
+
+def test_every_network_is_kept_where_that_is_asked_for(monkeypatch):
+    """Laps without a gain still count as such."""
+    monkeypatch.setattr("dichroic.em.evidence_gain", lambda *a, **k: (-1.0, 0.1))
+    config = TINY.replace({"diffusion.laps": 3, "diffusion.keep": "all", "diffusion.patience": 2})
+    state, rows = fit(gaussian_problem([[1]]), config)
+    assert runs(rows)[-1] == ("diffusion", "a", None, 2)
+    assert isinstance(state.best["a"], Preconditioned)
 
 
 def test_the_truth_changes_nothing_but_the_scores(diffused):

@@ -1,11 +1,14 @@
 """Mixtures of probabilistic PCA: against dense formulas, and fits with known answers."""
 
+import time
 from functools import partial
+from threading import get_ident
 
 import jax
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
+from threadpoolctl import threadpool_limits
 
 from dichroic.batching import take
 from dichroic.config import MixtureConfig
@@ -21,6 +24,7 @@ from dichroic.lowrank_em import (
     maximise_low_rank,
 )
 from dichroic.lowrank_sample import low_rank_draws
+from dichroic.machine import in_threads
 from dichroic.noise import DenseNoise, DiagonalNoise
 from dichroic.observations import Observations, groups
 from dichroic.operators import Dense, Diagonal, Identity, Scale
@@ -207,6 +211,23 @@ def test_draws_of_observations_with_operators_of_their_own_are_as_of_each_alone(
         part = low_rank_draws(mixtures, one, key, first_index=i, **options).x
         for k, x in part.items():
             np.testing.assert_allclose(whole[k][:, i : i + 1], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [None, Ancestral(3)], ids=["exact", "ancestral"])
+def test_draws_are_the_same_bits_for_any_number_of_threads(sampler):
+    """Of products large enough for several threads to share one."""
+    mixtures = {k: ppca(i, 4, 300, 40) for i, k in enumerate("ab")}
+    operators = {"a": Identity(300), "b": Scale(300, 0.5)}
+    obs = View(np.random.default_rng(3).normal(size=(150, 300)), operators, 0.1).prepare()
+    found = []
+    for threads in (1, 3):
+        with threadpool_limits(threads, user_api="blas"):
+            with in_threads() as each:
+                used = set(each(lambda _: (time.sleep(0.05), get_ident())[1], range(6)))
+            assert len(used) == threads
+            found.append(low_rank_draws(mixtures, obs, jax.random.key(1), sampler=sampler).x)
+    for k, x in found[0].items():
+        np.testing.assert_array_equal(x, found[1][k])
 
 
 def test_observations_with_the_same_operators_and_masks_are_taken_together():

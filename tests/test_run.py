@@ -15,7 +15,8 @@ from followers import KillAt, Killed
 from dichroic.cli import main
 from dichroic.config import FitConfig
 from dichroic.datasets.manifolds import manifold_problem
-from dichroic.errors import ConfigError, FormatError, RunError
+from dichroic.denoise import gaussian
+from dichroic.errors import ConfigError, FormatError, RunError, ShapeError
 from dichroic.io import load_model
 from dichroic.operators import Identity
 from dichroic.problem import View
@@ -28,6 +29,7 @@ SMALL = {
     "diffusion": {
         "laps": 2,
         "steps": 100,
+        "keep": "all",
         "width": 16,
         "depth": 1,
         "evidence_draws": 2,
@@ -76,6 +78,50 @@ def test_a_run_killed_at_a_random_lap_resumes_to_the_same_result(problem, whole,
 def test_resume_starts_where_there_is_no_run_yet(problem, whole, tmp_path):
     fresh = Separator(problem, SMALL).fit(tmp_path / "new", resume=True, progress=False)
     assert_same_model(fresh.denoisers, whole[1].denoisers)
+
+
+@pytest.fixture(scope="module")
+def mixtures(problem, tmp_path_factory):
+    """The folder of a fit of mixtures alone, with the settings of `whole`."""
+    folder = tmp_path_factory.mktemp("runs") / "mixtures"
+    Separator(problem, SMALL | {"diffusion": {"laps": 0}}).fit(folder, progress=False)
+    return folder
+
+
+def test_a_fit_that_starts_from_mixtures_ends_as_one_that_learns_them(
+    problem, whole, mixtures, tmp_path
+):
+    """A killed one needs no start to go on, but refuses another."""
+    with pytest.raises(Killed):
+        Separator(problem, SMALL).fit(tmp_path, start=mixtures, progress=KillAt(1))
+    for options in ({"start": whole[0]}, {"start": Separator.load(whole[0])}):
+        with pytest.raises(RunError, match="a run with another start"):
+            Separator(problem, SMALL).fit(tmp_path, resume=True, progress=False, **options)
+    resumed = Separator(problem, SMALL).fit(tmp_path, resume=True, progress=False)
+    assert {m["phase"] for m in resumed.metrics} == {"diffusion"}
+    assert_same_model(resumed.denoisers, whole[1].denoisers)
+
+
+def test_a_run_that_did_not_start_from_a_model_refuses_one(problem, whole, mixtures):
+    with pytest.raises(RunError, match="another start"):
+        Separator(problem, SMALL).fit(whole[0], resume=True, start=mixtures, progress=False)
+
+
+def test_a_start_that_does_not_fit_is_refused(problem, mixtures, tmp_path):
+    few = Separator.load(mixtures)
+    names = list(few.denoisers)
+    short = gaussian(np.zeros(3), np.eye(3))
+    for denoisers, error, message in (
+        ({names[0]: few.denoisers[names[0]]}, RunError, f"no prior of '{names[1]}', only of"),
+        (few.denoisers | {names[0]: short}, ShapeError, f"'{names[0]}': the prior of the start"),
+    ):
+        few.denoisers = denoisers
+        with pytest.raises(error, match=message):
+            Separator(problem, SMALL).fit(tmp_path / "new", start=few, progress=False)
+    none = SMALL | {"diffusion": {"laps": 0}}
+    with pytest.raises(ConfigError, match="has diffusion laps alone"):
+        Separator(problem, none).fit(tmp_path / "new", start=mixtures, progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_saved_model_separates_as_the_fitted_one(problem, whole, tmp_path):

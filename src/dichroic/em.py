@@ -272,7 +272,7 @@ def _diffusion_lap(
             kept[name], gained = new[name], gained + gain
     with clock.during("scoring"):
         metrics |= {"sources": "+".join(old), **_scores(kept, data, range(len(data.test)), config)}
-    stale = 0 if gained else state.stale + 1
+    stale = 0 if gained > 0 else state.stale + 1
     ended = state.lap + 1 >= c.laps or stale >= c.patience
     state = dataclasses.replace(
         state,
