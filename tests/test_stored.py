@@ -500,7 +500,7 @@ def test_fit_within_an_amount_of_memory(tmp_path, fits, capsys):
     assert main(["fit", path, *out]) == 130
     assert main(["fit", path, *out, "--memory", "2GiB"]) == 130
     (memory, plain), (stored, bounded) = fits
-    assert "memory" not in plain
+    assert plain["memory"] is None
     assert bounded["memory"] == 2**31
     assert not any(isinstance(v, StoredView) for v in memory.views)
     assert all(isinstance(v, StoredView) for v in stored.views)

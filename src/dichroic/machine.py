@@ -35,8 +35,13 @@ def in_threads() -> Iterator[Callable[..., Iterable[Any]]]:
     How many threads a product takes changes its last bits; how many products there are at once changes nothing.
     """
     count = max((lib["num_threads"] for lib in _blas().info()), default=os.cpu_count() or 1)
-    with _blas().limit(limits=1), ThreadPoolExecutor(count) as pool:
-        yield map if count == 1 else pool.map
+    with _blas().limit(limits=1):
+        yield map if count == 1 else _threads(count).map
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count)
 
 
 @cache
