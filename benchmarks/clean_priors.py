@@ -6,7 +6,7 @@ with these priors: with mixtures, with networks that take their covariance from 
 that take it from their own Jacobian.
 
 Run: python benchmarks/clean_priors.py [grassy-14] [--count 8192] [--held-out 512] [--seed 0] [--steps 4000]
-     [--start MODEL] [--save MODEL] [--mixtures-only]
+     [--start MODEL] [--save MODEL] [--ways 3]
 """
 
 import argparse
@@ -31,17 +31,13 @@ def clean_problem(case: Case) -> Problem:
     """Each source of the training observations in a view of its own."""
     views = []
     for source in case.problem.sources:
-        parts = [v.truth[source.name] for v in case.problem.views if source.name in v.truth]
-        marks = [v.held_out for v in case.problem.views if source.name in v.truth]
-        x = np.concatenate(parts)
+        seen = [v for v in case.problem.views if source.name in v.truth]
+        x = np.concatenate([v.truth[source.name] for v in seen])
         noise = NOISE * float(x.std())
         rng = np.random.default_rng([4, case.seed])
         y = (x + noise * rng.normal(size=x.shape)).astype(np.float32)
-        mark = (
-            None
-            if any(m is None for m in marks)
-            else np.concatenate([np.asarray(m) for m in marks])
-        )
+        marks = [np.asarray(v.held_out) for v in seen if v.held_out is not None]
+        mark = np.concatenate(marks) if len(marks) == len(seen) else None
         operators = {source.name: Identity(source.shape)}
         views.append(View(y, operators, noise, name=source.name, held_out=mark))
     return Problem(case.problem.sources, views)
@@ -83,8 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000, help="training steps of each network")
     parser.add_argument("--start", help="a model of mixtures that --save wrote")
     parser.add_argument("--save", help="where to keep the mixtures")
-    parser.add_argument("--mixtures-only", action="store_true")
-    parser.add_argument("--ways", type=int, default=3, help="of separating, cheap ones first")
+    parser.add_argument("--ways", type=int, default=3, help="of networks; with 0 mixtures alone")
     parser.add_argument("--set", action="append", default=[], metavar="diffusion.channels=64")
     args = parser.parse_args()
     sizes = BenchConfig(count=args.count, held_out=args.held_out)
@@ -99,7 +94,7 @@ def main() -> None:
     if args.save:
         mixtures.save(args.save)
     table = rows(case, "mixtures", taking(mixtures, "base", 32), args.draws)
-    if not args.mixtures_only:
+    if args.ways:
         few = {"diffusion.laps": 1, "diffusion.steps": args.steps, "sampler.steps": 2}
         networks = Separator(problem, config.replace({**few, **given})).fit(start=mixtures)
         for lap in networks.metrics:

@@ -42,7 +42,10 @@ Columns = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Part:
-    """One source in a view: `(μ_k, F_k)` `(D, K (1 + R))`, `A` times that `(M, K, 1 + R)`, `τ`, `A` and `Aᵀ`."""
+    """One source in a view: `(μ_k, F_k)` `(D, K (1 + R))`, `A` times that `(M, K, 1 + R)`, `τ`, `A` and `Aᵀ`.
+
+    And the diagonal of `A`, if it has no other entries.
+    """
 
     log_weights: np.ndarray
     source: np.ndarray
@@ -50,6 +53,7 @@ class Part:
     floor: float
     forward: Columns
     back: Columns
+    gain: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -250,9 +254,11 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(int(e - n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
 
-def products(op: Operator, seen: np.ndarray) -> tuple[Columns, Columns]:
-    """Products with `A` and with `Aᵀ` of columns, `(D, n)` to `(M, n)` and back; rows not `seen` are 0."""
-    gain = diagonal_of(op)
+def products(op: Operator, seen: np.ndarray, gain: np.ndarray | None) -> tuple[Columns, Columns]:
+    """Products with `A` and with `Aᵀ` of columns, `(D, n)` to `(M, n)` and back; rows not `seen` are 0.
+
+    `gain` is `diagonal_of(op)`.
+    """
     if gain is not None:
         both = lambda columns: (seen * gain)[:, None] * columns
         return both, both
@@ -270,12 +276,13 @@ def products(op: Operator, seen: np.ndarray) -> tuple[Columns, Columns]:
 
 
 def _part(mixture: Mixture, op: Operator, seen: np.ndarray, sigma: float | None) -> Part:
-    forward, back = products(op, seen)
+    gain = diagonal_of(op)
+    forward, back = products(op, seen, gain)
     columns, floor = moments(mixture, sigma)
     k, d, r = columns.shape
     flat = columns.swapaxes(0, 1).reshape(d, k * r)
     log_weights = np.asarray(mixture.log_weights, np.float64)
-    return Part(log_weights, flat, forward(flat).reshape(-1, k, r), floor, forward, back)
+    return Part(log_weights, flat, forward(flat).reshape(-1, k, r), floor, forward, back, gain)
 
 
 @eqx.filter_jit
@@ -314,7 +321,7 @@ def gains(mixture: Mixture, sigma: float) -> tuple[np.ndarray, float]:
 def _base(one: Observations, parts: Mapping[str, Part], seen: np.ndarray) -> Base:
     """`B`, diagonal where all that is in it is."""
     noise = diagonal_of_noise(one.noise, one.size)
-    gains = {k: diagonal_of(op) for k, op in one.operators.items()}
+    gains = {k: p.gain for k, p in parts.items()}
     if noise is not None and all(g is not None for g in gains.values()):
         squares = {k: (seen * g) ** 2 for k, g in gains.items() if g is not None}
         b = sum((parts[k].floor * s for k, s in squares.items()), noise)

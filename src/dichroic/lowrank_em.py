@@ -29,7 +29,7 @@ from jaxtyping import Array
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
-from dichroic.lowrank import Columns, LowRankView, moments, products
+from dichroic.lowrank import Columns, LowRankView, diagonal_of, moments, products
 from dichroic.mixture_step import ascend
 from dichroic.noise import Noise
 from dichroic.observations import Observations, Observed, every_block, groups, is_shared
@@ -327,12 +327,13 @@ class _Known:
     def __init__(self, name: str, one: Observations, known: Mapping[str, Mixture]):
         self.noise, self.sources = one.noise, []
         seen = np.asarray(one.noise.observed(one.size), np.float64)
-        self.forward, self.back = products(one.operators[name], seen)
+        of = lambda op: products(op, seen, diagonal_of(op))
+        self.forward, self.back = of(one.operators[name])
         for other in set(one.sources) & set(known) - {name}:
             columns, floor = moments(known[other])
             weights = np.exp(np.asarray(known[other].log_weights))
             columns[:, :, 0] -= np.einsum("k,kd->d", weights, columns[:, :, 0])
-            self.sources.append((*products(one.operators[other], seen), columns, floor, weights))
+            self.sources.append((*of(one.operators[other]), columns, floor, weights))
 
     def product(self, v: np.ndarray) -> np.ndarray:
         """The covariance of `Aᵀ y`, as far as it is known, times `A v`, for columns `v` `(D, n)`."""

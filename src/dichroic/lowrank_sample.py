@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from dichroic.batching import in_batches, split, take
+from dichroic.blocks import spans
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.denoise.precondition import NETWORK_BATCH, corrections
 from dichroic.lowrank import LowRankView, gains
@@ -118,15 +119,14 @@ class _Walk:
             self.sigmas = [{k: s * level for k, s in scales.items()} for level in levels]
             self.start = {k: s * np.sqrt(1 + levels[0] ** 2) for k, s in scales.items()}
 
-    def chunks(self, n_draws: int) -> Iterator[tuple[int, int]]:
+    def chunks(self, n_draws: int) -> list[tuple[int, int]]:
         """First and last of as many observations as can be drawn at once."""
         width = sum(1 + b.variances.shape[1] for b in self.bases.values())
         columns = sum(b.means.shape[0] * (1 + b.variances.shape[1]) for b in self.bases.values())
         numbers = sum(b.means.shape[1] for b in self.bases.values())
         each = 2 * columns + width + 3 * self.obs.size + 6 * numbers
         step = max(1, _CHUNK_BYTES // (8 * n_draws * each))
-        for start in range(0, self.obs.count, step):
-            yield start, min(start + step, self.obs.count)
+        return spans(self.obs.count, step)
 
     def draw(self, index: np.ndarray, keys: Array, each: Map) -> dict[str, np.ndarray]:
         """Draws of all sources `(S n, D)` of the observations `index` `(n,)`, one for each key."""

@@ -66,6 +66,7 @@ class Start:
                 raise RunError(f"the start has no prior of {name!r}, only of {have}")
             found = self.denoisers[name].shape
             check_same_shape(found, shape, f"source {name!r}: the prior of the start is of")
+        with_parameters([view.operators for view in problem.views], self.operators)
         if not config.diffusion.laps:
             raise ConfigError(
                 "diffusion.laps: a fit with a start has diffusion laps alone, so at least 1"
@@ -76,7 +77,6 @@ class Start:
         priors = {name: self.denoisers[name] for name in problem.names}
         own = parameters([view.operators for view in problem.views])
         learned = {k: v for k, v in self.operators.items() if k in own}
-        with_parameters([view.operators for view in problem.views], learned)
         return State(
             phase="diffusion",
             group=len(data.order),

@@ -19,6 +19,7 @@ import numpy as np
 from dichroic.bench.methods import evidence_of, limit_of, make_method
 from dichroic.bench.names import FAILED, HELD_OUT, LIMIT, RESULT, JobSpec
 from dichroic.bench.problems import Case, build_case
+from dichroic.bench.results import read_of
 from dichroic.bench.scores import distances, posterior_scores
 from dichroic.io import read_json, write_json
 from dichroic.machine import machine, peak_memory
@@ -91,13 +92,11 @@ def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
 
 def _start(spec: JobSpec, folder: Path) -> tuple[dict[str, Any], float]:
     """For networks, the mixtures of the same benchmark if they are there, and the seconds that they took."""
-    mixture = replace(spec, method="mixture").folder(folder.parents[2])
-    result = mixture / RESULT
-    if spec.method != "dichroic" or (folder / "fit").exists() or not result.exists():
+    if spec.method != "dichroic" or (folder / "fit").exists():
         return {}, 0.0
-    found, wanted = read_json(result), replace(spec, method="mixture").fit_settings()
-    same = {k: found.get("settings", {}).get(k) for k in wanted} == wanted
-    return ({"start": mixture / "fit"}, found["fit_seconds"]) if same else ({}, 0.0)
+    out, mixture = folder.parents[2], replace(spec, method="mixture")
+    found = read_of(mixture, out, RESULT, fit_alone=True)
+    return ({"start": mixture.folder(out) / "fit"}, found["fit_seconds"]) if found else ({}, 0.0)
 
 
 def _gains(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

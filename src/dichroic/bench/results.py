@@ -24,12 +24,19 @@ def collect(out: Path, jobs: Sequence[JobSpec]) -> list[Found]:
     return entries
 
 
-def read_of(job: JobSpec, out: Path, name: str) -> Found | None:
-    """The file `name` of `job`, if it is there and was written with the settings of `job`."""
+def read_of(job: JobSpec, out: Path, name: str, *, fit_alone: bool = False) -> Found | None:
+    """The file `name` of `job`, if it is there and was written with the settings of `job`.
+
+    With `fit_alone`, with those that its fit depends on.
+    """
     path = job.folder(out) / name
+    wanted = job.fit_settings() if fit_alone else job.settings()
     with contextlib.suppress(DichroicError, KeyError, TypeError):
-        if path.exists() and (found := read_json(path))["settings"] == job.settings():
-            return found
+        if path.exists():
+            found = read_json(path)
+            said = found["settings"]
+            if ({k: said[k] for k in wanted} if fit_alone else said) == wanted:
+                return found
     return None
 
 
