@@ -102,6 +102,39 @@ def test_a_fit_that_starts_from_mixtures_ends_as_one_that_learns_them(
     assert_same_model(resumed.denoisers, whole[1].denoisers)
 
 
+def test_what_a_start_left_that_was_killed_is_no_state_of_another_run(
+    problem, whole, mixtures, tmp_path, monkeypatch
+):
+    """A kill between the state that a run starts from and its record; then one before a first lap."""
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("dichroic.run.write_record", killed)
+        Separator(problem, SMALL).fit(tmp_path, start=mixtures, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("dichroic.run.advance", killed)
+        Separator(problem, SMALL).fit(tmp_path, progress=False)
+    resumed = Separator(problem, SMALL).fit(tmp_path, resume=True, progress=False)
+    assert resumed.metrics[0]["phase"] == "mixture"
+    assert_same_model(resumed.denoisers, whole[1].denoisers)
+
+
+def test_a_run_that_has_lost_a_file_says_which(problem, mixtures, tmp_path):
+    with pytest.raises(Killed):
+        Separator(problem, SMALL).fit(tmp_path, start=mixtures, progress=KillAt(1))
+    again = lambda: Separator(problem, SMALL).fit(tmp_path, resume=True, progress=False)
+    (tmp_path / "run.json").rename(tmp_path / "kept.json")
+    with pytest.raises(RunError, match=r"without its run\.json"):
+        again()
+    (tmp_path / "kept.json").rename(tmp_path / "run.json")
+    for state in tmp_path.glob("*.safetensors"):
+        state.unlink()
+    with pytest.raises(RunError, match="no state of it"):
+        again()
+
+
 def test_a_run_that_did_not_start_from_a_model_refuses_one(problem, whole, mixtures):
     with pytest.raises(RunError, match="another start"):
         Separator(problem, SMALL).fit(whole[0], resume=True, start=mixtures, progress=False)

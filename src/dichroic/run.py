@@ -222,6 +222,7 @@ class RunFolder:
         if first.current:
             known["start"] = fingerprint((first.current, first.operators))
         if not (path / "run.json").exists():
+            _clear(path)
             if first.current:
                 save_state(path / LATEST, first)
             write_record(path / "run.json", known)
@@ -230,8 +231,13 @@ class RunFolder:
             raise RunError(
                 f"{path} already holds a run; resume it (--resume) or choose another folder"
             )
-        check_same(path, known)
-        return cls(path, last_state(path, problem.shapes, data.order), problem, config)
+        saved, state = check_same(path, known), last_state(path, problem.shapes, data.order)
+        if "start" in saved and not state.current:
+            raise RunError(
+                f"{path} holds a run that started from a model, but no state of it: restore "
+                f"{LATEST}, or choose another folder"
+            )
+        return cls(path, state, problem, config)
 
     def record(self, state: State, metrics: dict[str, Any]) -> State:
         """Append the metrics and keep the state; the returned state knows the metrics' length."""
@@ -263,6 +269,16 @@ def sweep(path: Path) -> None:
     for folder in (path, path / "best"):
         for left in [*folder.glob(".*.safetensors.*"), *folder.glob(".*.json.*")]:
             left.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Make way for a new run, of which a kill may have left the state that it started from."""
+    if (path / "metrics.jsonl").exists():
+        raise RunError(
+            f"{path} holds a run without its run.json: restore that, or choose another folder"
+        )
+    for state in (LATEST, PREVIOUS):
+        (path / state).unlink(missing_ok=True)
 
 
 def _same(a: Denoisers, b: Denoisers) -> bool:
@@ -301,8 +317,11 @@ def model_info(problem: Problem, config: FitConfig, state: State) -> dict[str, A
     }
 
 
-def check_same(path: Path, known: Mapping[str, Any]) -> None:
-    """Raise `RunError` unless the run in `path` is what is `known` of this one (`describe`, and its start)."""
+def check_same(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run in `path` is; raises `RunError` unless it is what is `known` of this one.
+
+    `known` is as by `describe`, and its start.
+    """
     saved = read_record(path / "run.json")
     if saved.get("fingerprint") != known["fingerprint"]:
         raise RunError(
@@ -322,6 +341,7 @@ def check_same(path: Path, known: Mapping[str, Any]) -> None:
             f"{path} holds a run with other settings ({'; '.join(changed)}); "
             "use the same settings, or choose another folder"
         )
+    return saved
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""):
