@@ -16,6 +16,7 @@ from dichroic.noise import (
     StationaryNoise,
     observed_entries,
 )
+from dichroic.observations import Observations, whitened_chi2
 from dichroic.operators import BlockProject, Identity
 from dichroic.problem import View
 from dichroic.statement import load_problem
@@ -171,6 +172,37 @@ def test_observed_entries_are_those_of_every_observation(make, covariance):
     noise, size = make(), covariance.shape[-1]
     expect = np.atleast_2d(per_observation(noise, lambda one: one.observed(size)))
     np.testing.assert_array_equal(observed_entries(noise, size), expect)
+
+
+@every_model
+def test_chi2_is_that_of_the_matrix(make, covariance, rng):
+    """Of the observed entries of what is left of observations of nothing."""
+    noise, size = make(), covariance.shape[-1]
+    observed = np.broadcast_to(observed_entries(noise, size), (N, size))
+    y = observed * rng.normal(size=(N, size))
+    nothing = {"x": jnp.zeros(size)}
+    of = lambda one, y: whitened_chi2(Observations(y, {"x": Identity((size,))}, one), nothing)
+    chi2, count = [], []
+    for i in range(N):
+        found = of(take(noise, i) if row_counts(noise) else noise, jnp.asarray(y[i], jnp.float32))
+        chi2.append(found[0])
+        count.append(found[1])
+    expect = [
+        r @ np.linalg.solve(c, r)
+        for r, c in zip(y, np.broadcast_to(covariance, (N, size, size)), strict=True)
+    ]
+    np.testing.assert_allclose(chi2, expect, rtol=1e-4)
+    np.testing.assert_array_equal(count, observed.sum(axis=1))
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+def test_chi2_is_the_same_in_all_units(unit, rng):
+    """Of observations some of which are known a million times better than others."""
+    std = unit * np.logspace(0, 3, 300)
+    y = jnp.asarray(std * rng.normal(size=300), jnp.float32)
+    obs = Observations(y, {"x": Identity((300,))}, DiagonalNoise(jnp.asarray(std**2, jnp.float32)))
+    chi2, _ = whitened_chi2(obs, {"x": jnp.zeros(300)})
+    np.testing.assert_allclose(chi2, np.sum((np.asarray(y, float) / std) ** 2), rtol=1e-5)
 
 
 def test_masking_marginalises_correlated_noise(rng):

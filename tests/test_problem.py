@@ -106,6 +106,8 @@ def test_bad_statements_are_refused(sources, changes, error, words):
         (DiagonalNoise(np.ones((6, 2, 3))), ShapeError, r"variance .*shape \(2, 2\) has 4 entries"),
         (DiagonalNoise(np.ones((6, 1, 4))), ShapeError, r"variance has shape \(6, 1, 4\)"),
         (DiagonalNoise(np.ones((5, 2, 2))), ShapeError, "5 observations, but there are 6"),
+        (Isotropic(1e-20), DataError, r"variance of 1e-40; .* in other units, .* multiplied by 1e\+20"),
+        (DiagonalNoise(np.full(4, 1e37)), DataError, "single precision works with 1e-36 to 1e"),
         (DenseNoise(np.eye(3)), ShapeError, r"covariance has .*expected \(4, 4\), or \(n, 4, 4\)"),
         (Isotropic(np.ones((6, 4))), ShapeError, r"the noise std has shape \(6, 4\); expected \(\)"),
         (Masked(Isotropic(1.0), np.ones(3)), ShapeError, r"the noise mask has shape \(3,\)"),

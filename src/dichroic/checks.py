@@ -131,6 +131,7 @@ def _flat_mask(mask: Any, y: np.ndarray, shape: Shape, label: str) -> np.ndarray
     return (np.asarray(mask) > 0).reshape(-1 if got == shape else y.shape)
 
 
+_LARGEST = 1e36  # variance of noise, and inverse of the smallest
 _AXES: dict[type[Noise], dict[str, str]] = {  # of every parameter, for one observation of M entries
     Isotropic: {"std": ""},
     DiagonalNoise: {"variance": "M"},
@@ -224,6 +225,26 @@ def check_noise(noise: Noise, label: str) -> None:
             raise DataError(
                 f"{label}: the noise covariance is not symmetric positive definite (smallest "
                 f"eigenvalue {lowest:.3g}, asymmetry {skew:.3g})"
+            )
+    _check_units(noise, label)
+
+
+def _check_units(noise: Noise, label: str) -> None:
+    """Variances that single precision holds, and products with them."""
+    if isinstance(noise, Isotropic):
+        variances = np.asarray(noise.std, np.float64) ** 2
+    elif isinstance(noise, (DiagonalNoise, LowRankNoise)):
+        variances = np.asarray(noise.variance)
+    elif isinstance(noise, DenseNoise):
+        variances = np.diagonal(np.asarray(noise.covariance), axis1=-2, axis2=-1)
+    else:  # of one of these, or of covariances that are looked at below
+        return
+    for extreme in (variances.min(), variances.max()):
+        if not 1 / _LARGEST <= extreme <= _LARGEST:
+            factor = 10.0 ** -round(0.5 * math.log10(extreme)) if extreme > 0 else math.inf
+            raise DataError(
+                f"{label}: a noise variance of {extreme:.3g}; single precision works with {1 / _LARGEST:g} to "
+                f"{_LARGEST:g}: give observations and noise in other units, such as multiplied by {factor:g}"
             )
 
 

@@ -220,10 +220,11 @@ def whitened_chi2(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`(rᵀ Σ⁻¹ r, number of observed entries)` of one observation, `r = y − Σ_β A_β x_β`.
 
-    `Σ⁻¹ r` comes from conjugate gradients, which are exact in one step for isotropic noise.
+    `Σ⁻¹ r` comes from conjugate gradients on what is scaled to variances of 1: exact in one step where noise is
+    diagonal, and of any units.
     """
     seen = obs.noise.observed(obs.size)
-    r = seen * obs.y - obs.apply(x)
-    diag = jnp.sum(seen)
-    v, _ = jax.scipy.sparse.linalg.cg(obs.noise.mv, r, maxiter=64)
-    return r @ v, diag
+    std = jnp.sqrt(obs.noise.variances(obs.size))
+    r = (seen * obs.y - obs.apply(x)) / std
+    v, _ = jax.scipy.sparse.linalg.cg(lambda v: obs.noise.mv(v / std) / std, r, maxiter=64)
+    return r @ v, jnp.sum(seen)
