@@ -147,7 +147,9 @@ def test_the_loss_of_a_process_ends_the_others_and_no_finished_lap_is_lost(state
     two = start(words(stated, "lost"), processes=2)
     killed_after(two, stated / "lost", 1, which=[1])
     first, second = ended(two)
-    assert first[0] != 0
+    assert first[0] == 2
+    assert first[2].splitlines()[-1].startswith("error: another process is lost")
+    assert "Traceback" not in first[2]
     assert second[0] == -signal.SIGKILL
     for status, _, errors in ended(start(words(stated, "lost", "--resume"), processes=2)):
         assert status == 0, errors

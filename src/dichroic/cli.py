@@ -13,7 +13,7 @@ from typing import Any
 from dichroic import __version__
 from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig, settings
-from dichroic.errors import ConfigError, DichroicError
+from dichroic.errors import ConfigError, DichroicError, LostError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.run(args)
     except DichroicError as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, LostError):
+            from dichroic import layout
+
+            layout.leave(2)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted{_going_on(args, words)}", file=sys.stderr)

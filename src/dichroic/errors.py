@@ -21,6 +21,10 @@ class RunError(DichroicError):
     """A run folder that is missing, belongs to another problem, or cannot be resumed."""
 
 
+class LostError(RunError):
+    """Another of the processes that share a fit is gone."""
+
+
 class FormatError(DichroicError):
     """A saved file of another format version, or one whose contents do not match its hash."""
 

@@ -7,7 +7,10 @@ as bytes: every number arrives as it was, and everybody adds in the same order, 
 """
 
 import os
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -17,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dichroic.errors import ConfigError, DataError, RunError
+from dichroic.errors import ConfigError, DataError, LostError, RunError
 
 Tree = TypeVar("Tree")
 ADDRESS, PROCESSES, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -29,6 +32,7 @@ AXIS = "data"
 _PATIENCE = (
     30  # seconds after which a process that says nothing is given up, and with it all others
 )
+_LOST = re.compile("^(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |Gloo|NCCL")
 
 
 def join() -> None:
@@ -64,6 +68,27 @@ def join() -> None:
 
 def _initialize(**how: Any) -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=_PATIENCE, **how)
+
+
+@contextmanager
+def in_company() -> Iterator[None]:
+    """Say where other processes are lost inside: `LostError`, after which `leave` does not wait for them."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if processes() == 1 or not _LOST.search(str(error)):
+            raise
+        raise LostError(
+            "another process is lost or cannot be reached; finished laps are kept: start all of them again, with "
+            "--resume"
+        ) from error
+
+
+def leave(status: int) -> None:
+    """End this process at once: JAX would wait for those that are lost, and then abort."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def processes() -> int:

@@ -124,7 +124,8 @@ def fit(
 
         state, rows = agreed(begin), [row for folder in folders for row in folder.rows]
         record = folders[0].record if folders else lambda state, metrics: state
-        state, rows = _run(state, rows, data, config, tracker, record)
+        with layout.in_company():
+            state, rows = _run(state, rows, data, config, tracker, record)
         if folders:
             event("finished", laps=state.total, seconds=round(state.seconds, 3))
         return state, rows
