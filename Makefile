@@ -46,4 +46,4 @@ lock:                  ## pin every dependency for a reproducible set-up
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 pyproject.toml --group dev --no-header --no-annotate --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest demo-out bench-out
+	rm -rf $(VENV) $(VENV)-lowest .programs demo-out bench-out

@@ -9,6 +9,10 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from dichroic.programs import keep_programs
+
+keep_programs(Path(__file__).parents[1] / ".programs")  # in all processes of all tests
+
 # The numerical core. Elsewhere bad input has to reach the package's own, clearer errors.
 CORE = ("batching", "operators", "noise", "linalg", "grid", "evidence", "solve", "schedule")
 CORE += ("observations", "denoise", "nn", "posterior", "sample", "mixture_em", "shared", "train")

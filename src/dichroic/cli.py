@@ -14,12 +14,14 @@ from dichroic import __version__
 from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig, settings
 from dichroic.errors import ConfigError, DichroicError, LostError
+from dichroic.programs import keep_programs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 2 for an error, 130 after Ctrl-C, 1 if jobs of a benchmark failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
+    keep_programs()
     try:
         status = args.run(args)
     except DichroicError as error:
@@ -221,7 +223,7 @@ def _config(args: argparse.Namespace, section: dict[str, Any]) -> FitConfig:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from dichroic.identify import identifiability
+    from dichroic.identify import identifiability, scarcity
     from dichroic.statement import load_problem, summary_rows
     from dichroic.tables import text_table
 
@@ -232,14 +234,14 @@ def _check(args: argparse.Namespace) -> None:
         print(text_table(header, body), end="\n\n")
     result = identifiability(problem)
     print(result.table(), end="\n\n")
-    for warning in result.warnings:
+    for warning in (*result.warnings, *scarcity(problem)):
         print(f"warning: {warning}")
     print(f"{args.problem} is a valid problem")
 
 
 def _fit(args: argparse.Namespace) -> None:
     from dichroic import layout
-    from dichroic.identify import identifiability
+    from dichroic.identify import identifiability, scarcity
     from dichroic.problem import check_values
     from dichroic.report import write_report
     from dichroic.separator import Separator
@@ -259,7 +261,7 @@ def _fit(args: argparse.Namespace) -> None:
         separator.fit(args.out, progress=False, **options)
         layout.each(lambda: None)  # until its report is written
         return
-    warnings = identifiability(problem).warnings
+    warnings = (*identifiability(problem).warnings, *scarcity(problem))
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     separator.fit(args.out, progress=[True, *trackers], **options)
@@ -344,7 +346,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from dichroic.identify import identifiability
+    from dichroic.identify import identifiability, scarcity
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.tracking import read_metrics
@@ -355,7 +357,7 @@ def _report(args: argparse.Namespace) -> None:
         separator=Separator.load(args.run_folder, problem=problem),
         metrics=read_metrics(args.run_folder / "metrics.jsonl"),
         n_draws=args.draws,
-        warnings=identifiability(problem).warnings,
+        warnings=(*identifiability(problem).warnings, *scarcity(problem)),
     )
     print(f"report: {page}")
 

@@ -33,6 +33,7 @@ from dichroic.identify.probe import directions_of, half
 from dichroic.identify.result import Identifiability as Identifiability
 from dichroic.identify.result import SourceIdentifiability as SourceIdentifiability
 from dichroic.identify.result import Verdict as Verdict
+from dichroic.identify.scarcity import scarcity as scarcity
 from dichroic.identify.warnings import warnings_of
 from dichroic.problem import Problem, joint_observations
 from dichroic.view import some_of
