@@ -21,6 +21,10 @@ class RunError(DichroicError):
     """A run folder that is missing, belongs to another problem, or cannot be resumed."""
 
 
+class WriteError(RunError):
+    """A file that cannot be written, because the disk is full or its folder is read-only."""
+
+
 class FormatError(DichroicError):
     """A saved file of another format version, or one whose contents do not match its hash."""
 
