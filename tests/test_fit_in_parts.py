@@ -1,5 +1,6 @@
 """Fits of observations that stay in files: equal to those in memory, in bounded memory, after kills."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -159,8 +160,23 @@ def test_draws_on_disk_are_those_in_memory_and_are_not_drawn_twice(stated, in_bl
     draw_to_disk(*args, model="m", **options)
     assert calls[6:] == [64]
     np.testing.assert_array_equal(found["ring"].window(0), want["ring"])
+    chunks = tmp_path / "1.zarr" / "draws" / "ring" / "c" / "0"
+    (chunks / "0/0").write_bytes(
+        bytes((chunks / "0/0").stat().st_size)
+    )  # as a system that crashed may leave it
+    (chunks / "2/0").unlink()
+    draw_to_disk(*args, model="m", **options)
+    assert calls[7:] == [0, 128]
+    np.testing.assert_array_equal(found["ring"].window(0), want["ring"])
+    (tmp_path / "0.zarr" / "zarr.json").write_text("{")
+    draw_to_disk(*args, model="m", **options)
+    assert calls[9:] == [0, 64, 128]
+    larger = [dataclasses.replace(obs, block=128) for obs in views]  # with more memory
+    none = lambda obs, first: {k: np.zeros((1, obs.count, n)) for k, n in obs.dims.items()}
+    found = draw_to_disk(tmp_path, larger, ["alone", "both"], [none, none], model="m", **options)
+    assert not found["ring"].window(0).any()
     draw_to_disk(*args, model="of another lap", **options)
-    assert len(calls) == 13
+    assert len(calls) == 18
 
 
 @pytest.fixture
@@ -197,11 +213,23 @@ def test_windows_are_blocks_picked_at_random(drawn):
     np.testing.assert_array_equal(whole[0][:, 0], np.arange(29))
 
 
-def test_a_block_of_draws_that_is_damaged_is_named(drawn, tmp_path):
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (lambda data: data[:-4], "has 24 of 28 bytes"),
+        (lambda data: b"", "has 0 of 28 bytes"),
+        (lambda data: bytes(len(data)), "does not hold what was written"),
+        (None, "is missing"),
+    ],
+)
+def test_a_block_of_draws_that_is_damaged_is_named(drawn, tmp_path, harm, why):
     few = drawn(room=10**6)
     file = next((tmp_path / "0.zarr" / "draws" / "a" / "c" / "0").glob("4/*"))
-    file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(FormatError, match=r"4/0 is damaged"):
+    if harm is None:
+        file.unlink()
+    else:
+        file.write_bytes(harm(file.read_bytes()))
+    with pytest.raises(FormatError, match=f"4/0 is damaged: it {why}"):
         few.window(0)
 
 

@@ -254,7 +254,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
 
 def test_a_write_onto_a_folder_leaves_nothing_behind(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(RunError, match=r"cannot write .*folder: Is a directory; .* --resume"):
+    with pytest.raises(RunError, match=r"cannot write .*folder: Is a directory; .* make room"):
         write_atomic(tmp_path / "folder", b"data")
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 

@@ -1,5 +1,6 @@
 """Separation in parts: equal to the whole bit for bit, in bounded memory, by several processes, after kills."""
 
+import errno
 import json
 import os
 import re
@@ -18,10 +19,12 @@ import pytest
 import yaml
 import zarr
 
+from dichroic import cli
 from dichroic.blocks import block_size, bytes_each, parse_bytes, parse_shard, shard_blocks
 from dichroic.cli import main
 from dichroic.denoise import Mixture
 from dichroic.errors import ConfigError, DataError, DichroicError, RunError, ShapeError
+from dichroic.files import writing
 from dichroic.noise import DiagonalNoise
 from dichroic.operators import Dense, Identity, Scale
 from dichroic.problem import Problem, Source, View
@@ -396,6 +399,107 @@ def test_another_view_is_refused_and_so_is_a_folder_of_something_else(stated, tm
         assert match in capsys.readouterr().err
 
 
+@pytest.fixture
+def harmed(stated, tmp_path):
+    """The folder `stated`, and a copy of its finished store."""
+    shutil.copytree(stated / "out.zarr", tmp_path / "x.zarr")
+    return stated, tmp_path / "x.zarr"
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+HARM = {
+    "truncated": (lambda f: os.truncate(f, 100), r"has 100 of [\d,]+ bytes"),
+    "empty": (lambda f: os.truncate(f, 0), r"has 0 of [\d,]+ bytes"),
+    "removed": (Path.unlink, "is missing"),
+    "flipped": (flip, "does not hold what was written"),
+}
+
+
+def test_damaged_blocks_are_noticed_and_separated_again(harmed, capsys):
+    """A file of each block is damaged in another way; sizes are seen by `--status`, a flipped bit by who reads."""
+    stated, out = harmed
+    good = files(out)
+    chunks = ("draws/a/c/0/0/0", "finished/c/1", "mean/b/c/2/0", "chi2/c/0/3")
+    said = [f"{i} \\({re.escape(c)} {why}" for i, c, (_, why) in zip("1234", chunks, HARM.values())]
+    for chunk, (harm, _) in zip(chunks, HARM.values(), strict=True):
+        harm(out / chunk)
+    assert main(words(stated, out, "--status")) == 1
+    told = capsys.readouterr().out
+    assert re.search("1 of 4 blocks of 64 .* damaged: " + ".*, ".join(said[:3]), told)
+    assert "missing: " not in told
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_group(out, mode="r")["chi2"][...]
+    with pytest.raises(DataError, match=r"x\.zarr"):
+        load_array(f"{out}:chi2", stated)
+    assert (
+        main(words(stated, out, "--shard", "1/2")) == 0
+    )  # of its own blocks, which are the first and third
+    assert re.search("again: " + f"{said[0]}.*, {said[2]}.*\\)\n", capsys.readouterr().err)
+    assert main(words(stated, out)) == 0
+    assert re.search("again: " + f"{said[1]}.*, {said[3]}.*\\)\n", capsys.readouterr().err)
+    assert files(out) == good
+    assert main(words(stated, out, "--status")) == 0
+
+
+def test_a_good_store_is_read_and_left_as_it_is(harmed, capsys):
+    stated, out = harmed
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert main(words(stated, out)) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    assert "damaged" not in "".join(capsys.readouterr())
+
+
+def test_status_says_by_its_exit_whether_all_is_there(harmed, capsys):
+    stated, out = harmed
+    shutil.rmtree(out / "finished/c")
+    assert main(words(stated, out, "--status")) == 1
+    assert (
+        "0 of 4 blocks of 64 observations are finished; missing: 1, 2, 3, 4\n"
+        in capsys.readouterr().out
+    )
+    assert main(words(stated, stated / "none.zarr", "--status")) == 2
+
+
+def of_an_earlier_release(out):
+    """Make a store what earlier releases wrote: version 1, chunks without checksums."""
+    for file in out.rglob("zarr.json"):
+        about = json.loads(file.read_text())
+        if "codecs" in about:
+            about["codecs"] = [c for c in about["codecs"] if c["name"] != "crc32c"]
+        elif file.parent == out:
+            about["attributes"]["dichroic"]["format_version"] = 1
+        file.write_text(json.dumps(about))
+    for file in out.rglob("c/**/*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size - 4)
+
+
+def test_a_store_of_an_earlier_release_is_read_and_gone_on_with(harmed, capsys):
+    stated, out = harmed
+    of_an_earlier_release(out)
+    whole = files(out)
+    assert main(words(stated, out, "--status")) == 0
+    np.testing.assert_array_equal(
+        load_array(f"{out}:std/b", stated), load_array("out.zarr:std/b", stated)
+    )
+    (out / "finished/c/1").unlink()
+    os.truncate(out / "draws/b/c/0/3/0", 100)
+    flip(out / "mean/a/c/0/0")  # which nothing can tell
+    flipped = (out / "mean/a/c/0/0").read_bytes()
+    assert main(words(stated, out, "--status")) == 1
+    assert re.search(
+        r"2 of 4 .*; missing: 2; damaged: 4 \(draws/b/c/0/3/0 has 100 of 3,072 bytes\)",
+        capsys.readouterr().out,
+    )
+    assert main(words(stated, out)) == 0
+    assert files(out) == {**whole, "mean/a/c/0/0": flipped}
+
+
 def test_many_that_begin_at_once_share_one_store(tmp_path):
     found, job = [], Job("m", "v", 0, 2, 100, 10, {"a": (3,)})
     begin = lambda: found.append(open_store(tmp_path / "x.zarr", job))
@@ -415,12 +519,47 @@ def test_a_full_disk_is_an_error_and_what_is_finished_stays(stated):
     failed = command(*words(stated, "full.zarr", "--shard", "2/2"), program=["-c", FULL])
     assert failed.returncode == 2
     assert "cannot write" in failed.stderr
+    assert "; finished blocks are kept; run it again to go on\n" in failed.stderr
+    assert "--resume" not in failed.stderr
     assert "Traceback" not in failed.stderr
     now = files(stated / "full.zarr")
     assert {k: now[k] for k in before} == before
     assert finished_blocks(stated / "full.zarr").missing == (1, 3)
     assert main(words(stated, "full.zarr", "--shard", "2/2")) == 0
     assert files(stated / "full.zarr") == files(stated / "out.zarr")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            ["separate", "RUN", "v", "--out", "x.zarr"],
+            "; finished blocks are kept; run it again to go on",
+        ),
+        (["separate", "RUN", "v", "--out", "x.npz"], ", and run it again"),
+        (["separate", "RUN", "v"], ", and run it again"),
+        (["fit", "p.yaml", "--out", "new"], ", and run it again"),
+        (
+            ["fit", "p.yaml", "--out", "."],
+            "laps are kept; go on with:\n  dichroic fit p.yaml --out . --resume",
+        ),
+    ],
+)
+def test_how_to_go_on_after_a_full_disk_fits_the_command(
+    tmp_path, monkeypatch, capsys, words, hint
+):
+    def fails(args):
+        with writing(args.out or "separated.npz"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.json").touch()
+    monkeypatch.setattr(cli, f"_{words[0]}", fails)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert said.endswith(f"{hint}\n")
+    assert ("--resume" in said) == ("--resume" in hint)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(stated, capsys):

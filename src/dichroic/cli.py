@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,25 @@ from typing import Any
 from dichroic import __version__
 from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig, settings
-from dichroic.errors import ConfigError, DichroicError, LostError
+from dichroic.errors import ConfigError, DichroicError, LostError, WriteError
+from dichroic.options import listed, numbers, parsed, positive
 from dichroic.programs import keep_programs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for an error, 130 after Ctrl-C, 1 if jobs of a benchmark failed."""
+    """Run one command; the exit status is 0, 2 for an error, 130 after Ctrl-C.
+
+    It is 1 if jobs of a benchmark failed, and if blocks that `separate --status` asks for are missing or damaged.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
     keep_programs()
     try:
         status = args.run(args)
     except DichroicError as error:
-        print(f"error: {error}", file=sys.stderr)
+        unwritten = isinstance(error, WriteError)
+        again = (_going_on(args, words) or ", and run it again") if unwritten else ""
+        print(f"error: {error}{again}", file=sys.stderr)
         if isinstance(error, LostError):
             from dichroic import layout
 
@@ -38,15 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _going_on(args: argparse.Namespace, words: Sequence[str]) -> str:
-    """How to go on with what was interrupted."""
+    """How to go on with what was interrupted, or found no room; empty where nothing was kept."""
     if args.command == "fit" and (args.out / "run.json").exists():
         again = [*(w for w in words if w != "--resume"), "--resume"]
         return f"; finished laps are kept; go on with:\n  {shlex.join(['dichroic', *again])}"
-    kept = {
-        "bench": "; finished laps are kept; run it again to go on",
-        "separate": "; finished blocks of a .zarr folder are kept; run it again to go on",
-    }
-    return kept.get(args.command, "")
+    if args.command == "separate" and _in_blocks(args):
+        return "; finished blocks are kept; run it again to go on"
+    return "; finished laps are kept; run it again to go on" if args.command == "bench" else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
     fit.add_argument(
         "--memory",
-        type=_parsed(parse_bytes),
+        type=parsed(parse_bytes),
         metavar="4GiB",
         help="leave the observations in their files, and get by with so much memory",
     )
@@ -99,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     separate.add_argument(
         "view", help="observations: an .npz or YAML file, or a view of the problem"
     )
-    separate.add_argument("--draws", type=_positive, default=32, help="draws per observation (32)")
+    separate.add_argument("--draws", type=positive, default=32, help="draws per observation (32)")
     _add_scaling(separate)
     separate.add_argument(
         "--like", help="the view whose operators and noise a file without them has"
@@ -115,21 +119,21 @@ def parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "draw from the learned prior of a source")
     sample.add_argument("run_folder", type=Path, metavar="RUN")
     sample.add_argument("--source", required=True, metavar="NAME")
-    sample.add_argument("-n", "--number", type=_positive, default=64, help="number of draws (64)")
+    sample.add_argument("-n", "--number", type=positive, default=64, help="number of draws (64)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", type=Path, help="an .npy file (NAME.npy)")
 
     report = add("report", _report, "write RUN/report.html: what was learned, and how well")
     report.add_argument("run_folder", type=Path, metavar="RUN")
-    report.add_argument("--draws", type=_positive, default=32)
+    report.add_argument("--draws", type=positive, default=32)
     report.add_argument("--problem", type=Path, metavar="FILE", help=moved)
 
     bench = add("bench", _bench, "compare methods on problems whose answers are known")
     bench.add_argument(
         "problem", nargs="+", help="contrastive-2, contrastive-3, mixed-0.1, … or a problem file"
     )
-    bench.add_argument("--methods", type=_list, metavar="A,B", help="all by default")
-    bench.add_argument("--seeds", type=_numbers, metavar="N,N", help="0,1,2; with --quick 0")
+    bench.add_argument("--methods", type=listed, metavar="A,B", help="all by default")
+    bench.add_argument("--seeds", type=numbers, metavar="N,N", help="0,1,2; with --quick 0")
     bench.add_argument("--out", type=Path, default=Path("bench-out"))
     bench.add_argument("--data-dir", metavar="DIR", help="of mnist.npz and textures/grass.png")
     bench.add_argument("--quick", action="store_true", help="small presets, fewer observations")
@@ -139,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         "--draws": "posterior draws of each (32)",
     }
     for name, text in sizes.items():
-        bench.add_argument(name, type=_positive, metavar="N", help=text)
+        bench.add_argument(name, type=positive, metavar="N", help=text)
 
     demo = add("demo", _demo, "fit and separate two embedded problems, with a table and reports")
     demo.add_argument("--out", type=Path, default=Path("demo-out"))
@@ -148,48 +152,23 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def _add_scaling(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("more than fits in memory (--out FOLDER.zarr)")
     group.add_argument(
-        "--memory", type=_parsed(parse_bytes), metavar="4GiB", help="what to get by with (4GiB)"
+        "--memory", type=parsed(parse_bytes), metavar="4GiB", help="what to get by with (4GiB)"
     )
-    group.add_argument(
-        "--chunk", type=_positive, metavar="N", help="observations at a time instead"
-    )
+    group.add_argument("--chunk", type=positive, metavar="N", help="observations at a time instead")
     group.add_argument(
         "--shard",
-        type=_parsed(parse_shard),
+        type=parsed(parse_shard),
         metavar="I/N",
         help="do the blocks I, I + N, …: as one of N processes that share FOLDER.zarr",
     )
-    group.add_argument("--status", action="store_true", help="only say what is missing")
-
-
-def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` for an option, whose mistakes are shown with its name."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except DichroicError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in _list(text)]
+    group.add_argument(
+        "--status",
+        action="store_true",
+        help="only say which blocks are missing or damaged (by the sizes of files); exit with 1 if any are",
+    )
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -274,17 +253,21 @@ def _fit(args: argparse.Namespace) -> None:
     layout.each(lambda: None)
 
 
-def _separate(args: argparse.Namespace) -> None:
+def _in_blocks(args: argparse.Namespace) -> bool:
+    """Whether `separate` fills a folder block by block."""
+    return args.out is not None and args.out.suffix == ".zarr"
+
+
+def _separate(args: argparse.Namespace) -> int:
     from dichroic.separator import Separator
     from dichroic.statement import open_view
     from dichroic.tracking import Console
 
-    blocks = args.out is not None and args.out.suffix == ".zarr"
+    blocks = _in_blocks(args)
     if not blocks and (args.memory or args.chunk or args.shard or args.status):
         raise ConfigError("--memory, --chunk, --shard and --status are for --out FOLDER.zarr")
     if args.status:
-        _print_status(args.out)
-        return
+        return _print_status(args.out)
     problem = _problem_of(args)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
@@ -293,7 +276,7 @@ def _separate(args: argparse.Namespace) -> None:
         view = view if blocks else view.read()
     if blocks:
         _separate_blocks(args, separator, view)
-        return
+        return 0
     result = separator.separate(
         view,
         n_draws=args.draws,
@@ -304,11 +287,18 @@ def _separate(args: argparse.Namespace) -> None:
     result.save(out)
     shapes = ", ".join(f"{k} {x.shape}" for k, x in result.draws.items())
     print(f"{out}: draws, mean and std of {shapes}; χ²/M {result.chi2.mean():.3f} (1 is ideal)")
+    return 0
 
 
 def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> None:
     from dichroic.stream import MEMORY, separate_to
     from dichroic.tracking import Console
+
+    console = Console()
+
+    def warn(text: str) -> None:
+        console.close()
+        print(f"warning: {text}", file=sys.stderr)
 
     separate_to(
         args.out,
@@ -319,21 +309,19 @@ def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> Non
         memory=args.memory or MEMORY,
         chunk=args.chunk,
         shard=args.shard or (1, 1),
-        progress=partial(Console().progress, "observations"),
+        progress=partial(console.progress, "observations"),
+        warn=warn,
     )
     _print_status(args.out)
 
 
-def _print_status(out: Path) -> None:
+def _print_status(out: Path) -> int:
+    """Say which blocks are finished; 1 unless all are."""
     from dichroic.store import finished_blocks
 
     found = finished_blocks(out)
-    job, missing = found.job, found.missing
-    print(
-        f"{out}: {len(found.finished)} of {job.blocks} blocks of {job.block} observations are finished"
-        + (f"; missing: {', '.join(str(b + 1) for b in missing[:20])}" if missing else "")
-        + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-    )
+    print(f"{out}: {found}")
+    return int(bool(found.missing))
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Posterior draws of the training observations, from which networks learn: in memory, or block by block on disk.
 
 Draws on disk are a store (`dichroic.store`) for each view, filled by all processes: what a kill left finished is
-not drawn again. A network then sees a *window* at a time: some blocks, picked at random, that fit in memory.
+not drawn again, unless it is damaged since. A network then sees a *window* at a time: some blocks, picked at
+random, that fit in memory.
 """
 
 import shutil
@@ -15,9 +16,10 @@ import numpy as np
 
 from dichroic import layout
 from dichroic.dataset import StoredDataset
-from dichroic.errors import RunError
+from dichroic.errors import FormatError, RunError
+from dichroic.files import writing
 from dichroic.observations import Observations
-from dichroic.store import Job, finished_blocks, open_store, read_draws, write_block
+from dichroic.store import Job, damage, finished_blocks, open_store, read_draws, write_block
 
 WINDOW = 8  # a window has this part of the memory at the most
 Draw = Callable[[Observations, int], dict[str, np.ndarray]]  # `(1, n, *shape)` of each source
@@ -106,20 +108,23 @@ def draw_to_disk(
 def _fill(
     path: Path, job: Job, obs: StoredDataset, draw: Draw, progress: Callable[[int, int], None]
 ) -> None:
-    """Draw and write the blocks of this process that are missing."""
+    """Draw and write the blocks of this process that are missing or damaged."""
     done, first, last = set(finished_blocks(path).finished), obs.first, obs.own[-1][2]
     for block, start, stop in obs.own:
-        if block not in done:
+        if block not in done or damage(path, job, block, read=True):
             draws = draw(obs.read(start, stop), start)
             write_block(path, job, block, {f"draws/{k}": x for k, x in draws.items()})
         progress(stop - first, last - first)
 
 
 def _begin(path: Path, job: Job) -> bytes:
-    """Make the store `path`, unless it is there already; draws of another model are removed."""
+    """Make the store `path`, unless it is there already; one of another model, or in other blocks, is removed."""
     try:
-        open_store(path, job)
-    except RunError:
-        shutil.rmtree(path)
-        open_store(path, job)
+        same = not path.exists() or open_store(path, job) == job
+    except (RunError, FormatError):
+        same = False
+    if not same:
+        with writing(path):
+            shutil.rmtree(path)
+    open_store(path, job)
     return b""

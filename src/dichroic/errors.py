@@ -25,6 +25,10 @@ class LostError(RunError):
     """Another of the processes that share a fit is gone."""
 
 
+class WriteError(RunError):
+    """A file that cannot be written, because the disk is full or its folder is read-only."""
+
+
 class FormatError(DichroicError):
     """A saved file of another format version, or one whose contents do not match its hash."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from dichroic.errors import RunError
+from dichroic.errors import RunError, WriteError
 
 try:
     import fcntl
@@ -18,19 +18,19 @@ LOCK = "run.lock"
 
 
 def write_atomic(
-    path: str | Path, data: bytes | memoryview, *, keep: str | Path | None = None
+    path: str | Path, *data: bytes | memoryview, keep: str | Path | None = None
 ) -> None:
     """Write `data` to `path` so that a crash leaves the old contents or the new, nothing between.
 
     With `keep`, what was at `path` is moved there, once the new contents are on the disk. Raises
-    `RunError` where the file cannot be written (a full disk, a folder that is read-only).
+    `WriteError` where the file cannot be written (a full disk, a folder that is read-only).
     """
     path = Path(path)
     with writing(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as f:
-                f.write(data)
+                f.writelines(data)
                 f.flush()
                 os.fsync(f.fileno())
             os.chmod(temporary, 0o644)
@@ -46,13 +46,13 @@ def write_atomic(
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Let a failed write to `path` be a `RunError` that says what to do."""
+    """Let a failed write to `path` be a `WriteError` that says what to do."""
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is kept: make "
-            "room, or choose a folder that can be written to, and run it again (a fit with --resume)"
+        raise WriteError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is kept: make room, "
+            "or choose a folder that can be written to"
         ) from error
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from dichroic.errors import DataError
 
-_PACKAGES = {"astropy.io.fits": "astropy", "PIL.Image": "pillow"}  # of modules of other names
+_PACKAGES = {"astropy.io.fits": "astropy", "PIL.Image": "pillow", "google_crc32c": "google-crc32c"}
 
 
 def library(name: str, extra: str, purpose: str) -> Any:

@@ -4,37 +4,43 @@
     mean/<source>   (n, *shape)               finished  (blocks,)  1 where a block is written
     std/<source>    (n, *shape)
 
-A block is a run of observations, and one chunk of every array, uncompressed: a file of its own, written to a
-temporary one, flushed and renamed. Its entry of `finished`, a file too, is written after all of these, so it
-is never true of a block that is not there, and processes share a store without locks. What the store is of (model,
-view, seed, draws) is an attribute of the group; the group appears whole, by renaming a folder.
+A block is a run of observations, and one chunk of every array: a file of its own, with a checksum (see `chunks`),
+written to a temporary one, flushed and renamed. Its entry of `finished`, a file too, is written after all of
+these, so processes share a store without locks. A block counts as finished if that entry and all its files are
+there and have the sizes that they should have; `damage` also tells whether their bytes are those that were
+written. What the store is of (model, view, seed, draws) is an attribute of the group; the group appears whole, by
+renaming a folder.
 """
 
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dichroic.chunks import fault, read_chunk, write_chunk
 from dichroic.errors import FormatError, RunError
-from dichroic.files import write_atomic, writing
+from dichroic.files import writing
 from dichroic.optional import library
 from dichroic.records import read_json, understanding
 
-_VERSION = 1
+_VERSION = 2
+_UNSUMMED = 1  # the version whose chunks have no checksums
 _KEY = "dichroic"
 FINISHED = "finished"
+MOST_NAMED = 20
 
 
 @dataclass(frozen=True)
 class Job:
     """What a store holds: hashes of the model and of the view, and what decides the draws and their shapes.
 
-    Without `summaries` that is the draws alone.
+    Without `summaries` that is the draws alone. Chunks that are not `summed` have no checksums: an earlier release
+    began the store.
     """
 
     model: str
@@ -45,6 +51,7 @@ class Job:
     block: int
     shapes: Mapping[str, tuple[int, ...]]
     summaries: bool = True
+    summed: bool = True
 
     @property
     def blocks(self) -> int:
@@ -58,20 +65,49 @@ class Job:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which of a store's blocks are `finished`, and which are `missing`, by number."""
+    """Which of a store's blocks are `finished`, and which are `missing`, by number.
+
+    Of the missing ones, `damaged` were finished once; it says what is wrong with each.
+    """
 
     job: Job
     finished: tuple[int, ...]
     missing: tuple[int, ...]
+    damaged: Mapping[int, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        job, absent = self.job, [b for b in self.missing if b not in self.damaged]
+        said = (
+            f"{len(self.finished)} of {job.blocks} blocks of {job.block} observations are finished"
+        )
+        if absent:
+            said += f"; missing: {_listed([str(b + 1) for b in absent])}"
+        return said + (f"; damaged: {named(self.damaged)}" if self.damaged else "")
+
+
+def named(damaged: Mapping[int, str]) -> str:
+    """Blocks, counted from 1, and what is wrong with them, in words."""
+    return _listed([f"{b + 1} ({why})" for b, why in damaged.items()])
+
+
+def _listed(parts: list[str]) -> str:
+    more = len(parts) - MOST_NAMED
+    return ", ".join(parts[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
 class _Array:
-    """An array of a store: its shape, and the axis along which observations lie."""
+    """An array of a store: its shape, the axis along which observations lie, and how many a chunk has of them."""
 
     shape: tuple[int, ...]
     axis: int
+    rows: int
     dtype: str = "float32"
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """The shape of a chunk."""
+        return tuple(self.rows if i == self.axis else n for i, n in enumerate(self.shape))
 
 
 def open_store(path: str | Path, job: Job) -> Job:
@@ -106,29 +142,51 @@ def read_job(path: str | Path) -> Job:
         found = about["attributes"].get(_KEY)
         if found is None:
             raise RunError(f"{path} is a zarr group of something else; choose another folder")
-        if found.pop("format_version") != _VERSION:
+        version = found.pop("format_version")
+        if version not in (_UNSUMMED, _VERSION):
             raise FormatError(f"{file} is of a version that this release does not read")
-        return Job(**{**found, "shapes": {k: tuple(s) for k, s in found["shapes"].items()}})
+        shapes = {k: tuple(s) for k, s in found.pop("shapes").items()}
+        return Job(**found, shapes=shapes, summed=version != _UNSUMMED)
 
 
 def finished_blocks(path: str | Path) -> Blocks:
-    """Which blocks of the store `path` are written and which are not; raises as `read_job` does."""
+    """Which blocks of the store `path` are there, by the sizes of their files; raises as `read_job` does."""
     path = Path(path)
     job = read_job(path)
     folder = path / FINISHED / "c"
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    done = tuple(b for b in range(job.blocks) if str(b) in names)
-    return Blocks(job, done, tuple(sorted(set(range(job.blocks)) - set(done))))
+    written = [b for b in range(job.blocks) if str(b) in names]
+    damaged = {b: why for b in written if (why := damage(path, job, b))}
+    done = tuple(b for b in written if b not in damaged)
+    return Blocks(job, done, tuple(sorted(set(range(job.blocks)) - set(done))), damaged)
+
+
+def damage(path: str | Path, job: Job, block: int, *, read: bool = False) -> str | None:
+    """What is wrong with a file of the finished block number `block`, if anything.
+
+    That is one which is not there or of another size; with `read`, also one that does not have its checksum.
+    """
+    for name, about in {**_arrays(job), FINISHED: _finished(job)}.items():
+        file = _chunk(Path(path) / name, about, block)
+        if wrong := fault(file, about.chunk, about.dtype, summed=job.summed, read=read):
+            return f"{file.relative_to(path).as_posix()} {wrong}"
+    return None
 
 
 def write_block(path: str | Path, job: Job, block: int, values: Mapping[str, np.ndarray]) -> None:
     """Write block number `block`: `values` by the names of the arrays, and then that it is finished.
 
-    Raises `RunError` where it cannot be written; blocks that were are not touched.
+    Raises `RunError` where it cannot be written; other blocks are not touched.
     """
+    path, finished = Path(path), _finished(job)
+    marker = _chunk(path / FINISHED, finished, block)
+    with writing(marker):
+        marker.unlink(missing_ok=True)  # of a block that is damaged
     for name, about in _arrays(job).items():
-        _write_chunk(Path(path) / name, about, block, job.block, values[name])
-    _write_chunk(Path(path) / FINISHED, _finished(job), block, 1, np.ones(1, np.uint8))
+        write_chunk(
+            _chunk(path / name, about, block), _filled(about, values[name]), summed=job.summed
+        )
+    write_chunk(marker, np.ones(1, np.uint8), summed=job.summed)
 
 
 def read_draws(path: str | Path, job: Job, block: int, source: str) -> np.ndarray:
@@ -139,12 +197,7 @@ def read_draws(path: str | Path, job: Job, block: int, source: str) -> np.ndarra
     name = f"draws/{source}"
     about, (start, stop) = _arrays(job)[name], job.span(block)
     file = _chunk(Path(path) / name, about, block)
-    shape = (job.n_draws, job.block, *job.shapes[source])
-    try:
-        values = np.fromfile(file, np.dtype(about.dtype).newbyteorder("<")).reshape(shape)
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file} is damaged: {error}") from None
-    return values[:, : stop - start]
+    return read_chunk(file, about.chunk, about.dtype, summed=job.summed)[:, : stop - start]
 
 
 def remove_leftovers(path: str | Path, job: Job, blocks: list[int]) -> None:
@@ -158,16 +211,18 @@ def remove_leftovers(path: str | Path, job: Job, blocks: list[int]) -> None:
 
 
 def _arrays(job: Job) -> dict[str, _Array]:
-    found = {"chi2": _Array((job.n_draws, job.count), 1)} if job.summaries else {}
+    of_draws = lambda *shape: _Array((job.n_draws, job.count, *shape), 1, job.block)
+    found = {"chi2": of_draws()} if job.summaries else {}
     for name, shape in job.shapes.items():
-        found[f"draws/{name}"] = _Array((job.n_draws, job.count, *shape), 1)
+        found[f"draws/{name}"] = of_draws(*shape)
         if job.summaries:
-            found |= {f"{k}/{name}": _Array((job.count, *shape), 0) for k in ("mean", "std")}
+            summary = _Array((job.count, *shape), 0, job.block)
+            found |= {f"{kind}/{name}": summary for kind in ("mean", "std")}
     return found
 
 
 def _finished(job: Job) -> _Array:
-    return _Array((job.blocks,), 0, "uint8")
+    return _Array((job.blocks,), 0, 1, "uint8")
 
 
 def _chunk(folder: Path, about: _Array, block: int) -> Path:
@@ -176,22 +231,19 @@ def _chunk(folder: Path, about: _Array, block: int) -> Path:
     return folder.joinpath("c", *map(str, index))
 
 
-def _write_chunk(folder: Path, about: _Array, block: int, size: int, values: np.ndarray) -> None:
-    """Write `values` as a chunk of `size` rows; a last one that has fewer is filled up, as zarr does."""
-    values = np.ascontiguousarray(values, np.dtype(about.dtype).newbyteorder("<"))
-    missing = size - values.shape[about.axis]
-    if missing:
-        fill = [(0, missing if i == about.axis else 0) for i in range(values.ndim)]
-        values = np.pad(values, fill)
-    file = _chunk(folder, about, block)
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, values.data.cast("B"))
+def _filled(about: _Array, values: np.ndarray) -> np.ndarray:
+    """`values` as a whole chunk; a last one that has fewer rows is filled up, as zarr does."""
+    values = np.asarray(values, about.dtype)
+    missing = about.rows - values.shape[about.axis]
+    if not missing:
+        return values
+    return np.pad(values, [(0, missing if i == about.axis else 0) for i in range(values.ndim)])
 
 
 def _create(path: Path, job: Job) -> None:
     """Make the whole group beside `path`, and rename it; another process may have been first."""
     zarr = library("zarr", "data", f"writing {path.name}")
+    sums = [zarr.codecs.Crc32cCodec()] if job.summed else None
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -199,10 +251,9 @@ def _create(path: Path, job: Job) -> None:
         with writing(path):
             draft.chmod(0o755)
             group = zarr.open_group(draft, mode="w", zarr_format=3, attributes={_KEY: _stated(job)})
-            for name, a in _arrays(job).items():
-                chunks = tuple(job.block if i == a.axis else n for i, n in enumerate(a.shape))
-                _declare(group, name, a, chunks, float("nan"))
-            _declare(group, FINISHED, _finished(job), (1,), 0)
+            for name, about in _arrays(job).items():
+                _declare(group, name, about, float("nan"), sums)
+            _declare(group, FINISHED, _finished(job), 0, sums)
             for file in draft.rglob("zarr.json"):
                 _flush(file)
         try:
@@ -216,22 +267,24 @@ def _create(path: Path, job: Job) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _declare(group: Any, name: str, about: _Array, chunks: tuple[int, ...], fill: float) -> None:
+def _declare(group: Any, name: str, about: _Array, fill: float, sums: list[Any] | None) -> None:
     group.create_array(
         name,
         shape=about.shape,
-        chunks=chunks,
+        chunks=about.chunk,
         dtype=about.dtype,
-        compressors=None,
+        compressors=sums,
         filters=None,
         fill_value=fill,
     )
 
 
 def _stated(job: Job) -> dict[str, Any]:
+    about = asdict(job)
+    version = _VERSION if about.pop("summed") else _UNSUMMED
     return {
-        "format_version": _VERSION,
-        **asdict(job),
+        "format_version": version,
+        **about,
         "shapes": {k: list(s) for k, s in job.shapes.items()},
     }
 

@@ -6,7 +6,7 @@ Blocks of observations are separated one by one and written whole (see `store`).
 its number alone, so it does not matter which process does which block, nor in how many goes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from dichroic.separator import Selectable, Separation, Separator, common_count, 
 from dichroic.store import (
     Blocks,
     Job,
+    damage,
     finished_blocks,
+    named,
     open_store,
     read_job,
     remove_leftovers,
@@ -44,8 +46,12 @@ def separate_to(
     chunk: int | None = None,
     shard: tuple[int, int] = (1, 1),
     progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Blocks:
     """Separate the observations of `view` into the zarr store `path`; what is finished there is left as it is.
+
+    Finished blocks of this shard are read, and those that are damaged separated again. (In stores that earlier
+    releases began, chunks have no checksums, and only sizes are compared.)
 
     Args:
         path: a folder, made where it is not there.
@@ -57,7 +63,8 @@ def separate_to(
         chunk: observations of a block instead. Who makes the store decides; the others follow.
         shard: `(i, n)`: of `n` processes that share the work, this is number `i` (from 1), which does the blocks
             `i`, `i + n`, …
-        progress: called with the observations that are done and those of this shard.
+        progress: called with the observations that are done, or found to be, and those of this shard.
+        warn: called with a line that says which blocks are damaged and how.
 
     Returns:
         The blocks of all shards that are finished now, and those that are missing.
@@ -81,20 +88,44 @@ def separate_to(
     found = open_store(path, job)
     if chunk is not None and found.block != chunk:
         raise RunError(f"{path} was begun with blocks of {found.block} observations, not {chunk}")
-    job, missing = found, set(finished_blocks(path).missing)
-    mine = shard_blocks(job.blocks, shard)
-    todo = [b for b in mine if b in missing]
+    job, mine = found, shard_blocks(found.blocks, shard)
+    total = _size(job, mine)
+    say = lambda done: progress(done, total) if progress else None
+    todo, damaged = _unfinished(path, job, mine, say)
+    if damaged and warn:
+        warn(f"{path}: damaged, so separated again: {named(damaged)}")
     remove_leftovers(path, job, todo)
-    size = lambda blocks: sum(stop - start for start, stop in map(job.span, blocks))
-    done, total = size(b for b in mine if b not in missing), size(mine)
+    done = total - _size(job, todo)
     for block in todo:
         start, stop = job.span(block)
         part = separator.separate_part(views, start, stop, n_draws=n_draws, seed=seed)
         write_block(path, job, block, arrays_of(part))
         done += stop - start
-        if progress:
-            progress(done, total)
+        say(done)
     return finished_blocks(path)
+
+
+def _unfinished(
+    path: str | Path, job: Job, blocks: Sequence[int], progress: Callable[[int], None]
+) -> tuple[list[int], dict[int, str]]:
+    """Those of `blocks` that are missing or damaged, and what is wrong with the latter: all others are read."""
+    found = finished_blocks(path)
+    finished, damaged = set(found.finished), dict(found.damaged)
+    todo, done = [], 0
+    for block in blocks:
+        if block in finished and (why := damage(path, job, block, read=True)):
+            damaged[block] = why
+        if block in damaged or block not in finished:
+            todo.append(block)
+            continue
+        done += _size(job, [block])
+        progress(done)
+    return todo, {b: damaged[b] for b in todo if b in damaged}
+
+
+def _size(job: Job, blocks: Iterable[int]) -> int:
+    """The number of observations in `blocks`."""
+    return sum(stop - start for start, stop in map(job.span, blocks))
 
 
 def arrays_of(part: Separation) -> dict[str, np.ndarray]:
