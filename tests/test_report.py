@@ -1,5 +1,6 @@
 """The report is one well-formed, self-contained page whose numbers are those of the draws."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,8 +14,8 @@ from dichroic.problem import Problem, Source, View, holdout
 from dichroic.report import write_report
 from dichroic.report.markup import duration
 from dichroic.report.page import Page
-from dichroic.report.scores import Held
-from dichroic.report.sections import _data_fit
+from dichroic.report.scores import Held, own_warnings
+from dichroic.report.sections import _data_fit, _visible_entries
 from dichroic.report.timings import timings
 from dichroic.separator import Separation, Separator
 
@@ -185,7 +186,9 @@ def held(chi2):
     [
         ([[1.0, 2.0], [3.0, 4.0]], ["v", "2.500", "0.500", "2.500"]),
         ([[1.0], [3.0]], ["v", "2.000", "–", "2.000"]),
-        ([[np.nan, np.inf]], ["v", "nan", "nan", "nan"]),
+        ([[np.nan, np.inf], [1.0, np.inf]], ["v", "nan", "nan", "nan"]),
+        ([[1.0, np.nan, 2.0], [3.0, np.nan, 4.0]], ["v", "2.500", "0.500", "2.500"]),
+        ([[np.nan, np.nan]], ["v", "nan", "–", "nan"]),
     ],
 )
 def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, row):
@@ -193,6 +196,19 @@ def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, 
     page = Page(tmp_path, None, None, [], [held(np.array(chi2))], 0.0, [])
     cells = [text for text in Reader(_data_fit(page)).text if text.strip()]
     assert cells[-4:] == row
+
+
+def test_observations_that_are_missing_altogether_are_no_reason_to_warn():
+    ideal, empty = np.ones((2, 3)), np.full((2, 3), np.nan)
+    assert own_warnings([held(np.hstack([ideal, empty]))], []) == []
+    (warning,) = own_warnings([held(empty)], [])
+    assert "nothing was observed" in warning
+
+
+def test_the_entries_of_an_observation_are_of_those_that_have_some():
+    seen = np.array([[True, False], [False, False], [False, True]])
+    view = View(np.ones((3, 2)), {"x": Identity(2)}, 0.1, "v", mask=seen)
+    assert _visible_entries(replace(held(np.ones((1, 3))), views=[view])) == 1
 
 
 def test_a_report_needs_the_problem(tmp_path):

@@ -273,6 +273,7 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _separate(args: argparse.Namespace) -> None:
+    from dichroic.metrics import mean_chi2
     from dichroic.separator import Separator
     from dichroic.statement import open_view
     from dichroic.tracking import Console
@@ -301,7 +302,7 @@ def _separate(args: argparse.Namespace) -> None:
     out = args.out or Path("separated.npz")
     result.save(out)
     shapes = ", ".join(f"{k} {x.shape}" for k, x in result.draws.items())
-    print(f"{out}: draws, mean and std of {shapes}; χ²/M {result.chi2.mean():.3f} (1 is ideal)")
+    print(f"{out}: draws, mean and std of {shapes}; χ²/M {mean_chi2(result.chi2):.3f} (1 is ideal)")
 
 
 def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> None:

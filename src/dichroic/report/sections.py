@@ -10,7 +10,7 @@ from scipy.stats import sem
 from dichroic import plot
 from dichroic.config import FitConfig, settings
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
-from dichroic.metrics import coverage, rank_histogram
+from dichroic.metrics import coverage, informed_chi2, mean_chi2, rank_histogram
 from dichroic.operators.learned import parameters
 from dichroic.problem import View, sees
 from dichroic.report.markup import esc, table
@@ -157,18 +157,19 @@ def _data_fit(page: Page) -> str:
     )
     rows = []
     for h in page.held:
-        chi2, entries = h.result.chi2, _visible_entries(h)
+        chi2, entries = informed_chi2(h.result.chi2), _visible_entries(h)
         error = f"{sem(chi2.mean(axis=0)):.3f}" if chi2.shape[1] > 1 else "–"
-        rows.append([h.name, f"{chi2.mean():.3f}", error, f"{np.median(chi2):.3f}"])
+        median = np.median(chi2) if chi2.size else np.nan
+        rows.append([h.name, f"{mean_chi2(chi2):.3f}", error, f"{median:.3f}"])
         ideal = " The curve is its distribution for a correct model." if entries else ""
         text += page.figure(f"chi2-{h.name}", plot.data_fit(chi2, entries), f"{h.name}.{ideal}")
     return text + table(["view", "mean χ² per entry", "standard error", "median"], rows)
 
 
 def _visible_entries(held: Held) -> int | None:
-    """The number of observed entries, if it is the same for all observations."""
+    """The number of observed entries, if it is the same for all observations of which there are any."""
     counts = sum(np.isfinite(_visible(v)).reshape(v.count, -1).sum(axis=1) for v in held.views)
-    values = np.unique(counts)
+    values = np.unique(counts[counts > 0])
     return int(values[0]) if len(values) == 1 else None
 
 
