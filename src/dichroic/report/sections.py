@@ -77,8 +77,8 @@ def _observed(page: Page) -> str:
 def _what_shown(shape: Sequence[int], what: str) -> str:
     form = plot.kind(shape)
     if form == "image":
-        sliced = " (first slice along the shortest axis)" if len(shape) == 3 else ""
-        return f"each an image{sliced}"
+        part = plot.shown(shape)
+        return f"each an image ({part})" if part else "each an image"
     return "each a line" if form == "lines" else f"each {what} a point"
 
 
@@ -99,16 +99,29 @@ def _separated(page: Page, source: str) -> str:
             _visible(seen[0]) if seen else None,
             plot.colour(page.number(source)),
         )
+        shown = _parts_shown(h.result.draws[source].shape[2:], seen[0].shape if seen else ())
         drawn = [
             page.figure(
                 f"separated-{source}-{h.name}-{what}",
                 figure,
-                f"{source} in {h.name}: {SHOWN[what]}",
+                f"{source} in {h.name}: {SHOWN[what]}{shown if what == 'images' else ''}",
             )
             for what, figure in figures.items()
         ]
         parts.append(f'<div class="row">{"".join(drawn)}</div>\n')
     return "".join(parts)
+
+
+def _parts_shown(source: Sequence[int], view: Sequence[int]) -> str:
+    """Sentences on what is shown of images of a source and of the view beside it, where that is not all."""
+    own, seen = plot.shown(source), plot.shown(view)
+    spread = " with a scale per row (std. dev.: mean over 3 channels)" if own == "RGB" else ""
+    said = (
+        [("Source", own + spread), ("Observation", seen)]
+        if own != seen
+        else [("Shown", own + spread)]
+    )
+    return "".join(f" {what}: {part}." for what, part in said if part)
 
 
 def _operators(page: Page) -> str:
