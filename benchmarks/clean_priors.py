@@ -21,6 +21,7 @@ from dichroic.bench.names import BenchConfig, parse_problem
 from dichroic.bench.problems import Case, build_case
 from dichroic.bench.scores import posterior_scores
 from dichroic.denoise import Preconditioned
+from dichroic.metrics import mean_chi2
 from dichroic.operators import Identity
 from dichroic.tables import text_table
 
@@ -63,7 +64,7 @@ def rows(case: Case, label: str, separator: Separator, draws: int) -> list[list[
         seconds = time.perf_counter() - began
         for source, s in posterior_scores(result.draws, held.truth, case.data_range, 1).items():
             scores = [f"{s['psnr']:.2f}", f"{s['psnr_mean']:.2f}", f"{100 * s['coverage']:.1f}%"]
-            chi2 = f"{result.chi2.mean():.3f}"
+            chi2 = f"{mean_chi2(result.chi2):.3f}"
             found.append([label, held.name, source, *scores, chi2, f"{seconds:.0f}"])
             print(*found[-1], flush=True)
     return found

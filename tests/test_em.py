@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from dichroic import em
 from dichroic.config import FitConfig
 from dichroic.data import learning_order, prepare
 from dichroic.denoise import Mixture, Preconditioned, gaussian
@@ -186,6 +187,19 @@ def test_contrastive_sources_are_learned_in_turn_and_then_together(contrastive):
     assert np.diff([s.seconds for s in states]).min() > 0
     scores = {f"psnr_{k}_view{i}" for i in (1, 2, 3) for k in "abc"[:i]}
     assert scores | {f"chi2_view{i}" for i in (1, 2, 3)} <= metrics[-1].keys()
+
+
+def test_held_out_chi2_is_of_what_was_observed():
+    """Of every second observation nothing is."""
+    (view,) = gaussian_problem([[1]], count=400).views
+    half = dataclasses.replace(view, mask=np.arange(400)[:, None] % 2 * np.ones(DIM, bool) > 0)
+    config = TINY.replace({"holdout": 0.5, "diffusion.evidence_observations": 400})
+    data = prepare(Problem([Source("a", DIM)], [half]), config)
+    prior = {"a": gaussian(np.zeros(DIM), COVARIANCE["a"])}
+    found = em._scores(prior, data, [0], config)["chi2_view1"]
+    seen = int(np.sum(np.any(data.test[0].noise.observed(DIM), axis=1)))
+    assert 80 < seen < 120
+    assert abs(found - 1) < 4 * np.sqrt(2 / (DIM * seen))
 
 
 def test_contrastive_sources_are_recovered_within_the_sampling_error(contrastive):

@@ -1,11 +1,14 @@
 """Galaxies: stand-ins for the files, written with astropy; and the real ones where they are at hand."""
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from astropy.io import fits
+from matplotlib.axes import Axes
 from scipy.ndimage import gaussian_filter
 
 from dichroic.datasets import blends, galaxies
@@ -138,6 +141,19 @@ def test_blends_add_up(folder):
         at = [np.unravel_index(s.argmax(), s.shape) for s in seen]
         np.testing.assert_allclose([a[0] for a in at], rows, atol=3)
         np.testing.assert_allclose([a[1] for a in at], columns, atol=3)
+
+
+def test_the_picture_of_the_prior_calls_stamps_stamps(folder, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("example", EXAMPLE.with_name("example.py"))
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    arrays = {"galaxy": np.ones((800, 32, 32)), "amplitude": np.ones(800)}
+    prior = SimpleNamespace(sample_prior=lambda name, n: np.ones((n, 32, 32)))
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axis, title, **_: titles.append(title))
+    example.new_galaxies(prior, arrays, folder, tmp_path)
+    assert titles == [f"stamp {i}" for i in range(1, 7)] + [f"new {i}" for i in range(1, 6)]
+    assert (tmp_path / "prior.png").stat().st_size > 0
 
 
 def test_missing_files_are_said(tmp_path):

@@ -1,10 +1,13 @@
 """The report is one well-formed, self-contained page whose numbers are those of the draws."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from dichroic import plot
 from dichroic.datasets.manifolds import manifold_problem
 from dichroic.errors import RunError
 from dichroic.metrics import coverage, psnr
@@ -13,8 +16,8 @@ from dichroic.problem import Problem, Source, View, holdout
 from dichroic.report import write_report
 from dichroic.report.markup import duration
 from dichroic.report.page import Page
-from dichroic.report.scores import Held
-from dichroic.report.sections import _data_fit
+from dichroic.report.scores import Held, own_warnings
+from dichroic.report.sections import _data_fit, _parts_shown, _visible_entries, _what_shown
 from dichroic.report.timings import timings
 from dichroic.separator import Separation, Separator
 
@@ -185,7 +188,9 @@ def held(chi2):
     [
         ([[1.0, 2.0], [3.0, 4.0]], ["v", "2.500", "0.500", "2.500"]),
         ([[1.0], [3.0]], ["v", "2.000", "–", "2.000"]),
-        ([[np.nan, np.inf]], ["v", "nan", "nan", "nan"]),
+        ([[np.nan, np.inf], [1.0, np.inf]], ["v", "nan", "nan", "nan"]),
+        ([[1.0, np.nan, 2.0], [3.0, np.nan, 4.0]], ["v", "2.500", "0.500", "2.500"]),
+        ([[np.nan, np.nan]], ["v", "nan", "–", "nan"]),
     ],
 )
 def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, row):
@@ -193,6 +198,97 @@ def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, 
     page = Page(tmp_path, None, None, [], [held(np.array(chi2))], 0.0, [])
     cells = [text for text in Reader(_data_fit(page)).text if text.strip()]
     assert cells[-4:] == row
+
+
+def test_observations_that_are_missing_altogether_are_no_reason_to_warn():
+    ideal, empty = np.ones((2, 3)), np.full((2, 3), np.nan)
+    assert own_warnings([held(np.hstack([ideal, empty]))], []) == []
+    (warning,) = own_warnings([held(empty)], [])
+    assert "nothing was observed" in warning
+
+
+def test_the_entries_of_an_observation_are_of_those_that_have_some():
+    seen = np.array([[True, False], [False, False], [False, True]])
+    view = View(np.ones((3, 2)), {"x": Identity(2)}, 0.1, "v", mask=seen)
+    assert _visible_entries(replace(held(np.ones((1, 3))), views=[view])) == 1
+
+
+def pictures(figure):
+    """What each axis of a figure shows, but its colour bars."""
+    return [np.ma.filled(a.images[0].get_array(), np.nan) for a in figure.axes if a.images]
+
+
+def test_three_channels_are_shown_as_rgb_with_one_scale_for_a_row(rng):
+    red = np.array([1.0, 0.5, 0.0])[:, None, None] * np.ones((3, 8, 9))
+    truth = np.stack([red, 100 * red])  # a faint image and a bright one: two rows
+    seen = truth.copy()
+    seen[0, :2, 0, 0] = np.nan  # missing in some channels: dark there
+    seen[1, :, 0, 0] = np.nan  # in all: grey
+    draws = truth + 1e-3 * rng.normal(size=(4, 2, 3, 8, 9))
+    (figure,) = plot.separated(draws, truth, seen, plot.colour(0)).values()
+    found = pictures(figure)
+    assert len(found) == 2 * 7  # observation, truth, mean, three draws, standard deviation
+    shown = found[:7], found[7:]
+    for row in shown:
+        assert {x.shape for x in row[:6]} == {(8, 9, 3)}
+        for x in row[:6]:
+            assert 0 <= x.min() <= x.max() <= 1
+            np.testing.assert_allclose(x[4, 4], [1, 0.5, 0], atol=0.01)
+        assert row[6].shape == (8, 9)
+    np.testing.assert_array_equal(shown[0][0][0, 0], [0, 0, 0])
+    assert len(set(shown[1][0][0, 0])) == 1
+    assert 0.8 < shown[1][0][0, 0, 0] < 1
+
+
+@pytest.mark.parametrize("scale", [0.003, 0.05, 0.5, 7.0, 1e5])
+def test_numbers_at_colour_bars_do_not_touch(rng, scale):
+    x = scale * rng.uniform(-0.9, 1.0, size=(4, 2, 9, 9))
+    (figure,) = plot.separated(x, x[0], x[0], plot.colour(0)).values()
+    FigureCanvasAgg(figure).draw()
+    bars = [a for a in figure.axes if not a.images]
+    assert len(bars) == 3
+    for bar in bars:
+        low, high = bar.get_xlim()
+        ticks = [t for t in bar.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+        spans = sorted(tuple(t.label1.get_window_extent().intervalx) for t in ticks)
+        assert len(spans) > 1
+        gaps = [right[0] - left[1] for left, right in zip(spans, spans[1:])]
+        assert min(gaps) > 4
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_other_channels_are_shown_as_their_mean(rng, channels):
+    x = rng.normal(size=(3, channels, 8, 9))
+    x[0, 0, 1, 1], x[0, :, 2, 2] = np.nan, np.nan
+    first, *_ = pictures(plot.several(x, None, plot.colour(0), what="samples"))
+    expected = x[0].mean(axis=0)
+    expected[1, 1] = x[0, 1:, 1, 1].mean()
+    np.testing.assert_allclose(first, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((8, 9), "each an image"),
+        ((1, 8, 9), "each an image"),
+        ((3, 8, 9), "each an image (RGB)"),
+        ((5, 8, 9), "each an image (mean over 5 channels)"),
+        ((8, 3, 9), "each an image (first slice along the shortest axis)"),
+        ((4, 4, 4), "each an image (first slice along the shortest axis)"),
+    ],
+)
+def test_captions_say_what_is_shown_of_an_image(shape, words):
+    assert _what_shown(shape, "sample") == words
+    assert all(x.ndim == 2 + (shape[0] == 3) for x in pictures(plot.observed(np.ones((2, *shape)))))
+
+
+def test_captions_of_separated_images_say_so_too():
+    spread = "std. dev.: mean over 3 channels"
+    assert _parts_shown((8, 9), (8, 9)) == ""
+    assert _parts_shown((3, 8, 9), (3, 8, 9)) == f" Shown: RGB with a scale per row ({spread})."
+    assert _parts_shown((3, 8, 9), ()) == f" Source: RGB with a scale per row ({spread})."
+    both = _parts_shown((5, 8, 9), (3, 8, 9))
+    assert both == " Source: mean over 5 channels. Observation: RGB."
 
 
 def test_a_report_needs_the_problem(tmp_path):

@@ -25,6 +25,7 @@ from dichroic.cli import main
 from dichroic.denoise import Mixture
 from dichroic.errors import ConfigError, DataError, DichroicError, RunError, ShapeError
 from dichroic.files import writing
+from dichroic.metrics import mean_chi2
 from dichroic.noise import DiagonalNoise
 from dichroic.operators import Dense, Identity, Scale
 from dichroic.problem import Problem, Source, View
@@ -109,6 +110,17 @@ def test_parts_are_the_whole_bit_for_bit(rng, rank):
     )
     assert first == 64
     assert_same(part, whole, slice(64, 80))
+
+
+@pytest.mark.parametrize("rank", [2, D])
+def test_an_observation_that_is_missing_altogether_has_no_chi2(rng, rank):
+    separator, view = separator_of(problem_of(rng), rank), as_view(new_view(rng))
+    found = separator.separate(view, n_draws=2)
+    seen = np.asarray(view.mask).any(axis=1)
+    assert 0 < seen.sum() < N
+    np.testing.assert_array_equal(np.isfinite(found.chi2), [seen] * 2)
+    assert all(np.isfinite(x).all() for x in found.draws.values())
+    assert mean_chi2(found.chi2) == pytest.approx(found.chi2[:, seen].mean(), rel=1e-6)
 
 
 def test_many_numbers_in_parts_are_the_whole_bit_for_bit(rng):
@@ -338,6 +350,14 @@ def test_shards_in_processes_of_their_own_make_the_same_files(stated, capsys):
     assert files(stated / "shards.zarr") == files(stated / "out.zarr")
     assert main(words(stated, "shards.zarr", "--status")) == 0
     assert "4 of 4" in capsys.readouterr().out
+
+
+def test_the_mean_chi2_that_is_printed_is_of_what_was_observed(stated, capsys):
+    assert main(words(stated, "out.npz")) == 0
+    with np.load(stated / "out.npz") as file:
+        chi2 = file["chi2"]
+    assert np.isnan(chi2[:, 10:90]).all()
+    assert f"χ²/M {np.nanmean(chi2):.3f} (1 is ideal)" in capsys.readouterr().out
 
 
 def test_a_kill_costs_a_block_at_most(stated):

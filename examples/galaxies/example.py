@@ -117,20 +117,20 @@ def new_galaxies(separator: Separator, arrays: dict, data_dir: str | None, out: 
     _, camera = galaxies.load_galaxies(data_dir)
     drawn = camera.look(4.0).each(separator.sample_prior("galaxy", 30))
     stamps = (arrays["galaxy"] * 4 / arrays["amplitude"][:, None, None])[::20]
-    split = lambda images, name: {f"{name} {i + 1}": images[i:30:5] for i in range(5)}
-    columns = {"observed": stamps[30:], **split(stamps, "stamp"), **split(drawn, "new")}
+    split = lambda images, name, first: {f"{name} {i + first}": images[i:30:5] for i in range(5)}
+    columns = {"stamp 1": stamps[30:], **split(stamps, "stamp", 2), **split(drawn, "new", 1)}
     gallery(columns, range(6), out / "prior.png")
 
 
 def gallery(columns: dict, rows, path: Path, *, scale: float = 4) -> None:
-    """Images side by side, by name, in units in which the noise is even: `arcsinh(x / scale)`."""
+    """Images side by side, by name, in units in which the noise of the first is even: `arcsinh(x / scale)`."""
     from matplotlib.figure import Figure
 
-    rows = list(rows)
+    rows, first = list(rows), next(iter(columns.values()))
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, at in zip(rows, axes, strict=True):
-        seen = np.abs(columns["observed"][i][columns["observed"][i] != 0])
+        seen = np.abs(first[i][first[i] != 0])
         unit, top = scale * np.median(seen), np.arcsinh(seen.max() / np.median(seen) / scale)
         for axis, (name, images) in zip(at, columns.items(), strict=True):
             axis.imshow(np.arcsinh(images[i] / unit), vmin=-0.3, vmax=top, origin="lower")

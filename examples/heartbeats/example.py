@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dichroic.baselines import second_moments, wiener
 from dichroic.datasets import ecg
-from dichroic.metrics import coverage, output_snr
+from dichroic.metrics import coverage, mean_chi2, output_snr
 from dichroic.plot import colour, png
 from dichroic.problem import View, joint_observations
 from dichroic.report import write_report
@@ -96,7 +96,7 @@ def main() -> None:
     truths = {"strong": windows.strong, "weak": windows.weak}
     inside = {k: coverage(result.draws[k], x, level=0.9) for k, x in truths.items()}
     words = ", ".join(f"{k} {100 * c.value:.1f}%" for k, c in inside.items())
-    print(f"90% intervals that hold the truth: {words}; χ²/M {result.chi2.mean():.3f}")
+    print(f"90% intervals that hold the truth: {words}; χ²/M {mean_chi2(result.chi2):.3f}")
     (args.out / "separated.png").write_bytes(png(figure(windows, result)))
     page = write_report(
         args.out, separator=separator, metrics=separator.metrics, title="Two heartbeats"

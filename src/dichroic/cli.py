@@ -259,6 +259,7 @@ def _in_blocks(args: argparse.Namespace) -> bool:
 
 
 def _separate(args: argparse.Namespace) -> int:
+    from dichroic.metrics import mean_chi2
     from dichroic.separator import Separator
     from dichroic.statement import open_view
     from dichroic.tracking import Console
@@ -286,7 +287,7 @@ def _separate(args: argparse.Namespace) -> int:
     out = args.out or Path("separated.npz")
     result.save(out)
     shapes = ", ".join(f"{k} {x.shape}" for k, x in result.draws.items())
-    print(f"{out}: draws, mean and std of {shapes}; χ²/M {result.chi2.mean():.3f} (1 is ideal)")
+    print(f"{out}: draws, mean and std of {shapes}; χ²/M {mean_chi2(result.chi2):.3f} (1 is ideal)")
     return 0
 
 

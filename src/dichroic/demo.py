@@ -18,7 +18,7 @@ from dichroic.baselines import back_projection, least_squares, second_moments, w
 from dichroic.config import FitConfig
 from dichroic.datasets.digits import digits_over_patches, digits_problem
 from dichroic.datasets.manifolds import manifold_problem
-from dichroic.metrics import coverage, psnr
+from dichroic.metrics import coverage, mean_chi2, psnr
 from dichroic.problem import Problem, View, joint_observations
 from dichroic.report import write_report
 from dichroic.separator import Separation, Separator, save_npz
@@ -118,4 +118,4 @@ def table(scores: Scores, demo: Demo, result: Separation) -> str:
     text = text_table(["PSNR in dB on held-out observations", *sources], rows)
     inside = {s: coverage(result.draws[s], demo.test.truth[s], level=0.9) for s in sources}
     words = ", ".join(f"{s} {100 * c.value:.1f}%" for s, c in inside.items())
-    return f"{text}\n90% intervals that hold the truth: {words}; χ²/M {result.chi2.mean():.3f}"
+    return f"{text}\n90% intervals that hold the truth: {words}; χ²/M {mean_chi2(result.chi2):.3f}"

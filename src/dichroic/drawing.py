@@ -47,7 +47,10 @@ def draw(
 
 
 def predictive_chi2(obs: Observations, draws: Draws) -> np.ndarray:
-    """`rᵀ Σ⁻¹ r / M` of every draw, `(n_draws, n)`; 1 on average when the posterior is calibrated."""
+    """`rᵀ Σ⁻¹ r / M` of every draw, `(n_draws, n)`; 1 on average when the posterior is calibrated.
+
+    NaN for an observation of which nothing was observed: see `metrics.mean_chi2`.
+    """
     return np.stack(
         [_chi2({k: x[d] for k, x in draws.x.items()}, obs) for d in range(len(draws.evidence))]
     )
@@ -69,6 +72,6 @@ def _chi2(x: dict[str, np.ndarray], obs: Observations) -> np.ndarray:
 def _chi2_lanes(rows: Observations, x: dict[str, Any], shared: Observations) -> Any:
     def one(row, x):
         chi2, count = whitened_chi2(eqx.combine(row, shared), x)
-        return chi2 / jnp.maximum(count, 1)
+        return jnp.where(count > 0, chi2 / jnp.maximum(count, 1), jnp.nan)
 
     return jax.lax.map(lambda lanes: jax.vmap(one)(*lanes), (rows, x))

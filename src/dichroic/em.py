@@ -35,7 +35,7 @@ from dichroic.drawn import StoredDraws, draw_to_disk
 from dichroic.fingerprint import fingerprint
 from dichroic.guards import check_draws, guarded, no_prior, trained, usable
 from dichroic.machine import peak_memory
-from dichroic.metrics.psnr import psnr
+from dichroic.metrics import mean_chi2, psnr
 from dichroic.mixture_em import (
     em_lap,
     initial_gaussian,
@@ -389,7 +389,7 @@ def _scores(
         if not usable(data.names[i], some, draws, denoisers):
             continue
         chi2 = predictive_chi2(some, draws)
-        metrics[f"chi2_{data.names[i]}"] = float(np.mean(chi2))
+        metrics[f"chi2_{data.names[i]}"] = mean_chi2(chi2)
         for name, x in draws.x.items():
             truth = data.truth[i].get(name)
             if truth is not None and np.ptp(truth) > 0:  # false for NaN too

@@ -1,6 +1,6 @@
 """Separated observations as a zarr group on disk that several processes fill, block by block.
 
-    draws/<source>  (n_draws, n, *shape)      chi2      (n_draws, n)
+    draws/<source>  (n_draws, n, *shape)      chi2      (n_draws, n)  NaN where nothing was observed
     mean/<source>   (n, *shape)               finished  (blocks,)  1 where a block is written
     std/<source>    (n, *shape)
 

@@ -5,7 +5,7 @@ from scipy import integrate, stats
 from scipy.spatial import distance
 
 from dichroic.errors import DataError, ShapeError
-from dichroic.metrics import chi2_per_dim, coverage, predictive_chi2, rank_histogram
+from dichroic.metrics import chi2_per_dim, coverage, mean_chi2, predictive_chi2, rank_histogram
 
 
 def gaussian_posterior(rng, n, draws, *, entries=1, width=1.0, bias=0.0, noise=0.5):
@@ -180,6 +180,20 @@ def test_predictive_chi2_ignores_what_is_not_observed():
     mask = ~np.isnan(y)
     value = predictive_chi2(jnp.asarray(y), np.zeros((3, 3)), variance=variance, mask=mask)
     np.testing.assert_allclose(value, [(1 + 9 / 4) / 2, (4 + 16) / 2, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("chi2", "mean"),
+    [
+        ([[1.0, np.nan, 2.0], [3.0, np.nan, 4.0]], 2.5),  # of the second, nothing was observed
+        ([[1.0, 2.0], [np.nan, 4.0]], np.nan),  # a draw that is no number
+        ([[1.0, np.inf]], np.inf),
+        ([[np.nan, np.nan]], np.nan),
+        (np.zeros((2, 0)), np.nan),
+    ],
+)
+def test_the_mean_chi2_is_of_what_was_observed(chi2, mean):
+    np.testing.assert_equal(mean_chi2(np.array(chi2)), mean)
 
 
 def test_bad_draws():

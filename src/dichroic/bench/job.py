@@ -23,6 +23,7 @@ from dichroic.bench.results import read_of
 from dichroic.bench.scores import distances, posterior_scores
 from dichroic.io import read_json, write_json
 from dichroic.machine import machine, peak_memory
+from dichroic.metrics import mean_chi2
 from dichroic.separator import save_npz
 
 
@@ -74,14 +75,14 @@ def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
         found = method.separate(held.argument, n_draws=spec.config.draws, seed=spec.seed + 1)
         seconds += time.perf_counter() - began
         draws.append(found.draws)
-        chi2.append(np.ravel(found.chi2))
+        chi2.append(found.chi2)
     number = spec.config.draws * sum(h.count for h in case.held)
     n = spec.config.limit_observations(spec.problem.sources)
     measured = {
         "fit_seconds": spent,
         "first_separation_seconds": first,
         "seconds_per_draw": seconds / number,
-        "chi2": float(np.mean(np.concatenate(chi2))),
+        "chi2": mean_chi2(np.concatenate(chi2, axis=1)),
         "peak_memory_mib": max(peak, peak_memory()),
         "evidence": [evidence_of(method, held.first(n)) for held in case.held],
         "laps": len(getattr(method, "metrics", [])),

@@ -4,6 +4,8 @@ from dichroic.metrics.calibration import Coverage as Coverage
 from dichroic.metrics.calibration import RankHistogram as RankHistogram
 from dichroic.metrics.calibration import chi2_per_dim as chi2_per_dim
 from dichroic.metrics.calibration import coverage as coverage
+from dichroic.metrics.calibration import informed_chi2 as informed_chi2
+from dichroic.metrics.calibration import mean_chi2 as mean_chi2
 from dichroic.metrics.calibration import predictive_chi2 as predictive_chi2
 from dichroic.metrics.calibration import rank_histogram as rank_histogram
 from dichroic.metrics.frechet import frechet_distance as frechet_distance

@@ -196,6 +196,20 @@ def predictive_chi2(
     return np.where(count > 0, chi2 / np.maximum(count, 1), np.nan)
 
 
+def informed_chi2(chi2: Real[np.ndarray, "draws n"]) -> Real[np.ndarray, "draws m"]:
+    """The χ² of draws `(n_draws, n)`, less the observations of which nothing was observed: NaN in every draw."""
+    return chi2[:, ~np.isnan(chi2).all(axis=0)]
+
+
+def mean_chi2(chi2: Real[np.ndarray, "draws n"]) -> float:
+    """The mean χ² of draws `(n_draws, n)` over the observations of which something was observed.
+
+    NaN where there are none, and where some draws of an observation are NaN and others are not.
+    """
+    values = informed_chi2(chi2)
+    return float(values.mean()) if values.size else float("nan")
+
+
 def _checked(
     where: str, draws: ArrayLike, truth: ArrayLike
 ) -> tuple[Float[np.ndarray, "S n entries"], Float[np.ndarray, "n entries"]]:

@@ -2,7 +2,8 @@
 
 Every function returns `matplotlib.figure.Figure` objects made without pyplot, so that nothing
 global changes and no window opens; `png` renders one. How an array is shown follows from its shape
-alone (`kind`): images, lines, or scatter plots of its first entries. Each source has one colour.
+alone (`kind`): images, lines, or scatter plots of its first entries; `shown` says what is shown of an
+image. Each source has one colour.
 """
 
 from dichroic.plot.agreement import calibration as calibration
@@ -12,5 +13,6 @@ from dichroic.plot.arrays import several as several
 from dichroic.plot.canvas import colour as colour
 from dichroic.plot.canvas import kind as kind
 from dichroic.plot.canvas import png as png
+from dichroic.plot.canvas import shown as shown
 from dichroic.plot.draws import separated as separated
 from dichroic.plot.laps import learning as learning

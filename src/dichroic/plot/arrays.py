@@ -50,7 +50,7 @@ def observed(y: np.ndarray) -> Any:
 def _gallery(x: np.ndarray) -> Any:
     columns = min(8, len(x))
     rows = -(-len(x) // columns)
-    height, width = x.shape[1:]
+    height, width = x.shape[1:3]
     figure = new_figure(columns * 0.95 + 0.9, rows * 0.95 * min(max(height / width, 0.3), 2) + 0.2)
     axes = figure.subplots(rows, columns, squeeze=False)
     low, high = limits([x])
@@ -59,8 +59,9 @@ def _gallery(x: np.ndarray) -> Any:
         axis.axis("off")
         if i < len(x):
             shown = draw_image(axis, x[i], low, high)
-    bar = figure.colorbar(shown, ax=axes, shrink=0.9, pad=0.02)
-    bar.ax.tick_params(labelsize=SMALL)
+    if x.ndim == 3:  # RGB has no scale of colours
+        bar = figure.colorbar(shown, ax=axes, shrink=0.9, pad=0.02)
+        bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 

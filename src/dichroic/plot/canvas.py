@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-GREY, DARK = "#8a8a8a", "#333333"
+GREY, DARK, MISSING = "#8a8a8a", "#333333", "#e4e4e4"
 STYLES = ("-", "--", ":", "-.")
 LINE_SIZE = 12  # arrays of one axis and more entries than this are drawn as lines
 POINTS = 2000  # points in a scatter plot
@@ -34,11 +34,38 @@ def kind(shape: Sequence[int]) -> str:
     return "lines" if math.prod(shape) > LINE_SIZE else "points"
 
 
-def as_images(x: np.ndarray) -> np.ndarray:
-    """`(n, rows, columns)`; of arrays with three axes, the first slice along the shortest."""
-    if x.ndim == 4:
-        x = np.take(x, 0, axis=1 + int(np.argmin(x.shape[1:])))
-    return x
+def channels(shape: Sequence[int]) -> int:
+    """How many channels arrays of this shape `(C, rows, columns)` have; 1 unless C is less than both others."""
+    return shape[0] if len(shape) == 3 and shape[0] < min(shape[1:]) else 1
+
+
+def shown(shape: Sequence[int]) -> str:
+    """What `as_images` shows of an image of this shape, in words; empty where that is all of it."""
+    if len(shape) != 3 or min(shape) == 1:
+        return ""
+    count = channels(shape)
+    if count == 1:
+        return "first slice along the shortest axis"
+    return "RGB" if count == 3 else f"mean over {count} channels"
+
+
+def as_images(x: np.ndarray, *, rgb: bool = True) -> np.ndarray:
+    """`(n, rows, columns)`, or `(n, rows, columns, 3)` of three channels.
+
+    Of other numbers of channels, and of three without `rgb`, the mean over those that are not NaN; of other arrays
+    with three axes, the first slice along the shortest.
+    """
+    if x.ndim < 4:
+        return x
+    count = channels(x.shape[1:])
+    if count == 1:
+        return np.take(x, 0, axis=1 + int(np.argmin(x.shape[1:])))
+    if count == 3 and rgb:
+        return np.moveaxis(x, 1, -1)
+    seen = ~np.isnan(x)
+    number = seen.sum(axis=1)
+    total = np.sum(x, axis=1, where=seen)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 
 def png(figure: Any) -> bytes:
@@ -79,10 +106,20 @@ def draw_image(axis: Any, x: np.ndarray, low: float, high: float, cmap: str = "v
     """Draw an image (grey where NaN), its colours from `low` to `high`; returns what has them."""
     from matplotlib import colormaps
 
-    colours = colormaps[cmap].with_extremes(bad="#e4e4e4")
+    colours = colormaps[cmap].with_extremes(bad=MISSING)
+    x = _rgb(x, low, high) if x.ndim == 3 else x
     axis.set_xticks([])
     axis.set_yticks([])
     return axis.imshow(x, vmin=low, vmax=high, cmap=colours, interpolation="nearest", aspect="auto")
+
+
+def _rgb(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Colours `(rows, columns, 3)` in [0, 1]: what is missing of some channels is dark, of all of them grey."""
+    from matplotlib.colors import to_rgb
+
+    missing = np.isnan(x)
+    colours = np.where(missing, 0.0, np.clip((x - low) / (high - low), 0, 1))
+    return np.where(missing.all(axis=-1, keepdims=True), to_rgb(MISSING), colours)
 
 
 def limits(parts: Iterable[np.ndarray]) -> tuple[float, float]:

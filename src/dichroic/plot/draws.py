@@ -47,10 +47,10 @@ def _image_rows(draws: np.ndarray, truth: np.ndarray | None, observation: np.nda
     )
     groups.append((signal, "viridis"))
     if len(draws) > 1:
-        std = as_images(draws[:, :n].std(axis=0, ddof=1))
+        std = as_images(draws[:, :n].std(axis=0, ddof=1), rgb=False)
         groups.append(([("std. dev.", std)], "magma"))
     columns = sum(len(group) for group, _ in groups)
-    height, width = signal[0][1].shape[1:]
+    height, width = signal[0][1].shape[1:3]
     figure = new_figure(columns * 1.15, n * 1.1 * min(max(height / width, 0.3), 2) + 0.9)
     axes = figure.subplots(n, columns, squeeze=False)
     start = 0
@@ -61,18 +61,34 @@ def _image_rows(draws: np.ndarray, truth: np.ndarray | None, observation: np.nda
 
 
 def _image_group(figure: Any, axes: Any, group: list[tuple[str, np.ndarray]], cmap: str) -> None:
+    """Images that share a scale: of colours, which have a bar, or of RGB row by row."""
+    for axis, (title, _) in zip(axes[0], group, strict=True):
+        axis.set_title(title, fontsize=9)
+    rgb = group[0][1].ndim == 4
     low, high = limits([x for _, x in group])
     low = 0.0 if cmap == "magma" else low
     shown = None
-    for c, (title, x) in enumerate(group):
-        axes[0, c].set_title(title, fontsize=9)
-        for r in range(len(axes)):
-            shown = draw_image(axes[r, c], x[r], low, high, cmap)
+    for r, row in enumerate(axes):
+        low, high = limits([x[r] for _, x in group]) if rgb else (low, high)
+        for axis, (_, x) in zip(row, group, strict=True):
+            shown = draw_image(axis, x[r], low, high, cmap)
+    if rgb:
+        return
     bar = figure.colorbar(
         shown, ax=axes, location="bottom", aspect=11 * len(group), pad=0.01, fraction=0.03
     )
     bar.ax.tick_params(labelsize=7)
-    bar.ax.locator_params(nbins=3 if len(group) == 1 else 6)
+    if len(group) > 1:
+        bar.ax.locator_params(nbins=6)
+        return
+    bar.set_ticks([low, high], labels=[_short(low), _short(high)])  # there is no room for more
+    for text, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
+        text.set_horizontalalignment(side)
+
+
+def _short(x: float) -> str:
+    """Two digits of a number."""
+    return f"{x:.2g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
 
 
 def _bands(draws: np.ndarray, truth: np.ndarray | None, tint: str) -> Any:

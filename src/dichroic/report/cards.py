@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from dichroic import plot
+from dichroic.metrics import mean_chi2
 from dichroic.report.markup import duration, esc, table
 from dichroic.report.page import Page
 
@@ -18,7 +17,7 @@ def _cards(page: Page) -> str:
     cards = [_source_card(page, name) for name in page.problem.names]
     chi2 = "".join(
         f'<p><span class="big" data-number="{esc(f"chi2 {h.name}")}">'
-        f"{np.mean(h.result.chi2):.3f}</span> "
+        f"{mean_chi2(h.result.chi2):.3f}</span> "
         f"{esc(h.name)}</p>"
         for h in page.held
     )

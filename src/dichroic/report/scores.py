@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dichroic.metrics import coverage, psnr
+from dichroic.metrics import coverage, mean_chi2, psnr
 from dichroic.problem import Problem, View, held_out
 from dichroic.separator import Separation, Separator
 
@@ -72,7 +72,7 @@ def own_warnings(held: Sequence[Held], scores: Sequence[Score]) -> list[str]:
     """Sentences on what should not be believed: χ², solves and coverage that are off."""
     out = []
     for h in held:
-        chi2, low, high = float(np.mean(h.result.chi2)), *CHI2_RANGE
+        chi2, low, high = mean_chi2(h.result.chi2), *CHI2_RANGE
         if not h.fresh:
             out.append(
                 f"{h.name}: too few observations to hold any out; scores are of training data."
@@ -108,4 +108,4 @@ def _chi2_meaning(chi2: float) -> str:
             "Draws follow the data more closely than the stated noise allows: the noise is "
             "overstated, or the learned prior is too wide."
         )
-    return "It is not a number."
+    return "It is not a number: nothing was observed, or draws are not finite."

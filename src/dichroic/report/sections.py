@@ -10,7 +10,7 @@ from scipy.stats import sem
 from dichroic import plot
 from dichroic.config import FitConfig, settings
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
-from dichroic.metrics import coverage, rank_histogram
+from dichroic.metrics import coverage, informed_chi2, mean_chi2, rank_histogram
 from dichroic.operators.learned import parameters
 from dichroic.problem import View, sees
 from dichroic.report.markup import esc, table
@@ -77,8 +77,8 @@ def _observed(page: Page) -> str:
 def _what_shown(shape: Sequence[int], what: str) -> str:
     form = plot.kind(shape)
     if form == "image":
-        sliced = " (first slice along the shortest axis)" if len(shape) == 3 else ""
-        return f"each an image{sliced}"
+        part = plot.shown(shape)
+        return f"each an image ({part})" if part else "each an image"
     return "each a line" if form == "lines" else f"each {what} a point"
 
 
@@ -99,16 +99,29 @@ def _separated(page: Page, source: str) -> str:
             _visible(seen[0]) if seen else None,
             plot.colour(page.number(source)),
         )
+        shown = _parts_shown(h.result.draws[source].shape[2:], seen[0].shape if seen else ())
         drawn = [
             page.figure(
                 f"separated-{source}-{h.name}-{what}",
                 figure,
-                f"{source} in {h.name}: {SHOWN[what]}",
+                f"{source} in {h.name}: {SHOWN[what]}{shown if what == 'images' else ''}",
             )
             for what, figure in figures.items()
         ]
         parts.append(f'<div class="row">{"".join(drawn)}</div>\n')
     return "".join(parts)
+
+
+def _parts_shown(source: Sequence[int], view: Sequence[int]) -> str:
+    """Sentences on what is shown of images of a source and of the view beside it, where that is not all."""
+    own, seen = plot.shown(source), plot.shown(view)
+    spread = " with a scale per row (std. dev.: mean over 3 channels)" if own == "RGB" else ""
+    said = (
+        [("Source", own + spread), ("Observation", seen)]
+        if own != seen
+        else [("Shown", own + spread)]
+    )
+    return "".join(f" {what}: {part}." for what, part in said if part)
 
 
 def _operators(page: Page) -> str:
@@ -157,18 +170,19 @@ def _data_fit(page: Page) -> str:
     )
     rows = []
     for h in page.held:
-        chi2, entries = h.result.chi2, _visible_entries(h)
+        chi2, entries = informed_chi2(h.result.chi2), _visible_entries(h)
         error = f"{sem(chi2.mean(axis=0)):.3f}" if chi2.shape[1] > 1 else "–"
-        rows.append([h.name, f"{chi2.mean():.3f}", error, f"{np.median(chi2):.3f}"])
+        median = np.median(chi2) if chi2.size else np.nan
+        rows.append([h.name, f"{mean_chi2(chi2):.3f}", error, f"{median:.3f}"])
         ideal = " The curve is its distribution for a correct model." if entries else ""
         text += page.figure(f"chi2-{h.name}", plot.data_fit(chi2, entries), f"{h.name}.{ideal}")
     return text + table(["view", "mean χ² per entry", "standard error", "median"], rows)
 
 
 def _visible_entries(held: Held) -> int | None:
-    """The number of observed entries, if it is the same for all observations."""
+    """The number of observed entries, if it is the same for all observations of which there are any."""
     counts = sum(np.isfinite(_visible(v)).reshape(v.count, -1).sum(axis=1) for v in held.views)
-    values = np.unique(counts)
+    values = np.unique(counts[counts > 0])
     return int(values[0]) if len(values) == 1 else None
 
 
