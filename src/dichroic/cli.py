@@ -14,6 +14,7 @@ from dichroic import __version__
 from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig, settings
 from dichroic.errors import ConfigError, DichroicError
+from dichroic.limits import within
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
     try:
-        status = args.run(args)
+        with within(getattr(args, "memory", None)):
+            status = args.run(args)
     except DichroicError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -235,6 +237,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _fit(args: argparse.Namespace) -> None:
     from dichroic import layout
+    from dichroic.data import check_memory
     from dichroic.identify import identifiability
     from dichroic.problem import check_values
     from dichroic.report import write_report
@@ -247,6 +250,8 @@ def _fit(args: argparse.Namespace) -> None:
     options = {"memory": args.memory, "start": args.start, "resume": args.resume}
     problem, section = load_problem(args.problem, stored=args.memory is not None)
     config = _config(args, section)
+    if args.memory is not None:
+        check_memory(problem, args.memory)
     if not (args.resume and (args.out / "run.json").exists()):  # which were checked when it began
         bar = Console() if layout.is_first() else Silent()
         check_values(problem, progress=partial(bar.progress, "observations checked"))
