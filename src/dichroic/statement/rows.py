@@ -104,7 +104,8 @@ def chunked_rows(array: Any, rows: Rows | EllipsisType, what: str) -> np.ndarray
 
     Raises `ConfigError` where they, or a chunk of the array, take too much of the memory.
     """
-    shape, size = tuple(array.shape or ()), array.dtype.itemsize
+    shape: Shape = tuple(array.shape or ())
+    size = array.dtype.itemsize
     check_room(shape_of(shape, rows), size, what)
     if isinstance(rows, EllipsisType):
         return np.asarray(array[...])
