@@ -91,14 +91,18 @@ def prior(seed):
 def test_numbers_of_what_is_true(rng):
     mask = rng.uniform(size=200_000) < 0.3
     mask[65_000:140_000] = False
-    numbers, want = Numbers(mask), np.flatnonzero(mask)
+    numbers, want = Numbers(np.packbits(mask), len(mask)), np.flatnonzero(mask)
     assert numbers.count == len(want)
     for start, stop in ((0, 1), (0, len(want)), (19_000, 21_000), (len(want) - 1, len(want))):
         np.testing.assert_array_equal(numbers.between(start, stop), want[start:stop])
     some = numbers.spread(50)
     assert (some[0], some[-1], len(some)) == (want[0], want[-1], 50)
     assert mask[some].all()
-    np.testing.assert_array_equal(Numbers(mask[:100]).spread(1000), np.flatnonzero(mask[:100]))
+    few = mask[:100]
+    for value in (True, False):
+        numbers = Numbers(np.packbits(few), len(few), value)
+        np.testing.assert_array_equal(numbers.spread(1000), np.flatnonzero(few == value))
+    assert Numbers(np.packbits(~mask), len(mask)).count == len(mask) - len(want)
 
 
 def test_blocks_are_the_observations_in_memory(stated, in_blocks):

@@ -14,6 +14,7 @@ from dichroic import __version__
 from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig, settings
 from dichroic.errors import ConfigError, DichroicError, LostError, WriteError
+from dichroic.limits import within
 from dichroic.options import listed, numbers, parsed, positive
 from dichroic.programs import keep_programs
 
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words)
     keep_programs()
     try:
-        status = args.run(args)
+        with within(getattr(args, "memory", None)):
+            status = args.run(args)
     except DichroicError as error:
         unwritten = isinstance(error, WriteError)
         again = (_going_on(args, words) or ", and run it again") if unwritten else ""
@@ -220,6 +222,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _fit(args: argparse.Namespace) -> None:
     from dichroic import layout
+    from dichroic.data import check_memory
     from dichroic.identify import identifiability, scarcity
     from dichroic.problem import check_values
     from dichroic.report import write_report
@@ -232,6 +235,8 @@ def _fit(args: argparse.Namespace) -> None:
     options = {"memory": args.memory, "start": args.start, "resume": args.resume}
     problem, section = load_problem(args.problem, stored=args.memory is not None)
     config = _config(args, section)
+    if args.memory is not None:
+        check_memory(problem, args.memory)
     if not (args.resume and (args.out / "run.json").exists()):  # which were checked when it began
         bar = Console() if layout.is_first() else Silent()
         check_values(problem, progress=partial(bar.progress, "observations checked"))

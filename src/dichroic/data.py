@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
+from dichroic.blocks import GRAIN
 from dichroic.config import FitConfig
-from dichroic.dataset import Numbers, shared_out, stored_dataset
+from dichroic.dataset import Numbers, rows_within, shared_out, stored_dataset
 from dichroic.errors import ConfigError
+from dichroic.limits import within
 from dichroic.observations import Observed
 from dichroic.operators.learned import Parameters
-from dichroic.problem import Problem, held_out, holdout, joint_observations
-from dichroic.view import View
+from dichroic.problem import Problem, held_out_bits, holdout, joint_observations
+from dichroic.view import AnyView, View, bytes_each
 
-SCORED = 16384  # observations of files that are held out, at the most, to score with
+SCORED = 16384  # observations of files that are held out, at the most, to score with,
+PART = 8  # that take this part of the memory together at the most
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,20 @@ def prepare(
     and draws are written below the folder `scratch`.
     """
     groups, train, test = problem.joint_views(), [], []
+    if memory is not None:
+        check_memory(problem, memory)
     for i, views in enumerate(groups):
         seed = config.seed + i
         if memory is None:
             kept, held = holdout(views, config.holdout, seed)
             train.append(joint_observations(kept))
         else:
-            mask = held_out(views, config.holdout, seed)
-            scored = Numbers(mask if mask.any() else ~mask).spread(SCORED)
-            kept = held = [v.select(scored) for v in views]
-            train.append(stored_dataset(views, ~mask, memory))
+            bits, n = held_out_bits(views, config.holdout, seed), views[0].count
+            rest, chosen = Numbers(bits, n, False), Numbers(bits, n)
+            most = _scored(views, memory // len(groups))
+            index = (chosen if chosen.count else rest).spread(most)
+            kept = held = [v.select(index) for v in views]
+            train.append(stored_dataset(views, rest, memory))
         test.append(held if held[0].count else kept)
     names = tuple("+".join(v.name for v in views) for views in groups)
     order = config.order or learning_order(train)
@@ -71,6 +78,19 @@ def prepare(
     shared = shared_out(train) if memory is None else tuple(train)
     truth = tuple(map(_truth, test))
     return Data(shared, judged, truth, names, order, memory or 0, scratch or Path())
+
+
+def check_memory(problem: Problem, memory: int) -> None:
+    """Raise `ConfigError` unless a fit can begin within `memory` bytes; next to nothing is read for it."""
+    with within(memory):
+        for views in problem.joint_views():
+            rows_within(memory - views[0].count // 8, views)
+
+
+def _scored(views: Sequence[AnyView], memory: int) -> int:
+    """How many observations of co-observed `views` to score with, within a part of `memory` bytes."""
+    each = sum(bytes_each(view.head) for view in views)
+    return min(SCORED, max(memory // PART // each, GRAIN))
 
 
 def _truth(views: Sequence[View]) -> dict[str, np.ndarray]:

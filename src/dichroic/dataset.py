@@ -21,7 +21,7 @@ from dichroic.operators.learned import Parameters, with_parameters
 from dichroic.problem import joint_observations
 from dichroic.view import AnyView
 
-_PAGE = 65536  # entries of a mask that are counted together
+_PAGE = 65536  # observations that are counted together
 
 Tree = TypeVar("Tree")
 
@@ -102,12 +102,15 @@ class Dataset(_Shared):
 
 
 class Numbers:
-    """The numbers of the observations that `mask` `(n,)` is true for, in order, without a list of them."""
+    """The numbers of the observations, of `n`, whose bit is `value`, in order, without a list of them.
 
-    def __init__(self, mask: np.ndarray):
-        self._mask = mask
-        pages = [int(np.sum(mask[i : i + _PAGE])) for i in range(0, len(mask), _PAGE)]
-        self._before = np.concatenate([[0], np.cumsum(pages)])
+    The `bits` are as `np.packbits` has them.
+    """
+
+    def __init__(self, bits: np.ndarray, n: int, value: bool = True):
+        self._bits, self._n, self._value = bits, n, value
+        found = [int(np.sum(self._marked(i, i + 1))) for i in range(-(-n // _PAGE))]
+        self._before = np.concatenate([[0], np.cumsum(found, dtype=int)])
 
     @property
     def count(self) -> int:
@@ -118,20 +121,26 @@ class Numbers:
         """Those at the places from `start` up to `stop`."""
         first = int(np.searchsorted(self._before, start, side="right")) - 1
         last = int(np.searchsorted(self._before, stop - 1, side="right"))
-        found = np.flatnonzero(self._mask[first * _PAGE : last * _PAGE]) + first * _PAGE
+        found = np.flatnonzero(self._marked(first, last)) + first * _PAGE
         return found[start - self._before[first] : stop - self._before[first]]
 
     def spread(self, count: int) -> np.ndarray:
         """`count` of them, evenly spread, or all."""
         places = np.linspace(0, self.count - 1, min(self.count, count)).astype(int)
         pages = np.searchsorted(self._before, places, side="right") - 1
-        return np.concatenate(
-            [self._page(i)[places[pages == i] - self._before[i]] for i in np.unique(pages)]
-        )
+        which, first = np.unique(pages, return_index=True)
+        parts = np.split(places, first[1:])
+        return np.concatenate([self._page(i, p) for i, p in zip(which, parts, strict=True)])
 
-    def _page(self, number: int) -> np.ndarray:
-        start = number * _PAGE
-        return np.flatnonzero(self._mask[start : start + _PAGE]) + start
+    def _page(self, number: int, places: np.ndarray) -> np.ndarray:
+        found = np.flatnonzero(self._marked(number, number + 1)) + number * _PAGE
+        return found[places - self._before[number]]
+
+    def _marked(self, first: int, last: int) -> np.ndarray:
+        """Booleans of the pages from `first` up to `last`."""
+        count = min(last * _PAGE, self._n) - first * _PAGE
+        bits = self._bits[first * _PAGE // 8 : last * _PAGE // 8]
+        return np.unpackbits(bits, count=count) == self._value
 
 
 @dataclass(frozen=True)
@@ -193,12 +202,11 @@ class StoredDataset(_Shared):
         return with_parameters(joint_observations(some), self.parameters)
 
 
-def stored_dataset(views: Sequence[AnyView], mask: np.ndarray, memory: int) -> StoredDataset:
-    """The observations of co-observed `views` that `mask` is true for, in blocks for so many bytes of memory.
+def stored_dataset(views: Sequence[AnyView], numbers: Numbers, memory: int) -> StoredDataset:
+    """The observations of co-observed `views` that have `numbers`, in blocks for so many bytes of memory.
 
     Raises `DataError` where there are fewer of them than processes, `ConfigError` where `memory` is too little.
     """
-    numbers = Numbers(mask)
     if numbers.count < layout.processes():
         raise DataError(
             f"{views[0].label} has {numbers.count} observations to learn from, fewer than the "

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+_PART = 2**20  # numbers that are copied at a time
+
 
 def fingerprint(value: Any) -> str:
     """The hash of `value`: arrays, numbers, text, functions, dataclasses, and containers of them."""
@@ -28,7 +30,9 @@ def _update(digest: Any, value: Any, inside: tuple[Any, ...]) -> None:
     array = _as_array(value)
     if array is not None:
         digest.update(f"array {array.shape} {array.dtype};".encode())
-        digest.update(array.tobytes())
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, _PART):
+            digest.update(flat[start : start + _PART].tobytes())
         return
     name, parts = _contents(value)
     parts = list(parts)

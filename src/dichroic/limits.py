@@ -1,12 +1,14 @@
 """How much a file may ask for: a few bytes can state an array of terabytes.
 
 An array may always be as large as what its file really holds; beyond that, as with compressed ones,
-there is a bound.
+there is a bound. `within` an amount of memory, nothing is read at once that takes more.
 """
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ VARIABLE = "DICHROIC_MAX_GIB"  # raises the bound on one array
 ARRAY_GIB = 4.0
 TEXT_BYTES = 64 * 2**20  # of a JSON file
 MOST_NUMBERS = 2**24  # of one draw of a source
+CHUNKS = 8  # of which the memory has to have room for so many
+_memory: ContextVar[int | None] = ContextVar("memory", default=None)
 
 
 def most_bytes() -> int:
@@ -42,6 +46,43 @@ def check_array(shape: Sequence[Any], itemsize: int, what: str, *, held: int = 0
             f"have; if that is meant, set {VARIABLE}={gib} in the environment"
         )
     return size
+
+
+@contextmanager
+def within(memory: int | None) -> Iterator[None]:
+    """Let `check_room` and `check_chunk`, inside, allow for so many bytes of memory; `None` is no bound."""
+    before = _memory.set(memory)
+    try:
+        yield
+    finally:
+        _memory.reset(before)
+
+
+def check_room(shape: Sequence[int], itemsize: int, what: str) -> None:
+    """Raise `ConfigError` if an array of `shape`, that is read as a whole, takes more than the memory."""
+    memory, size = _memory.get(), math.prod(shape) * itemsize
+    if memory is not None and size > memory:
+        raise ConfigError(
+            f"{what} is read as a whole and takes {_mib(size)}, more than the {_mib(memory)} of memory that are "
+            "given: give more"
+        )
+
+
+def check_chunk(shape: Sequence[int], itemsize: int, what: str) -> None:
+    """Raise `ConfigError` if a chunk of `shape` takes more than an eighth of the memory.
+
+    It is there at least twice while it is read, beside what it is read for.
+    """
+    memory, size = _memory.get(), math.prod(shape) * itemsize
+    if memory is not None and CHUNKS * size > memory:
+        raise ConfigError(
+            f"{what} is in chunks of {_mib(size)}, more than an eighth of the {_mib(memory)} of memory that are "
+            f"given: write it in smaller chunks, or give {_mib(CHUNKS * size)}"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{math.ceil(size / 2**20):,} MiB"
 
 
 def check_text(path: Path, most: int, hint: str) -> None:

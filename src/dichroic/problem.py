@@ -26,7 +26,7 @@ from dichroic.view import check_view as check_view
 from dichroic.view import missing_fraction as missing_fraction
 from dichroic.view import sees as sees
 
-SHUFFLED = 2**24  # observations that are held out by shuffling them
+SHUFFLED = 2**24  # observations that are held out by shuffling them; a multiple of 8
 BLOCK_BYTES = 16 * 2**20  # of the observations that `check_values` reads at a time
 
 
@@ -246,7 +246,13 @@ def holdout(views: Sequence[AnyView], fraction: float, seed: int) -> tuple[list[
 
 
 def held_out(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray:
-    """`(n,)`, true for the observations of (co-observed) `views` that are to be kept from training.
+    """`(n,)`, true for the observations of (co-observed) `views` that are to be kept from training."""
+    bits = held_out_bits(views, fraction, seed)
+    return np.unpackbits(bits, count=views[0].count).astype(bool)
+
+
+def held_out_bits(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray:
+    """The same in an eighth of the memory, as `np.packbits` has them.
 
     By the `held_out` of a view that has one, else at random: `fraction` of them, at least one, and
     all but one at most. Where there are more than 16,777,216, each by itself, to be shuffled in no memory.
@@ -254,13 +260,12 @@ def held_out(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray
     n = views[0].count
     chosen = [v.chosen for v in views if v.chosen is not None]
     if chosen:
-        return chosen[0]
+        return np.packbits(chosen[0])
     rng = np.random.default_rng(seed)
     if n <= SHUFFLED:
-        return rng.permutation(n) < min(max(1, round(fraction * n)), n - 1)
-    mask = np.empty(n, bool)
-    for start in range(0, n, SHUFFLED):
-        part = mask[start : start + SHUFFLED]
-        part[:] = rng.random(len(part), np.float32) < fraction
-    mask[rng.integers(n)] = True
-    return mask
+        return np.packbits(rng.permutation(n) < min(max(1, round(fraction * n)), n - 1))
+    sizes = [min(SHUFFLED, n - start) for start in range(0, n, SHUFFLED)]
+    bits = np.concatenate([np.packbits(rng.random(k, np.float32) < fraction) for k in sizes])
+    byte, bit = divmod(int(rng.integers(n)), 8)
+    bits[byte] |= 128 >> bit
+    return bits

@@ -32,6 +32,7 @@ from dichroic.errors import ConfigError, RunError
 from dichroic.files import locked, writing
 from dichroic.fingerprint import fingerprint
 from dichroic.io import save_model
+from dichroic.limits import within
 from dichroic.machine import machine
 from dichroic.operators.learned import Parameters, parameters, to_lists, with_parameters
 from dichroic.problem import Problem
@@ -110,6 +111,7 @@ def fit(
         start.check(problem, config)
     _check_alike(problem, config)
     with following(tracker, stated(problem, config)), ExitStack() as held:
+        held.enter_context(within(memory))
         scratch = None if memory is None else held.enter_context(_scratch(out))
         data = prepare(problem, config, memory, scratch)
         first = State() if start is None else start.state(problem, data)

@@ -7,6 +7,7 @@ its number alone, so it does not matter which process does which block, nor in h
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dichroic.blocks import shard_blocks
 from dichroic.dataset import observations_within
 from dichroic.errors import RunError
 from dichroic.fingerprint import fingerprint
+from dichroic.limits import within
 from dichroic.operators.learned import with_parameters
 from dichroic.problem import joint_observations
 from dichroic.separator import Selectable, Separation, Separator, common_count, selectable
@@ -71,38 +73,41 @@ def separate_to(
 
     Raises:
         RunError: if `path` is of another model, view, seed, draws or `chunk`, or cannot be written.
-        ConfigError: if `memory` is too little.
+        ConfigError: if `memory` is too little, for the chunks of the files too.
         DichroicError: what `Separator.separate` raises.
     """
-    views = selectable(view, separator.problem)
-    begun = read_job(path).block if Path(path).exists() else None
-    job = job_of(
-        separator,
-        views,
-        n_draws=n_draws,
-        seed=seed,
-        memory=memory,
-        chunk=chunk or begun,
-        shard=shard,
-    )
-    found = open_store(path, job)
-    if chunk is not None and found.block != chunk:
-        raise RunError(f"{path} was begun with blocks of {found.block} observations, not {chunk}")
-    job, mine = found, shard_blocks(found.blocks, shard)
-    total = _size(job, mine)
-    say = lambda done: progress(done, total) if progress else None
-    todo, damaged = _unfinished(path, job, mine, say)
-    if damaged and warn:
-        warn(f"{path}: damaged, so separated again: {named(damaged)}")
-    remove_leftovers(path, job, todo)
-    done = total - _size(job, todo)
-    for block in todo:
-        start, stop = job.span(block)
-        part = separator.separate_part(views, start, stop, n_draws=n_draws, seed=seed)
-        write_block(path, job, block, arrays_of(part))
-        done += stop - start
-        say(done)
-    return finished_blocks(path)
+    with within(memory) if chunk is None else nullcontext():
+        views = selectable(view, separator.problem)
+        begun = read_job(path).block if Path(path).exists() else None
+        job = job_of(
+            separator,
+            views,
+            n_draws=n_draws,
+            seed=seed,
+            memory=memory,
+            chunk=chunk or begun,
+            shard=shard,
+        )
+        found = open_store(path, job)
+        if chunk is not None and found.block != chunk:
+            raise RunError(
+                f"{path} was begun with blocks of {found.block} observations, not {chunk}"
+            )
+        job, mine = found, shard_blocks(found.blocks, shard)
+        total = _size(job, mine)
+        say = lambda done: progress(done, total) if progress else None
+        todo, damaged = _unfinished(path, job, mine, say)
+        if damaged and warn:
+            warn(f"{path}: damaged, so separated again: {named(damaged)}")
+        remove_leftovers(path, job, todo)
+        done = total - _size(job, todo)
+        for block in todo:
+            start, stop = job.span(block)
+            part = separator.separate_part(views, start, stop, n_draws=n_draws, seed=seed)
+            write_block(path, job, block, arrays_of(part))
+            done += stop - start
+            say(done)
+        return finished_blocks(path)
 
 
 def _unfinished(

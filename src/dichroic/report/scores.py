@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dichroic.dataset import Numbers
 from dichroic.metrics import coverage, mean_chi2, psnr
-from dichroic.problem import Problem, View, held_out
+from dichroic.problem import Problem, View, held_out_bits
 from dichroic.separator import Separation, Separator
 
 CHI2_RANGE = (0.8, 1.25)  # beyond it, a warning
@@ -40,11 +41,12 @@ def separate_held_out(
     separator: Separator, problem: Problem, n_draws: int, most: int
 ) -> list[Held]:
     """Separate at most `most` held-out observations of each (joint) view, with `n_draws` draws."""
-    out = []
+    out, config = [], separator.config
     for i, views in enumerate(problem.joint_views()):
-        kept = held_out(views, separator.config.holdout, separator.config.seed + i)
-        fresh = bool(kept.any())
-        index = np.flatnonzero(kept if fresh else ~kept)[:most]
+        bits, n = held_out_bits(views, config.holdout, config.seed + i), views[0].count
+        fresh = Numbers(bits, n).count > 0
+        numbers = Numbers(bits, n, fresh)
+        index = numbers.between(0, min(most, numbers.count))
         some = [v.select(index) for v in views]
         truth = {
             k: np.asarray(x)
@@ -52,7 +54,7 @@ def separate_held_out(
             for k, x in v.truth.items()
             if k in problem.names and np.all(np.isfinite(x))
         }
-        result = separator.separate(some, n_draws=n_draws, seed=separator.config.seed + i)
+        result = separator.separate(some, n_draws=n_draws, seed=config.seed + i)
         truth = {k: x for k, x in truth.items() if k in result.draws}
         name = "+".join(v.name for v in views)
         out.append(Held(name, some, result, truth, fresh))

@@ -4,19 +4,19 @@
 more is read of `.npy`, `.npz`, HDF5 and zarr arrays, and of stacked files; of the others, all is.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import EllipsisType
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
+from dichroic.limits import check_room
 from dichroic.operators import Shape
 from dichroic.optional import library
 from dichroic.statement.formats import READERS
@@ -28,12 +28,11 @@ from dichroic.statement.guard import (
     check_zarr,
     open_entry,
 )
+from dichroic.statement.rows import Rows, chunked_rows, npy_rows, shape_of
 from dichroic.statement.values import as_number, available, short
 
 _NPY = b"\x93NUMPY"
-Rows = slice | np.ndarray  # some rows of an array: consecutive ones, or their numbers, increasing
 Part = Callable[[Shape], Rows | EllipsisType]  # which rows of an array of some shape; `...`: all
-NEAR = 2**18  # numbers between two rows that are read along rather than left out
 
 
 def all_rows(shape: Shape) -> EllipsisType:
@@ -144,6 +143,7 @@ def _read(path: Path, kind: str, key: str | None, part: Part = all_rows) -> np.n
         what = f"{path.name}:{key}" if key else path.name
         if kind in _PART_READERS:
             return _numeric(_PART_READERS[kind](path, key, part), what)
+        check_room((path.stat().st_size,), 1, what)
         array = READERS[kind](path, key)
         return _numeric(array[part(array.shape)], what)
 
@@ -192,46 +192,17 @@ def _entry(path: Path, key: str | None, names: Sequence[str]) -> str:
 def _read_npz(path: Path, key: str | None, part: Part) -> np.ndarray:
     with open_npz(path) as archive:
         name = _entry(path, key, list(archive))
+        what = f"{path.name}:{name}"
         check_npz(archive.zip, path.name, [name])
-        if part is all_rows:
-            return archive[name]
         entry = next(e for e in archive.zip.infolist() if e.filename in (name, f"{name}.npy"))
         with open_entry(archive.zip, entry) as file:
             size = file.tell() + entry.file_size
             header = check_npy(file, size, path.name, packed=entry.compress_size)
             rows = part(header[0])
             if not isinstance(rows, EllipsisType):
-                return _npy_part(file, header, rows)
+                return npy_rows(file, header, rows, what)
+        check_room(header[0], header[2].itemsize, what)
         return archive[name]
-
-
-def _npy_part(
-    file: IO[bytes], header: tuple[Shape, bool, np.dtype], rows: Rows | EllipsisType
-) -> np.ndarray:
-    """Some rows of the `.npy` data in `file`, read up to the end of its `header`, in memory of their own."""
-    shape, fortran, dtype = header
-    begin = file.tell()
-
-    def read(start: int, want: Shape) -> np.ndarray:
-        file.seek(begin + start * math.prod(shape[1:]) * dtype.itemsize)
-        array = np.empty(want, dtype)
-        if file.readinto(array.reshape(-1).view(np.uint8)) < array.nbytes:  # type: ignore[attr-defined]
-            raise DataError("the file ends before its numbers do")
-        return array
-
-    if isinstance(rows, EllipsisType) or fortran:
-        array = read(0, (math.prod(shape),)).reshape(shape, order="F" if fortran else "C")
-        return array[rows]
-    return _gather(lambda run: read(run.start, _shape_of(shape, run)), rows, shape)
-
-
-def _gather(read: Callable[[slice], np.ndarray], rows: Rows, shape: Shape) -> np.ndarray:
-    """The `rows` of an array of `shape`, of which `read` gives consecutive ones; those near each other at once."""
-    if isinstance(rows, slice):
-        return read(slice(*rows.indices(shape[0])))
-    apart = np.flatnonzero(np.diff(rows) > max(NEAR // max(math.prod(shape[1:]), 1), 1)) + 1
-    runs = np.split(rows, apart)
-    return np.concatenate([read(slice(run[0], run[-1] + 1))[run - run[0]] for run in runs])
 
 
 def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
@@ -242,7 +213,7 @@ def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
             raise DataError(f"{path.name!r} is an archive of arrays, as .npz files are: rename it")
         file.seek(0)
         header = check_npy(file, path.stat().st_size, path.name)
-        return _npy_part(file, header, part(header[0]))
+        return npy_rows(file, header, part(header[0]), path.name)
 
 
 def _read_hdf5(path: Path, key: str | None, part: Part) -> np.ndarray:
@@ -252,24 +223,9 @@ def _read_hdf5(path: Path, key: str | None, part: Part) -> np.ndarray:
         file.visititems(lambda k, v: names.append(f"/{k}") if isinstance(v, h5py.Dataset) else None)
         name = _entry(path, key, names)
         dataset: Any = file[name]
-        rows = part(dataset.shape or ())
-        check_hdf5(dataset, f"{path.name}:{name}", _shape_of(dataset.shape or (), rows))
-        return _rows_of(dataset, rows)
-
-
-def _shape_of(shape: Shape, rows: Rows | EllipsisType) -> Shape:
-    """The shape that `rows` of an array of `shape` have."""
-    if isinstance(rows, EllipsisType):
-        return shape
-    count = len(range(*rows.indices(shape[0]))) if isinstance(rows, slice) else len(rows)
-    return (count, *shape[1:])
-
-
-def _rows_of(array: Any, rows: Rows | EllipsisType) -> np.ndarray:
-    """Some rows of an HDF5 or zarr array."""
-    if isinstance(rows, EllipsisType):
-        return np.asarray(array[...])
-    return _gather(lambda run: np.asarray(array[run]), rows, array.shape)
+        rows, what = part(dataset.shape or ()), f"{path.name}:{name}"
+        check_hdf5(dataset, what, shape_of(dataset.shape or (), rows))
+        return chunked_rows(dataset, rows, what)
 
 
 def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
@@ -285,8 +241,8 @@ def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
     elif key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
     rows = part(node.shape)
-    check_zarr(node, path.name, _shape_of(node.shape, rows))
-    return _rows_of(node, rows)
+    check_zarr(node, path.name, shape_of(node.shape, rows))
+    return chunked_rows(node, rows, path.name)
 
 
 def _library(name: str, path: Path) -> Any:

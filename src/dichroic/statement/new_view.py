@@ -36,7 +36,7 @@ def open_view(
 ) -> ViewFile:
     """What `load_view` reads, before it is read: for observations that do not fit in memory.
 
-    The arguments are those of `load_view`. Of `.npy` (not in Fortran's order), `.npz`, HDF5 and zarr arrays, and
+    The arguments are those of `load_view`. Of `.npy`, `.npz`, HDF5 and zarr arrays, and
     of stacked files, `ViewFile.select` reads the rows that it needs; files of other formats as a whole.
     """
     table, spot, name = _view_table(path_or_spec, problem)
