@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     separate.add_argument("--seed", type=int, default=0)
     separate.add_argument(
         "--out",
-        type=Path,
+        type=_ending(".npz", ".zarr"),
         help="an .npz file (separated.npz), or a .zarr folder that is filled block by block",
     )
 
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--source", required=True, metavar="NAME")
     sample.add_argument("-n", "--number", type=_positive, default=64, help="number of draws (64)")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", type=Path, help="an .npy file (NAME.npy)")
+    sample.add_argument("--out", type=_ending(".npy"), help="an .npy file (NAME.npy)")
 
     report = add("report", _report, "write RUN/report.html: what was learned, and how well")
     report.add_argument("run_folder", type=Path, metavar="RUN")
@@ -151,6 +151,19 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _ending(*endings: str) -> Callable[[str], Path]:
+    """The path of an option, which must end so."""
+
+    def convert(text: str) -> Path:
+        if Path(text).suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(
+                f"expected a name that ends in {' or '.join(endings)}, got {text!r}"
+            )
+        return Path(text)
+
+    return convert
 
 
 def _add_scaling(command: argparse.ArgumentParser) -> None:
@@ -274,16 +287,16 @@ def _fit(args: argparse.Namespace) -> None:
 
 def _separate(args: argparse.Namespace) -> None:
     from dichroic.separator import Separator
-    from dichroic.statement import open_view
+    from dichroic.statement import open_view, problem_of
     from dichroic.tracking import Console
 
-    blocks = args.out is not None and args.out.suffix == ".zarr"
+    blocks = args.out is not None and args.out.suffix.lower() == ".zarr"
     if not blocks and (args.memory or args.chunk or args.shard or args.status):
         raise ConfigError("--memory, --chunk, --shard and --status are for --out FOLDER.zarr")
     if args.status:
         _print_status(args.out)
         return
-    problem = _problem_of(args)
+    problem = problem_of(args.run_folder, args.problem)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
     if Path(view).exists() or view not in [v.name for v in problem.views]:
@@ -336,7 +349,9 @@ def _print_status(out: Path) -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     from dichroic.separator import Separator, save_npy
+    from dichroic.statement import check_saved
 
+    check_saved(args.run_folder)
     x = Separator.load(args.run_folder).sample_prior(args.source, args.number, seed=args.seed)
     out = args.out or Path(f"{args.source}.npy")
     save_npy(out, x)
@@ -347,9 +362,10 @@ def _report(args: argparse.Namespace) -> None:
     from dichroic.identify import identifiability
     from dichroic.report import write_report
     from dichroic.separator import Separator
+    from dichroic.statement import problem_of
     from dichroic.tracking import read_metrics
 
-    problem = _problem_of(args)
+    problem = problem_of(args.run_folder, args.problem)
     page = write_report(
         args.run_folder,
         separator=Separator.load(args.run_folder, problem=problem),
@@ -358,28 +374,6 @@ def _report(args: argparse.Namespace) -> None:
         warnings=identifiability(problem).warnings,
     )
     print(f"report: {page}")
-
-
-def _problem_of(args: argparse.Namespace) -> Any:
-    """The problem that a run was fitted to, from `--problem` or the file that the run names."""
-    from dichroic.errors import RunError
-    from dichroic.records import read_record
-    from dichroic.statement import load_problem
-
-    run, file = args.run_folder, args.problem
-    if file is None and (run / "run.json").exists():
-        named = read_record(run / "run.json").get("problem_file")
-        file = Path(named) if isinstance(named, str) and named and "\0" not in named else None
-        if file is not None and not file.is_file():
-            raise RunError(
-                f"the problem file of {run}, {file}, is not there any more: say where it is (--problem)"
-            )
-    if file is None:
-        raise RunError(
-            f"{run} does not know the problem file that it was fitted to: say where it is (--problem), "
-            "or use Separator.load from Python"
-        )
-    return load_problem(file, stored=True)[0]
 
 
 def _bench(args: argparse.Namespace) -> int:
