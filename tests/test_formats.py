@@ -1,5 +1,6 @@
 """Files in the formats of a field, written by the field's own libraries."""
 
+import gzip
 import sys
 import warnings
 
@@ -9,7 +10,8 @@ import soundfile
 from astropy.io import fits
 from PIL import Image
 
-from dichroic.errors import DataError, ShapeError
+from dichroic.errors import ConfigError, DataError, ShapeError
+from dichroic.limits import VARIABLE
 from dichroic.statement import load_array, load_problem
 
 with warnings.catch_warnings():  # of obspy, about its own dependencies
@@ -80,6 +82,43 @@ def test_a_mistake_in_fits_is_said(tmp_path, sky, reference, match):
         load_array(reference, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.FITS", "a.fit", "a.fts", "a.fits.gz", "A.Fit.GZ", "b.fits"])
+def test_fits_may_end_otherwise_and_be_packed(tmp_path, sky, name):
+    data = (tmp_path / "sky.fits").read_bytes()
+    packed = name.lower().endswith(".gz") or name == "b.fits"  # which astropy would unpack, too
+    (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
+    np.testing.assert_array_equal(load_array(f"{name}:SCI", tmp_path), sky["image"])
+    np.testing.assert_array_equal(load_array(f"{name}:CAT/MAG", tmp_path), sky["mag"])
+
+
+def test_packed_fits_is_bounded(tmp_path, sky, monkeypatch):
+    data = (tmp_path / "sky.fits").read_bytes()
+    (tmp_path / "a.fits.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "cut.fits.gz").write_bytes(gzip.compress(data)[:-200])
+    (tmp_path / "twice.fits.gz").write_bytes(gzip.compress(gzip.compress(data)))
+    (tmp_path / "text.fits").write_bytes(b"BZh9 other packing")
+    for name in ("twice.fits.gz", "text.fits"):
+        with pytest.raises(DataError, match=f"cannot read '{name}': it is no FITS file"):
+            load_array(name, tmp_path)
+    with pytest.raises(DataError, match=r"cannot read 'cut.fits.gz'"):
+        load_array("cut.fits.gz:SCI", tmp_path)
+    monkeypatch.setenv(VARIABLE, "0.00001")
+    with pytest.raises(DataError, match=rf"'a.fits.gz' unpacks to more than .* GiB.*{VARIABLE}"):
+        load_array("a.fits.gz:SCI", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jpeg", "a.JPG", "a.bmp", "a.PNG", "a.TIFF"])
+def test_pictures_may_end_otherwise(tmp_path, name):
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / name)
+    np.testing.assert_array_equal(load_array(name, tmp_path), np.ones((8, 8)))
+
+
+def test_an_unknown_ending_lists_the_known_ones(tmp_path):
+    said = r"got 'a.xyz'; files end in .npz, .npy, .h5, .*\.fits\.gz, .*\.jpeg, .*\.wav, .*\.mseed$"
+    with pytest.raises(ConfigError, match=said):
+        load_array("a.xyz", tmp_path)
+
+
 def test_pictures_have_full_range_one_and_channels_first(tmp_path, rng):
     grey = rng.integers(0, 256, size=(4, 5), dtype=np.uint8)
     colour = rng.integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
@@ -93,6 +132,53 @@ def test_pictures_have_full_range_one_and_channels_first(tmp_path, rng):
     np.testing.assert_allclose(load_array("deep.png", tmp_path), deep / 65535, rtol=1e-6)
     with pytest.raises(DataError, match="leave out ':x'"):
         load_array("grey.png:x", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.png"])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 5, 3)])
+def test_the_pages_of_a_picture_are_stacked(tmp_path, rng, name, shape):
+    pages = rng.integers(0, 256, size=shape, dtype=np.uint8)
+    first, *others = map(Image.fromarray, pages)
+    first.save(tmp_path / name, save_all=True, append_images=others)
+    want = pages / 255 if pages.ndim == 3 else np.moveaxis(pages, -1, 1) / 255
+    np.testing.assert_allclose(load_array(name, tmp_path), want, rtol=1e-6)
+    assert load_array(name, tmp_path, lambda shape: slice(1, 2)).shape == (1, *want.shape[1:])
+
+
+def test_deep_pages_of_either_order_have_full_range_one(tmp_path, rng):
+    deep = rng.integers(0, 65536, size=(2, 4, 5), dtype=np.uint16)
+    first, other = (Image.fromarray(a) for a in deep)
+    first.save(tmp_path / "little.tif", save_all=True, append_images=[other])
+    Image.frombytes("I;16B", (5, 4), deep[0].astype(">u2").tobytes()).save(tmp_path / "big.tif")
+    np.testing.assert_allclose(load_array("little.tif", tmp_path), deep / 65535, rtol=1e-6)
+    np.testing.assert_allclose(load_array("big.tif", tmp_path), deep[0] / 65535, rtol=1e-6)
+
+
+def test_pages_that_differ_or_are_too_many_are_refused(tmp_path, monkeypatch):
+    page = lambda *shape: Image.fromarray(np.zeros(shape, np.uint8))
+    page(4, 5).save(tmp_path / "size.tif", save_all=True, append_images=[page(4, 6)])
+    page(4, 5).save(tmp_path / "colour.tif", save_all=True, append_images=[page(4, 5, 3)])
+    page(99, 99).save(
+        tmp_path / "many.tif",
+        compression="tiff_lzw",
+        save_all=True,
+        append_images=[page(99, 99)] * 9,
+    )
+    for name, shape in {"size.tif": r"\(4, 6\)", "colour.tif": r"\(3, 4, 5\)"}.items():
+        said = rf"page 1 of '{name}' has shape {shape} and page 0 \(4, 5\)"
+        with pytest.raises(ShapeError, match=said):
+            load_array(name, tmp_path)
+    monkeypatch.setenv(VARIABLE, "0.0001")
+    with pytest.raises(DataError, match=rf"many.tif states an array of .*set {VARIABLE}=1"):
+        load_array("many.tif", tmp_path)
+
+
+def test_the_previews_in_a_picture_of_a_camera_are_left_out(tmp_path):
+    preview = Image.fromarray(np.zeros((4, 4), np.uint8))
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(
+        tmp_path / "x.jpg", "MPO", save_all=True, append_images=[preview]
+    )
+    np.testing.assert_array_equal(load_array("x.jpg", tmp_path), np.ones((8, 8)))
 
 
 def test_sound_is_channels_by_samples(tmp_path, rng):

@@ -466,6 +466,34 @@ def test_a_run_that_names_no_problem_file_asks_for_it(tmp_path, capsys, named, m
 
 
 @pytest.mark.parametrize(
+    "words", [["separate", "R", "v"], ["report", "R"], ["sample", "R", "--source", "a"]]
+)
+def test_a_folder_without_a_run_is_said(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for folder, match in {
+        "nope": "there is no folder 'nope'; expected a run folder or a saved model",
+        "empty": "'empty' holds neither a run nor a saved model",
+    }.items():
+        assert main([folder if word == "R" else word for word in words]) == 2
+        assert match in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["separate", "R", "v"], "expected a name that ends in .npz or .zarr, got"),
+        (["sample", "R", "--source", "a"], "expected a name that ends in .npy, got"),
+    ],
+)
+@pytest.mark.parametrize("out", ["x.txt", "x", "x.npz.gz"])
+def test_a_result_of_another_kind_is_refused_at_once(capsys, words, match, out):
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--out", out])
+    assert f"argument --out: {match} '{out}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("values", "match"),
     [
         ({"sampler": {"steps": 10**9}}, "fit.sampler.steps: must be at most 1000000"),

@@ -154,3 +154,8 @@ def test_sizes_of_a_unet():
 def test_sources_of_other_forms_are_refused(shape, axes):
     with pytest.raises(ConfigError, match="a U-Net is for series and images"):
         UNet(shape, ndim=axes, key=jax.random.key(0))
+
+
+def test_a_precision_that_there_is_not_is_refused():
+    with pytest.raises(ConfigError, match="precision: expected float32 or bfloat16, got 'float16'"):
+        UNet((4,), precision="float16", key=jax.random.key(0))

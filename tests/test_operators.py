@@ -267,6 +267,9 @@ def test_an_array_of_factors_is_one_per_observation(array):
     [
         (lambda: Identity((2, 0)), r"positive integers, got \(2, 0\)"),
         (lambda: Identity(-1), r"positive integers, got \(-1,\)"),
+        (lambda: Identity((2.5,)), r"positive integers, got \(2.5,\)"),
+        (lambda: BlockAverage((8, 8), 2.5), r"factor must be a whole number, got 2.5"),
+        (lambda: BlockProject((8, 8), 2.5), r"factor must be a whole number, got 2.5"),
         (lambda: Scale((2,), np.ones((2, 2))), r"Scale: .*\(2, 2\)"),
         (lambda: Diagonal(np.ones(3), shape=(2, 3)), r"Diagonal: .*\(3,\).*\(2, 3\)"),
         (lambda: Diagonal(np.ones((2, 4)), shape=(3,)), r"Diagonal: .*\(2, 4\).*\(3,\)"),

@@ -96,11 +96,11 @@ def values_and_mask(
     observations: Any, given_mask: Any, label: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`(values (n, M), 0 where missing; mask (M,) or (n, M), or None)` of `(n, *shape)`."""
-    y = np.asarray(observations)
-    n, shape = len(y), y.shape[1:]
-    check_real(y, f"{label}: observations")
+    given = np.asarray(observations)
+    n, shape = len(given), given.shape[1:]
+    check_real(given, f"{label}: observations")
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
-        y = y.astype(jnp.zeros(()).dtype).reshape(n, -1)
+        y = given.astype(jnp.zeros(()).dtype).reshape(n, -1)
     mask = _flat_mask(given_mask, y, shape, label)
     if mask is None and np.all(np.isfinite(y)):
         return y, None
@@ -109,6 +109,12 @@ def values_and_mask(
     if bad.any():
         i, j = np.argwhere(bad)[0]
         where = tuple(int(a) for a in np.unravel_index(j, shape))
+        value = given[(i, *where)]
+        if np.isfinite(value):
+            raise DataError(
+                f"{label}: observation {i} is {value:.3g} at entry {where}, more than {y.dtype} holds "
+                f"({np.finfo(y.dtype).max:.2g}): give observations and noise in other units"
+            )
         raise DataError(
             f"{label}: observation {i} is {y[i, j]} ({y.dtype}) at entry {where} ({bad.sum()} such "
             "entries); if they are missing, give a mask, or mask='nan' for NaN"
@@ -125,6 +131,10 @@ def _flat_mask(mask: Any, y: np.ndarray, shape: Shape, label: str) -> np.ndarray
             raise DataError(f"{label}: mask {mask!r}; expected an array or 'nan'")
         return ~np.isnan(y)
     check_real(mask, f"{label}: a mask")
+    if missing := int(np.count_nonzero(np.isnan(np.asarray(mask)))):
+        raise DataError(
+            f"{label}: a mask with {missing} NaN; expected 1 where an entry was observed, 0 where it is missing"
+        )
     got, each = np.shape(mask), (len(y), *shape)
     if got not in (shape, each):
         raise ShapeError(f"{label}: a mask of shape {got}; expected {shape} (shared) or {each}")

@@ -15,7 +15,7 @@ from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig, settings
 from dichroic.errors import ConfigError, DichroicError, LostError, WriteError
 from dichroic.limits import within
-from dichroic.options import listed, numbers, parsed, positive
+from dichroic.options import ending, listed, numbers, parsed, positive
 from dichroic.programs import keep_programs
 
 
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     separate.add_argument("--seed", type=int, default=0)
     separate.add_argument(
         "--out",
-        type=Path,
+        type=ending(".npz", ".zarr"),
         help="an .npz file (separated.npz), or a .zarr folder that is filled block by block",
     )
 
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--source", required=True, metavar="NAME")
     sample.add_argument("-n", "--number", type=positive, default=64, help="number of draws (64)")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", type=Path, help="an .npy file (NAME.npy)")
+    sample.add_argument("--out", type=ending(".npy"), help="an .npy file (NAME.npy)")
 
     report = add("report", _report, "write RUN/report.html: what was learned, and how well")
     report.add_argument("run_folder", type=Path, metavar="RUN")
@@ -260,13 +260,13 @@ def _fit(args: argparse.Namespace) -> None:
 
 def _in_blocks(args: argparse.Namespace) -> bool:
     """Whether `separate` fills a folder block by block."""
-    return args.out is not None and args.out.suffix == ".zarr"
+    return args.out is not None and args.out.suffix.lower() == ".zarr"
 
 
 def _separate(args: argparse.Namespace) -> int:
     from dichroic.metrics import mean_chi2
     from dichroic.separator import Separator
-    from dichroic.statement import open_view
+    from dichroic.statement import open_view, problem_of
     from dichroic.tracking import Console
 
     blocks = _in_blocks(args)
@@ -274,7 +274,7 @@ def _separate(args: argparse.Namespace) -> int:
         raise ConfigError("--memory, --chunk, --shard and --status are for --out FOLDER.zarr")
     if args.status:
         return _print_status(args.out)
-    problem = _problem_of(args)
+    problem = problem_of(args.run_folder, args.problem)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
     if Path(view).exists() or view not in [v.name for v in problem.views]:
@@ -332,7 +332,9 @@ def _print_status(out: Path) -> int:
 
 def _sample(args: argparse.Namespace) -> None:
     from dichroic.separator import Separator, save_npy
+    from dichroic.statement import check_saved
 
+    check_saved(args.run_folder)
     x = Separator.load(args.run_folder).sample_prior(args.source, args.number, seed=args.seed)
     out = args.out or Path(f"{args.source}.npy")
     save_npy(out, x)
@@ -343,9 +345,10 @@ def _report(args: argparse.Namespace) -> None:
     from dichroic.identify import identifiability, scarcity
     from dichroic.report import write_report
     from dichroic.separator import Separator
+    from dichroic.statement import problem_of
     from dichroic.tracking import read_metrics
 
-    problem = _problem_of(args)
+    problem = problem_of(args.run_folder, args.problem)
     page = write_report(
         args.run_folder,
         separator=Separator.load(args.run_folder, problem=problem),
@@ -354,28 +357,6 @@ def _report(args: argparse.Namespace) -> None:
         warnings=(*identifiability(problem).warnings, *scarcity(problem)),
     )
     print(f"report: {page}")
-
-
-def _problem_of(args: argparse.Namespace) -> Any:
-    """The problem that a run was fitted to, from `--problem` or the file that the run names."""
-    from dichroic.errors import RunError
-    from dichroic.records import read_record
-    from dichroic.statement import load_problem
-
-    run, file = args.run_folder, args.problem
-    if file is None and (run / "run.json").exists():
-        named = read_record(run / "run.json").get("problem_file")
-        file = Path(named) if isinstance(named, str) and named and "\0" not in named else None
-        if file is not None and not file.is_file():
-            raise RunError(
-                f"the problem file of {run}, {file}, is not there any more: say where it is (--problem)"
-            )
-    if file is None:
-        raise RunError(
-            f"{run} does not know the problem file that it was fitted to: say where it is (--problem), "
-            "or use Separator.load from Python"
-        )
-    return load_problem(file, stored=True)[0]
 
 
 def _bench(args: argparse.Namespace) -> int:

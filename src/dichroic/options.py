@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dichroic.errors import DichroicError
@@ -35,3 +36,16 @@ def listed(text: str) -> list[str]:
 def numbers(text: str) -> list[int]:
     """The numbers of `1, 2, …`."""
     return [int(part) for part in listed(text)]
+
+
+def ending(*endings: str) -> Callable[[str], Path]:
+    """The path of an option, which must end so."""
+
+    def convert(text: str) -> Path:
+        if Path(text).suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(
+                f"expected a name that ends in {' or '.join(endings)}, got {text!r}"
+            )
+        return Path(text)
+
+    return convert

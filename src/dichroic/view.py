@@ -217,6 +217,7 @@ def _rows(array: Any, index: Any) -> np.ndarray:
 def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
     """Raise a `DichroicError` unless `view`, as far as it is in memory, fits sources of the given `shapes`."""
     head = view.head
+    check_some(np.shape(head.observations), view.label, head.observations)
     for name, op in head.operators.items():
         if name not in shapes:
             raise DataError(
@@ -251,7 +252,7 @@ def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, O
     operators = {k: op for k, op in view.operators.items() if not isinstance(op, Zero)}
     if not operators:
         raise DataError(f"{view.label} sees no source; give it an operator for at least one")
-    check_some(np.shape(view.observations), view.label)
+    check_some(np.shape(view.observations), view.label, view.observations)
     for name, op in operators.items():
         check_same_shape(
             op.out_shape,
@@ -272,8 +273,13 @@ def sees(view: AnyView, source: str) -> bool:
     return source in view.operators and not isinstance(view.operators[source], Zero)
 
 
-def check_some(shape: Shape, label: str) -> None:
-    """Raise a `DataError` unless an array of observations, of `shape`, holds any."""
+def check_some(shape: Shape, label: str, stated: Any) -> None:
+    """Raise a `DataError` unless an array of observations, of `shape` and as `stated`, holds any."""
+    if not shape:
+        raise DataError(
+            f"{label}: the observations are one number ({stated}); expected an array (n, …), one row for "
+            "each of n ≥ 1 observations"
+        )
     if len(shape) < 2 or shape[0] == 0:
         raise DataError(
             f"{label} has no observations (an array of shape {shape}); "

@@ -98,11 +98,13 @@ class UNet(eqx.Module):
         levels: int = 3,
         depth: int = 2,
         attention: bool = False,
-        precision: Precision = "float32",
+        precision: str = "float32",
         ndim: int | None = None,
         *,
         key: PRNGKeyArray,
     ):
+        if precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision: expected float32 or bfloat16, got {precision!r}")
         self.shape, self.channels, self.levels, self.depth = tuple(shape), channels, levels, depth
         self.attention, self.precision = attention, precision
         self.ndim = spatial_axes(self.shape, ndim)

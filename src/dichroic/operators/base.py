@@ -25,12 +25,12 @@ Shape = tuple[int, ...]
 _PROBES = 32
 
 
-def as_shape(shape: int | tuple[int, ...] | list[int]) -> Shape:
+def as_shape(shape: int | tuple[int | float, ...] | list[int]) -> Shape:
     """`shape` as a tuple of positive integers."""
-    dims = (shape,) if isinstance(shape, int) else tuple(int(d) for d in shape)
-    if any(d < 1 for d in dims):
+    dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(d < 1 or d % 1 for d in dims):
         raise ShapeError(f"a shape needs positive integers, got {dims}")
-    return dims
+    return tuple(int(d) for d in dims)
 
 
 class Operator(eqx.Module):

@@ -25,8 +25,14 @@ class BlockAverage(Operator):
     axes: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
-        self, in_shape: int | tuple[int, ...], factor: int, *, axes: tuple[int, ...] | None = None
+        self,
+        in_shape: int | tuple[int, ...],
+        factor: int | float,
+        *,
+        axes: tuple[int, ...] | None = None,
     ):
+        if factor % 1:
+            raise ShapeError(f"BlockAverage: factor must be a whole number, got {factor}")
         self.in_shape, self.factor = as_shape(in_shape), int(factor)
         ndim = len(self.in_shape)
         beyond = [a for a in axes or () if not -ndim <= a < ndim]
@@ -72,7 +78,11 @@ class BlockProject(Operator):
     average: BlockAverage
 
     def __init__(
-        self, shape: int | tuple[int, ...], factor: int, *, axes: tuple[int, ...] | None = None
+        self,
+        shape: int | tuple[int, ...],
+        factor: int | float,
+        *,
+        axes: tuple[int, ...] | None = None,
     ):
         self.average = BlockAverage(shape, factor, axes=axes)
 

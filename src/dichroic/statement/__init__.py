@@ -19,9 +19,10 @@
     fit: {seed: 1, mixture: {components: 16}}
 
 An array is `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path` (relative to the folder
-of the YAML file), a number or a list. The input shape of an operator follows from its source; in
-`compose` the last acts first, and its output shape feeds the one before. Every error starts with
-the file and the position in it, as in `problem.yaml: views.mixed: unknown key 'nose'; …`.
+of the YAML file), a number or a list, or in a format of a field, such as `file.fits:unit` (`load_array`).
+The input shape of an operator follows from its source; in `compose` the last acts first, and its output
+shape feeds the one before. Every error starts with the file and the position in it, as in
+`problem.yaml: views.mixed: unknown key 'nose'; …`.
 """
 
 from dichroic.statement.arrays import load_array as load_array
@@ -29,5 +30,7 @@ from dichroic.statement.new_view import ViewFile as ViewFile
 from dichroic.statement.new_view import load_view as load_view
 from dichroic.statement.new_view import open_view as open_view
 from dichroic.statement.problem_file import load_problem as load_problem
+from dichroic.statement.run_problem import check_saved as check_saved
+from dichroic.statement.run_problem import problem_of as problem_of
 from dichroic.statement.stored import StoredView as StoredView
 from dichroic.statement.summary import summary_rows as summary_rows

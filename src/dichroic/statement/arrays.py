@@ -1,7 +1,8 @@
 """Arrays in files, by references such as `file.npz:key`: `.npz`, `.npy`, HDF5, zarr, and the formats of a field.
 
-`folder/*.png` stands for all such files, stacked in the order of their names. Where some rows are asked for, no
-more is read of `.npy`, `.npz`, HDF5 and zarr arrays, and of stacked files; of the others, all is.
+`folder/*.png` stands for all such files, stacked in the order of their names; the pages of one picture (TIFF) are
+stacked, too. Endings may be in capitals. Where some rows are asked for, no more is read of `.npy`, `.npz`, HDF5
+and zarr arrays, and of stacked files; of the others, all is.
 """
 
 import re
@@ -32,6 +33,7 @@ from dichroic.statement.rows import Rows, chunked_rows, npy_rows, shape_of
 from dichroic.statement.values import as_number, available, short
 
 _NPY = b"\x93NUMPY"
+_ZIP = b"PK\x03\x04", b"PK\x05\x06"  # with and without entries
 Part = Callable[[Shape], Rows | EllipsisType]  # which rows of an array of some shape; `...`: all
 
 
@@ -45,9 +47,9 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
 
     Args:
         reference: `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path`, `file.fits:unit`,
-            `file.fits:unit/column`, `file.png`, `file.wav`, `file.mseed:channel`, the same as
-            `{file: …, key: …}`, with `*` in the name for several files, stacked; a number, a (nested)
-            list of numbers, or an array.
+            `file.fits:unit/column`, `file.png`, `file.tif` (of any number of pages), `file.wav`,
+            `file.mseed:channel`, the same as `{file: …, key: …}`, with `*` in the name for several
+            files, stacked; a number, a (nested) list of numbers, or an array.
         base_dir: the folder that files are relative to.
         part: the rows (of its first axis) that are wanted of an array of a given shape; all by default.
 
@@ -70,9 +72,10 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
     if match is None:
         raise ConfigError(
             f"expected an array such as 'file.npz:key', 'file.npy', 'file.h5:/dataset', "
-            f"'file.zarr:path', 'file.fits:unit', 'files/*.png', a number or a list, got {short(reference)}"
+            f"'file.zarr:path', 'file.fits:unit', 'files/*.png', a number or a list, got {short(reference)}; "
+            f"files end in {', '.join(f'.{kind}' for kind in _KINDS)}"
         )
-    path, kind, key = Path(base_dir) / match["file"], match["kind"], match["key"]
+    path, kind, key = Path(base_dir) / match["file"], match["kind"].lower(), match["key"]
     return _stacked(path, kind, key, part) if "*" in path.name else _read(path, kind, key, part)
 
 
@@ -164,8 +167,11 @@ def _reading(path: Path) -> Iterator[None]:
 def open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     """The arrays of an `.npz` file by name, while it is open; errors name the file."""
     with _reading(path), path.open("rb") as file:
-        if file.read(len(_NPY)) == _NPY:
+        magic = file.read(len(_NPY))
+        if magic == _NPY:
             raise DataError(f"{path.name!r} holds a single array, as .npy files do: rename it")
+        if magic and not magic.startswith(_ZIP):  # numpy would advise to unpickle it
+            raise DataError(f"cannot read {path.name!r}: it is no archive of arrays (.npz)")
         file.seek(0)
         archive = np.load(file, allow_pickle=False)
         yield archive
@@ -209,8 +215,11 @@ def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
     if key is not None:
         raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
     with path.open("rb") as file:
-        if file.read(2) == b"PK":
+        magic = file.read(len(_NPY))
+        if magic.startswith(b"PK"):
             raise DataError(f"{path.name!r} is an archive of arrays, as .npz files are: rename it")
+        if magic != _NPY:
+            raise DataError(f"cannot read {path.name!r}: it holds no array of numpy's (.npy)")
         file.seek(0)
         header = check_npy(file, path.stat().st_size, path.name)
         return npy_rows(file, header, part(header[0]), path.name)
@@ -256,6 +265,7 @@ _PART_READERS: dict[str, Callable[[Path, str | None, Part], np.ndarray]] = {
     "hdf5": _read_hdf5,
     "zarr": _read_zarr,
 }
+_KINDS = (*_PART_READERS, *READERS)
 _REFERENCE = re.compile(
-    rf"(?P<file>.+?\.(?P<kind>{'|'.join((*_PART_READERS, *READERS))}))(?::(?P<key>.+))?"
+    rf"(?P<file>.+?\.(?P<kind>(?i:{'|'.join(map(re.escape, _KINDS))})))(?::(?P<key>.+))?"
 )

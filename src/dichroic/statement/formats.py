@@ -4,30 +4,35 @@ Each reader takes a path and a key, and returns an array. It needs the library t
 extras install: astropy (`astronomy`), pillow (`images`), soundfile (`audio`), obspy (`seismology`).
 """
 
+import gzip
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dichroic.errors import DataError
-from dichroic.limits import check_array
+from dichroic.errors import DataError, ShapeError
+from dichroic.limits import VARIABLE, check_array, most_bytes
 from dichroic.optional import library
 from dichroic.statement.values import available
 
 Reader = Callable[[Path, str | None], np.ndarray]
 _FULL_RANGE = {"uint8": 255, "uint16": 65535}
+_PAGED = ("TIFF", "PNG", "GIF")  # pictures of the same kind; the others of a JPEG are previews
+_FITS, _GZIP = b"SIMPLE  =", b"\x1f\x8b"
 
 
 def read_fits(path: Path, key: str | None) -> np.ndarray:
     """An image of a FITS file, or with `unit/column` a column of a table; a unit is a name or a number.
 
-    Without a key, the only unit that holds an image.
+    Without a key, the only unit that holds an image. What gzip packed is unpacked, up to what an array may have.
     """
     fits = _library("astropy.io.fits", "astronomy", path)
     unit, _, column = (key or "").partition("/")
-    with fits.open(path, memmap=False) as units:
+    with _plain_fits(path) as plain, fits.open(plain, memmap=False) as units:
         names = [u.name or str(i) for i, u in enumerate(units)]
         images = [i for i, u in enumerate(units) if u.is_image and u.shape]
         if not unit and len(images) != 1:
@@ -43,7 +48,7 @@ def read_fits(path: Path, key: str | None) -> np.ndarray:
                     if column
                     else f"unit {unit!r} of {path.name!r} is empty"
                 )
-            width, held = abs(found.header["BITPIX"]) // 8, path.stat().st_size
+            width, held = abs(found.header["BITPIX"]) // 8, plain.stat().st_size
             check_array(found.shape, width, path.name, held=held)
             return _native(found.data)
         columns = list(found.columns.names)
@@ -53,6 +58,40 @@ def read_fits(path: Path, key: str | None) -> np.ndarray:
                 f"'{path.name}:{unit}/column'; {available(column, columns)}"
             )
         return _native(found.data[column])
+
+
+@contextmanager
+def _plain_fits(path: Path) -> Iterator[Path]:
+    """The FITS file `path`, unpacked: astropy would unpack whatever it is, without bounds."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = path
+        if _starts_with(path, _GZIP):
+            plain = Path(folder) / "plain.fits"
+            _unpack(path, plain)
+        if not _starts_with(plain, _FITS):
+            raise DataError(
+                f"cannot read {path.name!r}: it is no FITS file, nor one that gzip packed"
+            )
+        yield plain
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _unpack(packed: Path, plain: Path) -> None:
+    """Write what gzip packed to `plain`; raises `DataError` where that is more than an array may have."""
+    left = most_bytes()
+    with gzip.open(packed) as source, plain.open("wb") as target:
+        while block := source.read(2**20):
+            left -= len(block)
+            if left < 0:
+                raise DataError(
+                    f"{packed.name!r} unpacks to more than {most_bytes() / 2**30:g} GiB: unpack it first, or "
+                    f"set {VARIABLE} in the environment to as many GiB as it may have"
+                )
+            target.write(block)
 
 
 def _unit(unit: str, names: list[str], path: Path) -> int:
@@ -70,14 +109,37 @@ def _native(data: Any) -> np.ndarray:
 
 
 def read_picture(path: Path, key: str | None) -> np.ndarray:
-    """A picture, `(H, W)` or `(C, H, W)`, with full range 1 (8 and 16 bits)."""
+    """A picture, `(H, W)` or `(C, H, W)`, with full range 1 (8 and 16 bits); of several pages, `(pages, …)`."""
     _no_key(path, key)
     image = _library("PIL.Image", "images", path)
     with image.open(path) as picture:
-        if picture.mode == "P" or picture.mode == "1":
-            picture = picture.convert("RGB" if picture.mode == "P" else "L")
-        array = np.asarray(picture)
-    full = _FULL_RANGE.get(str(array.dtype))
+        count = getattr(picture, "n_frames", 1) if picture.format in _PAGED else 1
+        size, first = picture.size, _page(picture)
+        if count == 1:
+            return first
+        check_array((count, *first.shape), first.itemsize, path.name, held=path.stat().st_size)
+        pages = np.empty((count, *first.shape), np.float32)
+        for i in range(count):
+            picture.seek(i)
+            page = (
+                _page(picture) if picture.size == size else None
+            )  # what is too large is not unpacked
+            if page is None or page.shape != first.shape:
+                found = picture.size[::-1] if page is None else page.shape
+                raise ShapeError(
+                    f"page {i} of {path.name!r} has shape {found} and page 0 {first.shape}: pages are stacked, "
+                    "and need the same"
+                )
+            pages[i] = page
+    return pages
+
+
+def _page(picture: Any) -> np.ndarray:
+    """The page of `picture` that is open."""
+    if picture.mode in ("P", "1"):
+        picture = picture.convert("RGB" if picture.mode == "P" else "L")
+    array = np.asarray(picture)
+    full = _FULL_RANGE.get(array.dtype.name)
     array = array.astype(np.float32) if full is None else array / np.float32(full)
     return np.moveaxis(array, -1, 0) if array.ndim == 3 else array
 
@@ -121,13 +183,10 @@ def _library(name: str, extra: str, path: Path) -> Any:
     return library(name, extra, f"reading {path.name!r}")
 
 
+_FITS_ENDINGS = ("fits", "fit", "fts")
 READERS: dict[str, Reader] = {
-    "fits": read_fits,
-    "png": read_picture,
-    "tif": read_picture,
-    "tiff": read_picture,
-    "jpg": read_picture,
-    "wav": read_sound,
-    "flac": read_sound,
+    **dict.fromkeys((*_FITS_ENDINGS, *(f"{e}.gz" for e in _FITS_ENDINGS)), read_fits),
+    **dict.fromkeys(("png", "tif", "tiff", "jpg", "jpeg", "bmp"), read_picture),
+    **dict.fromkeys(("wav", "flac"), read_sound),
     "mseed": read_seismogram,
 }

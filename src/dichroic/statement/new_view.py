@@ -83,9 +83,9 @@ def _view_table(source: Any, problem: Problem) -> tuple[dict[str, Any], Spot, st
         spot = Spot("view", Path())
         return as_table(source, spot), spot, "view"
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix.lower() in (".yaml", ".yml"):
         return *read_yaml(path), path.stem
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         raise ConfigError(f"{path.name}: expected a view in an .npz or a .yaml file")
     spot = Spot(path.name, path.parent)
     if not path.is_file():

@@ -17,7 +17,7 @@ from dichroic.limits import check_text
 from dichroic.operators import Shape
 from dichroic.statement.arrays import load_array, no_file
 from dichroic.statement.safe_yaml import MOST_BYTES, parse_yaml
-from dichroic.statement.values import short
+from dichroic.statement.values import available, short
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,11 @@ def require(table: Mapping[str, Any], keys: Iterable[str], spot: Spot) -> None:
 def read_yaml(path: Path) -> tuple[dict[str, Any], Spot]:
     """The table in a YAML file, and its position."""
     spot = Spot(path.name, path.parent)
+    if path.is_dir():
+        there = sorted(p.name for kind in ("*.yaml", "*.yml") for p in path.glob(kind))
+        raise ConfigError(
+            f"{str(path)!r} is a folder; expected a problem file (YAML); {available('', there)}"
+        )
     if not path.is_file():
         raise ConfigError(f"{spot}: {no_file(path)}")
     with naming(spot):

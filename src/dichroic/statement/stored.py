@@ -72,7 +72,7 @@ class StoredView:
     @cached_property
     def head(self) -> View:
         """The first 64 observations."""
-        check_some(self._array_shape, f"{self.spot}: {self.label}")
+        check_some(self._array_shape, f"{self.spot}: {self.label}", self.table["observations"])
         return self.select(slice(0, HEAD))
 
     @property
