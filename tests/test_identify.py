@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.identify import identifiability
+from dichroic.identify import identifiability, scarcity
 from dichroic.operators import (
     BlockAverage,
     Convolve,
@@ -357,3 +357,19 @@ def test_the_seed_decides(rng):
     stated = problem([view({"x": Dense(rng.normal(size=(600, 1, 8)))}, n=600)], x=8)
     first, second = (identifiability(stated, seed=3) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize(("count", "few"), [(39, ["a", "b"]), (40, ["b"]), (79, ["b"]), (80, [])])
+def test_too_few_observations_for_the_numbers_of_a_source_are_said(count, few):
+    """Ten for each number; co-observed views count once."""
+    y = np.random.default_rng(0).normal(size=(count, 8))
+    both = {"a": Identity((8,)), "b": Identity((8,))}
+    views = [
+        View(y, {"a": Identity((8,))}, 0.1, name="alone"),
+        View(y, both, 0.1, name="one", group="pair"),
+        View(y, both, 0.2, name="other", group="pair"),
+    ]
+    problem = Problem([Source("a", (8,)), Source("b", (8,))], views)
+    found = scarcity(problem)
+    assert [words.split("'")[1] for words in found] == few
+    assert all(f"{count:,} observations for 8 numbers" in words for words in found[-1:])

@@ -19,6 +19,7 @@ from dichroic.files import locked
 from dichroic.io import load_model, pack, read_tensors, write_tensors
 from dichroic.operators import Dense, Identity
 from dichroic.problem import Problem, Source, View
+from dichroic.records import read_record, write_record
 from dichroic.separator import Separator
 from dichroic.tracking import read_metrics
 
@@ -204,6 +205,7 @@ from dichroic import run
 from dichroic.errors import RunError
 from dichroic.operators import Identity
 from dichroic.problem import Problem, Source, View
+from dichroic.records import read_record, write_record
 from dichroic.separator import Separator
 run.CHECKPOINT_SECONDS = 0.0
 size = 200
@@ -307,3 +309,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 def test_a_state_without_denoisers_comes_back(tmp_path):
     save_state(tmp_path / "s", State(lap=3))
     assert load_state(tmp_path / "s") == State(lap=3)
+
+
+def test_laps_that_the_metrics_have_lost_are_said(problem, half, whole, caplog):
+    lines = (half / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (half / "metrics.jsonl").write_bytes(b"".join(lines[:2]))
+    assert said(fit(problem, half).denoisers) == whole
+    assert "metrics.jsonl has lost laps: it has 2 of 6" in caplog.text
+
+
+@pytest.mark.parametrize(("begun", "how"), [(True, "with"), (False, "without")])
+def test_a_run_begun_with_files_or_without_goes_on_so(problem, half, monkeypatch, begun, how):
+    record = read_record(half / "run.json")
+    assert record["in_files"] is False
+    stated = runs.stated
+    monkeypatch.setattr(runs, "stated", lambda *args: {**stated(*args), "in_files": not begun})
+    write_record(half / "run.json", {**record, "in_files": begun})
+    with pytest.raises(RunError, match=f"begun {how} --memory: go on {how} it"):
+        fit(problem, half)

@@ -11,6 +11,7 @@ run.lock                held by the process that is fitting
 """
 
 import dataclasses
+import logging
 import shutil
 import tempfile
 import time
@@ -35,7 +36,7 @@ from dichroic.io import save_model
 from dichroic.limits import within
 from dichroic.machine import machine
 from dichroic.operators.learned import Parameters, parameters, to_lists, with_parameters
-from dichroic.problem import Problem
+from dichroic.problem import Problem, View
 from dichroic.records import read_record, write_record
 from dichroic.tracking import (
     MetricsFile,
@@ -198,6 +199,11 @@ class RunFolder:
     def __init__(self, path: Path, state: State, problem: Problem, config: FitConfig):
         self.path, self.state, self._problem, self._config = path, state, problem, config
         self._metrics = MetricsFile(path / "metrics.jsonl", length=state.metrics_length)
+        if len(self.rows) < state.total:
+            event(
+                f"{path / 'metrics.jsonl'} has lost laps: it has {len(self.rows)} of {state.total}",
+                level=logging.WARNING,
+            )
         self._saved = time.monotonic()
         self._pending: State | None = None
         self._best: Denoisers | None = None
@@ -298,6 +304,7 @@ def stated(problem: Problem, config: FitConfig) -> dict[str, Any]:
     return {
         "problem_file": problem.origin,
         "config": config.to_dict(),
+        "in_files": not all(isinstance(v, View) for v in problem.views),
         "views": [
             {
                 "name": v.name,
@@ -326,6 +333,10 @@ def check_same(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     `known` is as by `describe`, and its start.
     """
     saved = read_record(path / "run.json")
+    begun = saved.get("in_files", known["in_files"])
+    if begun != known["in_files"]:
+        how = "with" if begun else "without"
+        raise RunError(f"{path} holds a run that was begun {how} --memory: go on {how} it")
     if saved.get("fingerprint") != known["fingerprint"]:
         raise RunError(
             f"{path} holds a run of another problem (its names, observations, operators, noise, masks or "
