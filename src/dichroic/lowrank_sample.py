@@ -271,10 +271,13 @@ def _noised_lanes(
 
 
 def _corrections(prior: Preconditioned, x_t: np.ndarray, sigma: float) -> np.ndarray:
-    """What the network adds to the mean, `(n, D)`."""
+    """What the network adds to the mean, `(n, D)`; always of as many rows at once, by whose number XLA rounds.
+
+    On a processor of few: more at once are no faster.
+    """
     x = np.asarray(x_t, np.float32).reshape(-1, *prior.shape)
-    filled = np.minimum(np.arange(max(len(x), LANES)), len(x) - 1)
-    width = NETWORK_BATCH if len(x) > LANES else LANES
+    width = LANES if jax.default_backend() == "cpu" else NETWORK_BATCH
+    filled = np.minimum(np.arange(max(len(x), width)), len(x) - 1)
     levels = np.full(len(filled), sigma, np.float32)
     correct = lambda *rows: corrections(prior, *map(jnp.asarray, rows))
     found = in_batches(correct, width, x[filled], levels)
