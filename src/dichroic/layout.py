@@ -205,7 +205,7 @@ def dealt(function: Callable[..., Tree], shared: Any, rows: Any) -> Tree:
     return jax.tree.map(lambda *a: np.concatenate([np.asarray(part) for part in a]), *found)
 
 
-def _put(tree: Tree, device: jax.Device) -> Tree:
+def _put(tree: Tree, device: Any) -> Tree:
     put = lambda a: jax.device_put(a, device) if isinstance(a, (np.ndarray, jax.Array)) else a
     return jax.tree.map(put, tree)
 
