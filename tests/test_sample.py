@@ -9,6 +9,7 @@ from scipy import stats
 from dichroic.batching import take
 from dichroic.config import SamplerConfig
 from dichroic.denoise import Mixture, gaussian
+from dichroic.lanes import chunks, lanes_width, own_lanes
 from dichroic.noise import Isotropic
 from dichroic.observations import Observations
 from dichroic.operators import Dense, Identity
@@ -18,13 +19,10 @@ from dichroic.sample import (
     Ddpm,
     Heun,
     PredictorCorrector,
-    chunks,
     draw_posterior,
     draw_prior,
-    lanes_width,
     make_sampler,
     observation_keys,
-    own_lanes,
 )
 from dichroic.schedule import Geometric, Karras
 

@@ -11,11 +11,12 @@ from jaxtyping import PRNGKeyArray
 from dichroic.batching import split
 from dichroic.config import FitConfig
 from dichroic.denoise import Denoiser, Mixture
+from dichroic.lanes import in_lanes, own_lanes
 from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
 from dichroic.mixture_em import is_large
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.posterior import choose_solver
-from dichroic.sample import Draws, draw_posterior, in_lanes, make_sampler, own_lanes
+from dichroic.sample import Draws, draw_posterior, make_sampler
 
 Denoisers = dict[str, Denoiser]
 _CHI2_BATCH = 1024

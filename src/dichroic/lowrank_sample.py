@@ -25,11 +25,12 @@ from dichroic.batching import in_batches, split, take
 from dichroic.blocks import spans
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.denoise.precondition import NETWORK_BATCH, corrections
+from dichroic.lanes import LANES
 from dichroic.lowrank import LowRankView, gains
 from dichroic.machine import in_threads
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
-from dichroic.sample import LANES, Draws, Progress, Sampler, observation_keys
+from dichroic.sample import Draws, Progress, Sampler, observation_keys
 
 _CHUNK_BYTES = 256 * 2**20
 _KEPT_BYTES = 2 * 2**30  # of views, prepared once for all chunks

@@ -30,6 +30,7 @@ from dichroic.data import prepare
 from dichroic.drawing import predictive_chi2
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
 from dichroic.io import read_tensors, write_tensors
+from dichroic.lanes import LANES, chunks, lanes_width, own_lanes
 from dichroic.observations import Observations
 from dichroic.problem import (
     Problem,
@@ -40,7 +41,7 @@ from dichroic.problem import (
     named_views,
 )
 from dichroic.records import understanding
-from dichroic.sample import LANES, Draws, chunks, lanes_width, observation_keys, own_lanes
+from dichroic.sample import Draws, observation_keys
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker, as_tracker
 
