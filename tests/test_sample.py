@@ -9,6 +9,7 @@ from scipy import stats
 from dichroic.batching import take
 from dichroic.config import SamplerConfig
 from dichroic.denoise import Mixture, gaussian
+from dichroic.lanes import chunks, lanes_width, own_lanes
 from dichroic.noise import Isotropic
 from dichroic.observations import Observations
 from dichroic.operators import Dense, Identity
@@ -18,10 +19,8 @@ from dichroic.sample import (
     Ddpm,
     Heun,
     PredictorCorrector,
-    chunks,
     draw_posterior,
     draw_prior,
-    lanes_width,
     make_sampler,
     observation_keys,
 )
@@ -176,22 +175,25 @@ def test_lanes_are_whole_and_at_least_two(n, batch_size, width):
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (300, 100), (256, 128), (400, 1000)])
-def test_chunks_cover_every_observation_once_and_pad_with_the_last(n, batch_size):
+def test_chunks_cover_every_observation_once_in_its_lane_and_pad_with_the_first_and_last(
+    n, batch_size
+):
     obs = Observations(
         np.arange(n, dtype=float)[:, None], {"a": Identity(1)}, Isotropic(np.arange(1, n + 1))
     )
     ys, numbers, starts = [], [], []
     for start, (rows, _), index in chunks(obs, batch_size, 7):
         assert rows.y.shape == (*index.shape, 1)
-        assert index.shape == (lanes_width(n, batch_size) // 64, 64)
+        assert index.shape == (lanes_width(7 + n, batch_size) // 64, 64)
         np.testing.assert_array_equal(rows.noise.std, rows.y[..., 0] + 1)
         starts.append(start)
         ys.append(np.asarray(rows.y).ravel())
         numbers.append(np.asarray(index).ravel())
     ys, numbers = np.concatenate(ys), np.concatenate(numbers)
-    np.testing.assert_array_equal(ys, np.minimum(np.arange(ys.size), n - 1))
-    np.testing.assert_array_equal(numbers, 7 + np.arange(ys.size))
-    assert starts == list(range(0, n, lanes_width(n, batch_size)))
+    np.testing.assert_array_equal(ys, np.clip(np.arange(-7, ys.size - 7), 0, n - 1))
+    np.testing.assert_array_equal(numbers, np.arange(ys.size))
+    np.testing.assert_array_equal(ys[own_lanes(n, 7)], np.arange(n))
+    assert starts == list(range(-7, n, lanes_width(7 + n, batch_size)))
 
 
 @pytest.mark.parametrize(

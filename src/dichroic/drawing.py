@@ -11,11 +11,12 @@ from jaxtyping import PRNGKeyArray
 from dichroic.batching import split
 from dichroic.config import FitConfig
 from dichroic.denoise import Denoiser, Mixture
+from dichroic.lanes import in_lanes, own_lanes
 from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
 from dichroic.mixture_em import is_large
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.posterior import choose_solver
-from dichroic.sample import LANES, Draws, draw_posterior, lanes_width, make_sampler
+from dichroic.sample import Draws, draw_posterior, make_sampler
 
 Denoisers = dict[str, Denoiser]
 _CHI2_BATCH = 1024
@@ -46,26 +47,22 @@ def draw(
     )
 
 
-def predictive_chi2(obs: Observations, draws: Draws) -> np.ndarray:
+def predictive_chi2(obs: Observations, draws: Draws, first_index: int = 0) -> np.ndarray:
     """`rᵀ Σ⁻¹ r / M` of every draw, `(n_draws, n)`; 1 on average when the posterior is calibrated.
 
-    NaN for an observation of which nothing was observed: see `metrics.mean_chi2`.
+    NaN for an observation of which nothing was observed: see `metrics.mean_chi2`. `first_index` is the global number
+    of the first observation.
     """
-    return np.stack(
-        [_chi2({k: x[d] for k, x in draws.x.items()}, obs) for d in range(len(draws.evidence))]
-    )
+    each = [{k: x[d] for k, x in draws.x.items()} for d in range(len(draws.evidence))]
+    return np.stack([_chi2(x, obs, first_index) for x in each])
 
 
-def _chi2(x: dict[str, np.ndarray], obs: Observations) -> np.ndarray:
+def _chi2(x: dict[str, np.ndarray], obs: Observations, first_index: int) -> np.ndarray:
     """`rᵀ Σ⁻¹ r / M` of one draw of every observation, in lanes: none depends on how many others there are."""
     rows, shared = split(obs)
-    n, out = obs.count, []
-    width = lanes_width(n, _CHI2_BATCH)
-    for start in range(0, n, width):
-        some = np.minimum(np.arange(start, start + width), n - 1)
-        cut = lambda a, some=some: a[some].reshape(-1, LANES, *a.shape[1:])
-        out.append(np.asarray(_chi2_lanes(*jax.tree.map(cut, (rows, x)), shared)).ravel())
-    return np.concatenate(out)[:n]
+    cuts = in_lanes((rows, x), _CHI2_BATCH, first_index)
+    found = [np.asarray(_chi2_lanes(*cut, shared)).ravel() for _, cut, _ in cuts]
+    return np.concatenate(found)[own_lanes(obs.count, first_index)]
 
 
 @eqx.filter_jit

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -206,6 +207,32 @@ def by_device(function: Callable[..., Tree]) -> Callable[..., Tree]:
         return function
     rows = PartitionSpec(AXIS)
     return jax.shard_map(function, mesh=own_mesh(), in_specs=rows, out_specs=rows, check_vma=False)
+
+
+def dealt(function: Callable[..., Tree], shared: Any, rows: Any) -> Tree:
+    """`function(shared, rows)`, jitted, of rows that go evenly among the devices of this process.
+
+    Each runs the program of a single device: XLA rounds otherwise in one that is partitioned. Processors are one
+    device, whatever they are counted as, which runs several programs at once; so there is one to compile.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return function(shared, rows)
+    each = _count(rows) // len(devices)
+    cut = lambda i: jax.tree.map(lambda a: a[i * each : (i + 1) * each], rows)
+    parts = [cut(i) for i in range(len(devices))]
+    if devices[0].platform == "cpu":
+        found = [function(shared, part) for part in parts]  # none waits for the one before
+    else:
+        run = lambda device, part: function(*_put((shared, part), device))
+        with ThreadPoolExecutor(len(devices)) as pool:  # every device compiles
+            found = list(pool.map(run, devices, parts))
+    return jax.tree.map(lambda *a: np.concatenate([np.asarray(part) for part in a]), *found)
+
+
+def _put(tree: Tree, device: Any) -> Tree:
+    put = lambda a: jax.device_put(a, device) if isinstance(a, (np.ndarray, jax.Array)) else a
+    return jax.tree.map(put, tree)
 
 
 def map_by_device(function: Callable[..., Tree], rows: Any) -> Tree:

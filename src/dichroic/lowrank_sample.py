@@ -25,11 +25,12 @@ from dichroic.batching import in_batches, split, take
 from dichroic.blocks import spans
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.denoise.precondition import NETWORK_BATCH, corrections
+from dichroic.lanes import LANES
 from dichroic.lowrank import LowRankView, gains
 from dichroic.machine import in_threads
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
-from dichroic.sample import LANES, Draws, Progress, Sampler, observation_keys
+from dichroic.sample import Draws, Progress, Sampler, observation_keys
 
 _CHUNK_BYTES = 256 * 2**20
 _KEPT_BYTES = 2 * 2**30  # of views, prepared once for all chunks
@@ -271,10 +272,13 @@ def _noised_lanes(
 
 
 def _corrections(prior: Preconditioned, x_t: np.ndarray, sigma: float) -> np.ndarray:
-    """What the network adds to the mean, `(n, D)`."""
+    """What the network adds to the mean, `(n, D)`; always of as many rows at once, by whose number XLA rounds.
+
+    On a processor of few: more at once are no faster.
+    """
     x = np.asarray(x_t, np.float32).reshape(-1, *prior.shape)
-    filled = np.minimum(np.arange(max(len(x), LANES)), len(x) - 1)
-    width = NETWORK_BATCH if len(x) > LANES else LANES
+    width = LANES if jax.default_backend() == "cpu" else NETWORK_BATCH
+    filled = np.minimum(np.arange(max(len(x), width)), len(x) - 1)
     levels = np.full(len(filled), sigma, np.float32)
     correct = lambda *rows: corrections(prior, *map(jnp.asarray, rows))
     found = in_batches(correct, width, x[filled], levels)

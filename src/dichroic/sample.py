@@ -9,13 +9,14 @@ A sampler walks down the noise levels `σ_0 > σ_1 > … > σ_N` with a denoiser
     PC     a DDPM step, then Langevin corrections at the new level      (arXiv 2011.13456)
 
 and ends with `D(x, σ_N)`. Levels are relative to each source's scale. An observation's random numbers
-come from its global index, and observations are computed in lanes of a fixed number, so a draw does
-not depend on how many others are computed with it.
+come from its global index, and observations are computed in groups of a fixed number of lanes, in the lane that
+its index says, because XLA does not round alike in all of them; so a draw does not depend on how many others are
+computed with it.
 """
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,14 +27,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from dichroic import layout
-from dichroic.batching import split
 from dichroic.config import SamplerConfig
 from dichroic.denoise import Denoiser
+from dichroic.lanes import LANES, chunks, lanes_width, own_lanes
 from dichroic.observations import Observations
 from dichroic.posterior import Denoise, Effort, Estimate, Prior, Sources, build_posterior
 from dichroic.schedule import Geometric, Karras, Schedule
-
-LANES = 64
 
 
 def noise_like(key: PRNGKeyArray, x: PyTree[Array]) -> PyTree[Array]:
@@ -300,52 +299,31 @@ def draw_posterior(
     n = observations.count
     parts = []
     for d in range(n_draws):
-        for start, chunk, index in chunks(observations, batch_size, first_index):
+        for start, (rows, shared), index in chunks(observations, batch_size, first_index):
             keys = observation_keys(key, jnp.asarray(d), index)
-            out = _draw_lanes(denoisers, *chunk, keys, sampler or Exact(), options)
+            given = denoisers, shared, sampler or Exact(), options
+            out = layout.dealt(_draw_lanes, given, (rows, keys))
             parts.append(jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out))
             if progress:
                 progress(d * n + min(start + index.size, n), n * n_draws)
-    return _gather(parts, n_draws, n)
-
-
-def lanes_width(n: int, batch_size: int, devices: int = 1) -> int:
-    """`batch_size` rounded up to whole lanes for each device, at least two: XLA unrolls a loop over one group.
-
-    The loop's body is then the same program for any batch size.
-    """
-    return devices * LANES * max(2, -(-min(batch_size, n) // (devices * LANES)))
-
-
-def chunks(
-    tree: Any, batch_size: int, first_index: int = 0
-) -> Iterator[tuple[int, tuple[Any, Any], Int[Array, "groups lanes"]]]:
-    """Cut per-observation arrays into padded chunks of whole lanes: `(start, (rows, shared), index)`."""
-    rows, shared = split(tree)
-    n = jax.tree.leaves(rows)[0].shape[0]
-    width = lanes_width(n, batch_size, layout.own_mesh().size)
-    for start in range(0, n, width):
-        take = np.minimum(np.arange(start, start + width), n - 1)
-        cut = lambda a, take=take: a[take].reshape(-1, LANES, *a.shape[1:])
-        index = jnp.asarray(first_index + np.arange(start, start + width)).reshape(-1, LANES)
-        yield start, (jax.tree.map(cut, rows), shared), index
+    return _gather(parts, n_draws, own_lanes(n, first_index))
 
 
 @eqx.filter_jit
-def _draw_lanes(denoisers, rows, shared, keys, sampler, options) -> Draw:
-    """One draw of each observation, in groups of lanes that the devices of this process share."""
+def _draw_lanes(shared, rows) -> Draw:
+    """One draw of each observation, in groups of lanes."""
+    denoisers, observed, sampler, options = shared
 
     def one(row: Observations, key: PRNGKeyArray) -> Draw:
-        return sampler.draw(denoisers, eqx.combine(row, shared), key, **options)
+        return sampler.draw(denoisers, eqx.combine(row, observed), key, **options)
 
-    own = lambda rows, keys: jax.lax.map(lambda group: jax.vmap(one)(*group), (rows, keys))
-    return layout.by_device(own)(rows, keys)
+    return jax.lax.map(lambda group: jax.vmap(one)(*group), rows)
 
 
-def _gather(parts: list[Draw], n_draws: int, n: int) -> Draws:
+def _gather(parts: list[Draw], n_draws: int, own: slice) -> Draws:
     per_draw = len(parts) // n_draws
     whole = [
-        jax.tree.map(lambda *a: np.concatenate(a)[:n], *parts[i * per_draw : (i + 1) * per_draw])
+        jax.tree.map(lambda *a: np.concatenate(a)[own], *parts[i * per_draw : (i + 1) * per_draw])
         for i in range(n_draws)
     ]
     stacked = jax.tree.map(lambda *a: np.stack(a), *whole)

@@ -185,7 +185,7 @@ class Separator:
             self.config,
             **options,
         )
-        chi2 = predictive_chi2(observations, draws)
+        chi2 = predictive_chi2(observations, draws, first_index)
         return Separation(draws.x, chi2, draws.residual, draws.converged, draws.steps)
 
     def stream(

@@ -30,6 +30,7 @@ from dichroic.data import prepare
 from dichroic.drawing import predictive_chi2
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
 from dichroic.io import read_tensors, write_tensors
+from dichroic.lanes import LANES, chunks, lanes_width, own_lanes
 from dichroic.observations import Observations
 from dichroic.problem import (
     Problem,
@@ -40,7 +41,7 @@ from dichroic.problem import (
     named_views,
 )
 from dichroic.records import understanding
-from dichroic.sample import LANES, Draws, chunks, lanes_width, observation_keys
+from dichroic.sample import Draws, observation_keys
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker, as_tracker
 
@@ -158,7 +159,7 @@ class ClvmVae:
             check_view(v, {k: d.shape for k, d in vae.decoders.items()})
         obs = joint_observations(views)
         _check_encoder(vae.encoders, name, obs)
-        x, key = [], jax.random.key(seed)
+        x, key, own = [], jax.random.key(seed), own_lanes(obs.count, first_index)
         for d in range(n_draws):
             parts = []
             for start, chunk, index in chunks(obs, BATCH, first_index):
@@ -168,11 +169,12 @@ class ClvmVae:
                     progress(
                         d * obs.count + min(start + index.size, obs.count), n_draws * obs.count
                     )
-            x.append(jax.tree.map(lambda *a: np.concatenate(a)[: obs.count], *parts))
+            x.append(jax.tree.map(lambda *a: np.concatenate(a)[own], *parts))
         draws = jax.tree.map(lambda *a: np.stack(a), *x)
         zeros, ones = np.zeros((2, n_draws, obs.count), np.float32), np.ones((n_draws, obs.count))
         rest = zeros[0], ones, zeros[1].astype(int)
-        return Separation(draws, predictive_chi2(obs, Draws(draws, zeros[1], *rest)), *rest)
+        chi2 = predictive_chi2(obs, Draws(draws, zeros[1], *rest), first_index)
+        return Separation(draws, chi2, *rest)
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws `g(z)`, `z ~ N(0, I)`, of `source`, `(n, *shape)`."""

@@ -123,7 +123,7 @@ class Ddprism:
         key = jax.random.key(seed)
         draws = draw(self.denoisers, obs, key, self.config, self.config.steps, **options)
         rest = draws.residual, draws.converged, draws.steps
-        return Separation(draws.x, predictive_chi2(obs, draws), *rest)
+        return Separation(draws.x, predictive_chi2(obs, draws, first_index), *rest)
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws from the learned prior of `source`, `(n, *shape)`."""

@@ -209,7 +209,7 @@ class Pcpca(Fitted):
         converged = np.min([part.converged for part in parts], axis=0)
         steps = np.sum([part.steps for part in parts], axis=0)
         draws = Draws(x, parts[0].evidence, residual, converged, steps)
-        return Separation(x, predictive_chi2(obs, draws), residual, converged, steps)
+        return Separation(x, predictive_chi2(obs, draws, first_index), residual, converged, steps)
 
 
 def _within(progress: Callable[[int, int], None] | None, part: int, parts: int):
