@@ -50,8 +50,8 @@ def draw(
 def predictive_chi2(obs: Observations, draws: Draws, first_index: int = 0) -> np.ndarray:
     """`rᵀ Σ⁻¹ r / M` of every draw, `(n_draws, n)`; 1 on average when the posterior is calibrated.
 
-    NaN for an observation of which nothing was observed: see `metrics.mean_chi2`. `first_index` is the global number
-    of the first observation.
+    NaN for an observation of which nothing was observed: see `metrics.mean_chi2`. `first_index` is the global
+    number of the first observation.
     """
     each = [{k: x[d] for k, x in draws.x.items()} for d in range(len(draws.evidence))]
     return np.stack([_chi2(x, obs, first_index) for x in each])
