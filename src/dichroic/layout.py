@@ -209,24 +209,27 @@ def by_device(function: Callable[..., Tree]) -> Callable[..., Tree]:
     return jax.shard_map(function, mesh=own_mesh(), in_specs=rows, out_specs=rows, check_vma=False)
 
 
-def dealt(function: Callable[..., Tree], shared: Any, rows: Any) -> Tree:
+def dealt(function: Callable[..., Tree], shared: Any, rows: Any, *, compiled: bool = False) -> Tree:
     """`function(shared, rows)`, jitted, of rows that go evenly among the devices of this process.
 
     Each runs the program of a single device: XLA rounds otherwise in one that is partitioned. Processors are one
-    device, whatever they are counted as, which runs several programs at once; so there is one to compile.
+    device, whatever they are counted as, with one program, which several threads run once it is `compiled`.
     """
     devices = jax.local_devices()
     if len(devices) == 1:
         return function(shared, rows)
     each = _count(rows) // len(devices)
-    cut = lambda i: jax.tree.map(lambda a: a[i * each : (i + 1) * each], rows)
-    parts = [cut(i) for i in range(len(devices))]
+    parts = [
+        jax.tree.map(lambda a, i=i: a[i * each : (i + 1) * each], rows) for i in range(len(devices))
+    ]
     if devices[0].platform == "cpu":
-        found = [function(shared, part) for part in parts]  # none waits for the one before
+        run = lambda part, _: jax.block_until_ready(function(shared, part))
+        threads = len(devices) if compiled else 1
     else:
-        run = lambda device, part: function(*_put((shared, part), device))
-        with ThreadPoolExecutor(len(devices)) as pool:  # every device compiles
-            found = list(pool.map(run, devices, parts))
+        run = lambda part, device: function(*_put((shared, part), device))
+        threads = len(devices)  # every device compiles
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(run, parts, devices))
     return jax.tree.map(lambda *a: np.concatenate([np.asarray(part) for part in a]), *found)
 
 

@@ -302,7 +302,7 @@ def draw_posterior(
         for start, (rows, shared), index in chunks(observations, batch_size, first_index):
             keys = observation_keys(key, jnp.asarray(d), index)
             given = denoisers, shared, sampler or Exact(), options
-            out = layout.dealt(_draw_lanes, given, (rows, keys))
+            out = layout.dealt(_draw_lanes, given, (rows, keys), compiled=bool(parts))
             parts.append(jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out))
             if progress:
                 progress(d * n + min(start + index.size, n), n * n_draws)
