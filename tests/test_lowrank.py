@@ -171,8 +171,8 @@ def test_draws_have_the_moments_of_the_posterior(kind, sampler):
         np.testing.assert_array_less(np.abs(outer.mean(axis=0) - square), error * outer.std(axis=0))
 
 
-def own_operators(n=5, seed=0):
-    """Observations that differ in operators, noise and missing entries; and each as a view of its own."""
+def own_operators(n=5, seed=0, *, shared=False):
+    """Observations that differ in operators (if not `shared`), noise and what is missing; each as a view of its own."""
     rng = np.random.default_rng(seed)
     mixtures = {k: ppca(i, s[0], 6, s[2]) for i, (k, s) in enumerate(SIZES.items())}
     dense, gains = rng.normal(size=(n, 6, 6)), rng.uniform(0.5, 2, size=(n, 6))
@@ -181,12 +181,19 @@ def own_operators(n=5, seed=0):
     view = lambda i, a, g: View(
         y[i], {"a": Dense(a), "b": Diagonal(g, shape=6)}, DiagonalNoise(std[i] ** 2), mask=mask[i]
     ).prepare()
+    if shared:
+        dense, gains = (
+            np.broadcast_to(dense[0], dense.shape),
+            np.broadcast_to(gains[0], gains.shape),
+        )
     alone = [view(slice(i, i + 1), dense[i], gains[i]) for i in range(n)]
-    return mixtures, view(slice(None), dense, gains), alone
+    of_all = (dense[0], gains[0]) if shared else (dense, gains)
+    return mixtures, view(slice(None), *of_all), alone
 
 
-def test_observations_with_operators_of_their_own_add_up():
-    mixtures, obs, alone = own_operators()
+@pytest.mark.parametrize("shared", [False, True])
+def test_observations_with_operators_or_masks_of_their_own_add_up(shared):
+    mixtures, obs, alone = own_operators(shared=shared)
     value, sums = low_rank_statistics(mixtures, obs)
     parts = [low_rank_statistics(mixtures, one) for one in alone]
     assert value == pytest.approx(sum(v for v, _ in parts), rel=1e-9)

@@ -17,27 +17,21 @@ space. In float64: quadratic forms are differences of numbers as large as the si
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dpotri
 
+from dichroic.columns import Columns, Common, Seen, diagonal_of_noise, products
 from dichroic.denoise import Mixture
 from dichroic.errors import DataError
-from dichroic.noise import DiagonalNoise, Isotropic, Masked, Noise
 from dichroic.observations import Observations, groups
-from dichroic.operators import Compose, Diagonal, Identity, Learned, Operator, Scale
 
 MOST_TUPLES = 4096
 MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
 _CHUNK_BYTES = 256 * 2**20
-
-Columns = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -96,13 +90,19 @@ class LowRankView:
         mixtures: Mapping[str, Mixture],
         obs: Observations,
         sigmas: Mapping[str, float] | None = None,
+        common: "Common | None" = None,
     ):
-        """`sigmas` are noise levels of the sources, where components are to be those given noised values."""
+        """`sigmas` are noise levels of the sources, where components are to be those given noised values.
+
+        `common` is what other views of the same observations have worked out.
+        """
         one = obs.one(0)
         self.seen = np.asarray(one.noise.observed(obs.size), np.float64)
         self.size, names = obs.size, list(obs.sources)
         level = lambda k: None if sigmas is None else sigmas[k]
-        self.parts = {k: _part(mixtures[k], one.operators[k], self.seen, level(k)) for k in names}
+        common = common or Common()
+        operators = {k: common.operator(k, obs.operators[k], one.operators[k]) for k in names}
+        self.parts = {k: _part(mixtures[k], a, self.seen, level(k)) for k, a in operators.items()}
         counts = [p.log_weights.size for p in self.parts.values()]
         if math.prod(counts) > MOST_TUPLES:
             raise DataError(
@@ -111,7 +111,7 @@ class LowRankView:
                 "numbers: choose fewer with mixture.components"
             )
         self.tuples = np.indices(counts).reshape(len(counts), -1).T
-        self.base = _base(one, self.parts, self.seen)
+        self.base = _base(one, self.parts, self.seen, operators)
         widths = [p.columns.shape[2] for p in self.parts.values()]
         sizes = [p.columns[0].size for p in self.parts.values()]
         self._spans = _slices(widths)  # of each source in the latents of a tuple
@@ -242,9 +242,9 @@ class LowRankView:
 
 def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:
     """`Σ_i log p(y_i)`."""
-    total = 0.0
+    total, common = 0.0, Common()
     for _, some in groups(obs):
-        view = LowRankView({k: mixtures[k] for k in obs.sources}, some)
+        view = LowRankView({k: mixtures[k] for k in obs.sources}, some, common=common)
         total += sum(float(view.given(y).log_evidence.sum()) for y in view.chunks(some))
     return total
 
@@ -254,47 +254,15 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(int(e - n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
 
-def products(op: Operator, seen: np.ndarray, gain: np.ndarray | None) -> tuple[Columns, Columns]:
-    """Products with `A` and with `Aᵀ` of columns, `(D, n)` to `(M, n)` and back; rows not `seen` are 0.
-
-    `gain` is `diagonal_of(op)`.
-    """
-    if gain is not None:
-        both = lambda columns: (seen * gain)[:, None] * columns
-        return both, both
-    dtype = jnp.zeros(()).dtype
-
-    def forward(columns: np.ndarray) -> np.ndarray:
-        v = jnp.asarray(columns.T, dtype).reshape(-1, *op.in_shape)
-        return seen[:, None] * np.asarray(_apply_rows(op, v), np.float64).T
-
-    def back(columns: np.ndarray) -> np.ndarray:
-        v = jnp.asarray((seen[:, None] * columns).T, dtype).reshape(-1, *op.out_shape)
-        return np.asarray(_adjoint_rows(op, v), np.float64).T
-
-    return forward, back
-
-
-def _part(mixture: Mixture, op: Operator, seen: np.ndarray, sigma: float | None) -> Part:
-    gain = diagonal_of(op)
-    forward, back = products(op, seen, gain)
+def _part(mixture: Mixture, operator: Seen, seen: np.ndarray, sigma: float | None) -> Part:
+    forward, back = products(operator.op, seen, operator.gain)
     columns, floor = moments(mixture, sigma)
     k, d, r = columns.shape
     flat = columns.swapaxes(0, 1).reshape(d, k * r)
     log_weights = np.asarray(mixture.log_weights, np.float64)
-    return Part(log_weights, flat, forward(flat).reshape(-1, k, r), floor, forward, back, gain)
-
-
-@eqx.filter_jit
-def _apply_rows(op: Operator, x: jax.Array) -> jax.Array:
-    """`A x` of the rows `(n, *in_shape)`, `(n, M)`."""
-    return jax.vmap(lambda u: op.mv(u).ravel())(x)
-
-
-@eqx.filter_jit
-def _adjoint_rows(op: Operator, y: jax.Array) -> jax.Array:
-    """`Aᵀ y` of the rows `(n, *out_shape)`, `(n, D)`."""
-    return jax.vmap(lambda u: op.rmv(u).ravel())(y)
+    observed = seen[:, None] * (operator.columns(mixture, flat) if sigma is None else forward(flat))
+    shape = -1, k, r
+    return Part(log_weights, flat, observed.reshape(shape), floor, forward, back, operator.gain)
 
 
 def moments(mixture: Mixture, sigma: float | None = None) -> tuple[np.ndarray, float]:
@@ -318,7 +286,9 @@ def gains(mixture: Mixture, sigma: float) -> tuple[np.ndarray, float]:
     return variances / (variances + rest) * (sigma**2 / rest), floor / rest
 
 
-def _base(one: Observations, parts: Mapping[str, Part], seen: np.ndarray) -> Base:
+def _base(
+    one: Observations, parts: Mapping[str, Part], seen: np.ndarray, operators: Mapping[str, Seen]
+) -> Base:
     """`B`, diagonal where all that is in it is."""
     noise = diagonal_of_noise(one.noise, one.size)
     gains = {k: p.gain for k, p in parts.items()}
@@ -333,33 +303,17 @@ def _base(one: Observations, parts: Mapping[str, Part], seen: np.ndarray) -> Bas
             f"{MOST_DENSE:,} are supported"
         )
     rows = np.flatnonzero(seen)  # of missing entries, `y` and all columns are 0
-    unit = np.eye(one.size)[:, rows]
-    squares = {k: p.forward(p.back(unit))[rows] for k, p in parts.items()}
-    noise = np.asarray(one.noise.as_matrix(one.size), np.float64)[np.ix_(rows, rows)]
-    b = sum((parts[k].floor * s for k, s in squares.items()), noise)
+    among = np.ix_(rows, rows)
+    squares = {k: operators[k].square[among] for k in parts}
+    known = (
+        np.asarray(one.noise.as_matrix(one.size), np.float64) if noise is None else np.diag(noise)
+    )
+    b = sum((parts[k].floor * s for k, s in squares.items()), known[among])
     low = np.linalg.cholesky(0.5 * (b + b.T))
-    half = solve_triangular(low, np.eye(len(rows)), lower=True)
+    half, failed = dpotri(low, lower=1)  # its lower triangle
+    if failed:
+        raise np.linalg.LinAlgError(f"Cholesky factor {failed} of an observation's covariance is 0")
     inverse = np.zeros((one.size,) * 2)
-    inverse[np.ix_(rows, rows)] = half.T @ half
-    traces = {k: float(np.sum(inverse[np.ix_(rows, rows)] * s)) for k, s in squares.items()}
+    inverse[among] = np.tril(half) + np.tril(half, -1).T
+    traces = {k: float(np.sum(inverse[among] * s)) for k, s in squares.items()}
     return Base(lambda v: inverse @ v, 2 * float(np.log(np.diagonal(low)).sum()), traces)
-
-
-def diagonal_of(op: Operator) -> np.ndarray | None:
-    """The diagonal of `op`, flattened, if its kind says that it has no other entries."""
-    if isinstance(op, Learned):
-        return diagonal_of(op.operator)
-    parts = op.operators if isinstance(op, Compose) else (op,)
-    if not all(isinstance(p, (Identity, Scale, Diagonal)) for p in parts):
-        return None
-    return np.asarray(op.mv(jnp.ones(op.in_shape)), np.float64).ravel()
-
-
-def diagonal_of_noise(noise: Noise, size: int) -> np.ndarray | None:
-    """The variances of `noise`, if its kind says that it is independent."""
-    inner = noise
-    while isinstance(inner, Masked):
-        inner = inner.noise
-    if not isinstance(inner, (Isotropic, DiagonalNoise)):
-        return None
-    return np.asarray(noise.mv(jnp.ones(size)), np.float64)

@@ -27,9 +27,10 @@ import numpy as np
 from jaxtyping import Array
 
 from dichroic.batching import split
+from dichroic.columns import Columns, Common, diagonal_of, products
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
-from dichroic.lowrank import Columns, LowRankView, diagonal_of, moments, products
+from dichroic.lowrank import LowRankView, moments
 from dichroic.mixture_step import ascend
 from dichroic.noise import Noise
 from dichroic.observations import Observations, Observed, every_block, groups, is_shared
@@ -105,21 +106,23 @@ def low_rank_statistics(
     if is_shared(obs):
         return _shared_statistics(mixtures, obs)
     mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
-    return _added(_statistics_of_few(mixtures, some) for _, some in groups(obs))
+    common = Common()
+    return _added(_statistics_of_few(mixtures, some, common) for _, some in groups(obs))
 
 
 def _statistics_of_few(
-    mixtures: Mapping[str, Mixture], obs: Observations
+    mixtures: Mapping[str, Mixture], obs: Observations, common: Common
 ) -> tuple[float, dict[str, LatentSums]]:
     """The same of observations alike, if they are few by the components alone that they may be of."""
     tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
     if obs.count > _FEW or tuples < _FEW:
-        return _shared_statistics(mixtures, obs)
-    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs)
+        return _shared_statistics(mixtures, obs, common)
+    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs, common=common)
     given = view.given(next(view.chunks(obs)))
     likely = view.tuples[given.responsibilities.max(axis=0) > _NEGLIGIBLE]
     kept = {k: np.unique(c) for k, c in zip(obs.sources, likely.T, strict=True)}
-    value, sums = _shared_statistics({k: mixtures[k].pick(i) for k, i in kept.items()}, obs)
+    picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
+    value, sums = _shared_statistics(picked, obs, common)
     return value, {k: s.among(kept[k], mixtures[k]) for k, s in sums.items()}
 
 
@@ -134,10 +137,10 @@ def _added(
 
 
 def _shared_statistics(
-    mixtures: Mapping[str, Mixture], obs: Observations
+    mixtures: Mapping[str, Mixture], obs: Observations, common: Common | None = None
 ) -> tuple[float, dict[str, LatentSums]]:
     """The same of observations that share their operators and noise."""
-    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs)
+    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs, common=common)
     value, squares, count = 0.0, dict.fromkeys(view.parts, 0.0), np.zeros(len(view.tuples))
     tuples = np.zeros((*view.where.shape, view.where.shape[1]))
     outer = np.zeros(view.columns.shape)
