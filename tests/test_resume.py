@@ -271,7 +271,8 @@ def test_a_folder_that_is_read_only_is_an_error(tmp_path):
     assert said.startswith(f"cannot write {folder / 'x'}: Permission denied")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, sent):
     np.save(tmp_path / "y.npy", np.random.default_rng(0).normal(size=(400, 3)))
     (tmp_path / "p.yaml").write_text(
         "sources: {a: [3]}\nviews: {v: {observations: y.npy, operators: {a: identity}, noise: 0.1}}\n"
@@ -290,7 +291,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (out / STATES[0]).exists():
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         said = process.communicate(timeout=60)[1]
     finally:
         process.kill()

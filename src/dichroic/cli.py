@@ -3,7 +3,9 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Sequence
 from functools import partial
@@ -20,13 +22,14 @@ from dichroic.programs import keep_programs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for an error, 130 after Ctrl-C.
+    """Run one command; the exit status is 0, 2 for an error, 130 after Ctrl-C or SIGTERM.
 
     It is 1 if jobs of a benchmark failed, and if blocks that `separate --status` asks for are missing or damaged.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
     keep_programs()
+    _heed_termination()
     try:
         with within(getattr(args, "memory", None)):
             status = args.run(args)
@@ -43,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted{_going_on(args, words)}", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _heed_termination() -> None:
+    """Have SIGTERM, by which schedulers say that time is up, do what Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _going_on(args: argparse.Namespace, words: Sequence[str]) -> str:
