@@ -9,9 +9,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from dichroic.programs import keep_programs
+from dichroic.programs import LEAST_SECONDS
 
-keep_programs(Path(__file__).parents[1] / ".programs")  # in all processes of all tests
+# Processes that tests start share what they compile; JAX, which is imported, does not look here any more.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", LEAST_SECONDS)
 
 # The numerical core. Elsewhere bad input has to reach the package's own, clearer errors.
 CORE = ("batching", "operators", "noise", "linalg", "grid", "evidence", "solve", "schedule")

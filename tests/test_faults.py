@@ -261,7 +261,7 @@ def test_an_observation_beyond_all_bounds_is_named(tmp_path):
 
 
 def test_units_beyond_single_precision_are_an_error():
-    view = View(np.full((20, 2), 1e25), {"a": Identity(2)}, 1e24, "v")
+    view = View(np.full((20, 2), 1e25), {"a": Identity(2)}, 1e17, "v")
     with pytest.raises(RunError, match=r"lap 1 \(mixture\) cannot be computed.*single precision"):
         fit(Problem([Source("a", 2)], [view]), None)
 

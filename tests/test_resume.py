@@ -323,8 +323,8 @@ def test_laps_that_the_metrics_have_lost_are_said(problem, half, whole, caplog):
 def test_a_run_begun_with_files_or_without_goes_on_so(problem, half, monkeypatch, begun, how):
     record = read_record(half / "run.json")
     assert record["in_files"] is False
-    stated = runs.stated
-    monkeypatch.setattr(runs, "stated", lambda *args: {**stated(*args), "in_files": not begun})
+    describe = runs.describe
+    monkeypatch.setattr(runs, "describe", lambda *args: {**describe(*args), "in_files": not begun})
     write_record(half / "run.json", {**record, "in_files": begun})
     with pytest.raises(RunError, match=f"begun {how} --memory: go on {how} it"):
         fit(problem, half)

@@ -22,6 +22,8 @@ _UNUSED = 90 * 24 * 3600.0
 
 def keep_programs(folder: Path | None = None) -> None:
     """Have JAX keep programs in `folder` or where they are by default, here and in processes started here."""
+    for what in ("reading", "writing"):  # after a kill, or on a full disk; the program is compiled
+        warnings.filterwarnings("ignore", f"Error {what} persistent compilation cache entry")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
@@ -35,8 +37,6 @@ def keep_programs(folder: Path | None = None) -> None:
     if jax := sys.modules.get("jax"):  # which reads them when it is imported
         jax.config.update("jax_compilation_cache_dir", str(here))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
-    for what in ("reading", "writing"):  # of a kill, or a full disk; the program is compiled
-        warnings.filterwarnings("ignore", f"Error {what} persistent compilation cache entry")
 
 
 def _default() -> Path:

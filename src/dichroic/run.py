@@ -296,7 +296,9 @@ def _same(a: Denoisers, b: Denoisers) -> bool:
 
 def describe(problem: Problem, config: FitConfig) -> dict[str, Any]:
     """The contents of `run.json`."""
-    return {"fingerprint": problem.fingerprint(), **stated(problem, config)}
+    in_files = not all(isinstance(v, View) for v in problem.views)
+    known = {"fingerprint": problem.fingerprint(), "in_files": in_files}
+    return known | stated(problem, config)
 
 
 def stated(problem: Problem, config: FitConfig) -> dict[str, Any]:
@@ -304,7 +306,6 @@ def stated(problem: Problem, config: FitConfig) -> dict[str, Any]:
     return {
         "problem_file": problem.origin,
         "config": config.to_dict(),
-        "in_files": not all(isinstance(v, View) for v in problem.views),
         "views": [
             {
                 "name": v.name,
