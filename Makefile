@@ -18,7 +18,7 @@ demo: $(VENV)/.ready   ## fit and separate two problems; a table, and reports in
 	$(BIN)/dichroic demo
 
 test: $(VENV)/.ready   ## all tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.ready  ## format, lint, types, import order, tests
 	$(BIN)/ruff format --check .
