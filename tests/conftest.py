@@ -1,7 +1,9 @@
 """Shared fixtures; annotations of the numerical core are checked at run time while the tests run."""
 
+import ctypes
 import gc
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -24,17 +26,14 @@ if os.environ.get("DICHROIC_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"dichroic.{m}" for m in CORE], "beartype.beartype")
 
 
-MOST_MAPPINGS = 20_000  # of memory, of which programs take some: Linux allows 65,530
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forgotten():
-    """Programs of earlier modules are let go of when there are many."""
+    """Programs of earlier modules are let go of, and their memory, which tests of `--memory` count as in use."""
     yield
-    mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

@@ -310,9 +310,7 @@ def _base(
     )
     b = sum((parts[k].floor * s for k, s in squares.items()), known[among])
     low = np.linalg.cholesky(0.5 * (b + b.T))
-    half, failed = dpotri(low, lower=1)  # its lower triangle
-    if failed:
-        raise np.linalg.LinAlgError(f"Cholesky factor {failed} of an observation's covariance is 0")
+    half = dpotri(low, lower=1)[0] if rows.size else low  # its lower triangle
     inverse = np.zeros((one.size,) * 2)
     inverse[among] = np.tril(half) + np.tril(half, -1).T
     traces = {k: float(np.sum(inverse[among] * s)) for k, s in squares.items()}
