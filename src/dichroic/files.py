@@ -17,6 +17,11 @@ except ImportError:  # not on Windows
 LOCK = "run.lock"
 
 
+def user_cache() -> Path:
+    """The folder for what can be fetched or made again: `dichroic` in `XDG_CACHE_HOME`, or in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dichroic"
+
+
 def write_atomic(
     path: str | Path, *data: bytes | memoryview, keep: str | Path | None = None
 ) -> None:

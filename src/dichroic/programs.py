@@ -16,6 +16,8 @@ import time
 import warnings
 from pathlib import Path
 
+from dichroic.files import user_cache
+
 LEAST_SECONDS = "0.1"  # to compile, from which on a program is kept
 _UNUSED = 90 * 24 * 3600.0
 
@@ -27,7 +29,7 @@ def keep_programs(folder: Path | None = None) -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
-        here = (folder or _default()) / _processor()
+        here = (folder or user_cache() / "programs") / _processor()
         here.mkdir(parents=True, exist_ok=True)
         _sweep(here)
     except (OSError, RuntimeError):  # no home, or none to write to: programs are compiled then
@@ -37,11 +39,6 @@ def keep_programs(folder: Path | None = None) -> None:
     if jax := sys.modules.get("jax"):  # which reads them when it is imported
         jax.config.update("jax_compilation_cache_dir", str(here))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
-
-
-def _default() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dichroic" / "programs"
 
 
 def _processor() -> str:

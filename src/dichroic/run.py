@@ -199,9 +199,9 @@ class RunFolder:
     def __init__(self, path: Path, state: State, problem: Problem, config: FitConfig):
         self.path, self.state, self._problem, self._config = path, state, problem, config
         self._metrics = MetricsFile(path / "metrics.jsonl", length=state.metrics_length)
-        if len(self.rows) < state.total:
+        if (kept := len(self.rows)) < state.total:
             event(
-                f"{path / 'metrics.jsonl'} has lost laps: it has {len(self.rows)} of {state.total}",
+                f"{path / 'metrics.jsonl'} has lost laps: it has {kept} of {state.total}",
                 level=logging.WARNING,
             )
         self._saved = time.monotonic()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dichroic.datasets.download import Patience, download
 from dichroic.errors import DataError
+from dichroic.files import user_cache
 
 DATA_VARIABLE = "DICHROIC_DATA"
 
@@ -23,8 +24,7 @@ class RemoteFile:
 def data_folders(data_dir: str | Path | None = None) -> list[Path]:
     """Where files are looked for: `data_dir`, else `$DICHROIC_DATA`; then what was fetched before."""
     stated = data_dir or os.environ.get(DATA_VARIABLE)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dichroic"
-    return [*([Path(stated)] if stated else []), cache]
+    return [*([Path(stated)] if stated else []), user_cache()]
 
 
 def find_file(name: str, data_dir: str | Path | None = None) -> Path | None:
