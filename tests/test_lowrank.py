@@ -10,11 +10,12 @@ import pytest
 from scipy.stats import multivariate_normal
 from threadpoolctl import threadpool_limits
 
+from dichroic.backgrounds import low_rank_log_evidence
 from dichroic.batching import take
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.errors import DataError
-from dichroic.lowrank import LowRankView, low_rank_log_evidence, moments
+from dichroic.lowrank import LowRankView, moments
 from dichroic.lowrank_em import (
     from_columns,
     initial_low_rank,

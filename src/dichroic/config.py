@@ -54,6 +54,7 @@ class MixtureConfig(_Ranged):
     active_tuples: int = _count(16)  # tuples of components kept per observation and pair of sources
     max_tuples: int = _count(1024)  # tuples looked at, at once, in the search for them
     shrinkage: float = 0.0  # pseudo-observations pulling each covariance to the mean
+    stationary: tuple[str, ...] = ()  # sources that look the same everywhere: texture, sky, noise
     floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops
 

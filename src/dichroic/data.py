@@ -1,8 +1,9 @@
 """What a fit works on: training and held-out observations, and the order in which sources are learned."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dichroic.operators.learned import Parameters
 from dichroic.problem import Problem, held_out_bits, holdout, joint_observations
 from dichroic.view import AnyView, View, bytes_each
 
+MOST_STATIONARY = 4096  # numbers of a source, whose covariances are D × D
 SCORED = 16384  # observations of files that are held out, at the most, to score with,
 PART = 8  # that take this part of the memory together at the most
 
@@ -25,6 +27,7 @@ PART = 8  # that take this part of the memory together at the most
 class Data:
     """Training and held-out observations, per joint view, with the truth of the latter if known.
 
+    `stationary` are the sources that look the same everywhere, with how many of their last axes are positions.
     Where training observations are in files: the `memory` to work with, in bytes, and a folder for draws.
     """
 
@@ -33,6 +36,7 @@ class Data:
     truth: tuple[Mapping[str, np.ndarray], ...]
     names: tuple[str, ...]
     order: tuple[tuple[str, ...], ...]
+    stationary: Mapping[str, int] = field(default_factory=dict)
     memory: int = 0
     scratch: Path = Path()
 
@@ -55,6 +59,7 @@ def prepare(
     With `memory`, in bytes, training observations stay in the files that they are in, to be read block by block,
     and draws are written below the folder `scratch`.
     """
+    stationary = _stationary(problem, config)
     groups, train, test = problem.joint_views(), [], []
     if memory is not None:
         check_memory(problem, memory)
@@ -77,7 +82,8 @@ def prepare(
     judged = shared_out([joint_observations(views) for views in test])
     shared = shared_out(train) if memory is None else tuple(train)
     truth = tuple(map(_truth, test))
-    return Data(shared, judged, truth, names, order, memory or 0, scratch or Path())
+    scratch = scratch or Path()
+    return Data(shared, judged, truth, names, order, stationary, memory or 0, scratch)
 
 
 def check_memory(problem: Problem, memory: int) -> None:
@@ -113,6 +119,29 @@ def learning_order(views: Sequence[Observed]) -> tuple[tuple[str, ...], ...]:
         group = min(new, key=len)
         order.append(tuple(group))
         known |= set(group)
+
+
+def _stationary(problem: Problem, config: FitConfig) -> dict[str, int]:
+    """`Data.stationary`; raises `ConfigError` for sources that do not exist, or cannot be stationary."""
+    found, where = {}, "fit.mixture.stationary"
+    for name in config.mixture.stationary:
+        if name not in problem.names:
+            raise ConfigError(
+                f"{where}: there is no source {name!r}; there are {list(problem.names)}"
+            )
+        shape = problem.shapes[name]
+        found[name] = axes = config.diffusion.spatial_axes or min(len(shape), 2)
+        if not 0 <= len(shape) - axes <= 1:
+            raise ConfigError(
+                f"{where}: source {name!r} of shape {shape} cannot be stationary along its last {axes} axes: "
+                "it may have one axis more, of channels; set diffusion.spatial_axes"
+            )
+        if (size := math.prod(shape)) > MOST_STATIONARY:
+            raise ConfigError(
+                f"{where}: source {name!r} of {size:,} numbers, but at most {MOST_STATIONARY:,} are "
+                "supported for one that is stationary: cut it into parts, or leave it out of the list"
+            )
+    return found
 
 
 def _check_order(

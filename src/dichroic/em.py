@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -121,13 +122,14 @@ def _mixture_lap(
     current = state.current
     if names[0] not in current:
         rank = min(LEAST_RANK, c.rank) if is_large(data.train) else None
-        current = {**current, **_start(names, train, current, rank)}
+        current = {**current, **_start(names, train, current, rank, data.stationary)}
     current, evidence = em_lap(current, train, names, c, clock)
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, train, c)
     size = _components(current, names)
     laps = laps_of(size, c)
-    rank = None if current[names[0]].full_rank else current[names[0]].variances.shape[1]
+    low = [n for n in names if not current[n].full_rank]  # of a rank that is to be found
+    rank = current[low[0]].variances.shape[1] if low else None
     metrics: Metrics = {"sources": "+".join(names), "components": size, "log_evidence": evidence}
     metrics |= {} if rank is None else {"rank": rank}
     metrics |= told
@@ -150,9 +152,9 @@ def _mixture_lap(
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
     if size == 1 and rank is not None:
-        most = min(c.rank, *(current[n].dim - 1 for n in names))
+        most = min(c.rank, *(current[n].dim - 1 for n in low))
         if better and rank < most:
-            wider = {**current, **_start(names, train, current, min(2 * rank, most))}
+            wider = {**current, **_start(low, train, current, min(2 * rank, most))}
             wide = dataclasses.replace(state, current=wider, best=best, score=score, lap=0)
             return wide, metrics
         current = {**current, **{n: best[n] for n in names}}  # of the rank with the best score
@@ -176,11 +178,16 @@ def _mixture_lap(
 
 
 def _start(
-    names: Sequence[str], views: Sequence[Observed], known: Denoisers, rank: int | None
+    names: Sequence[str],
+    views: Sequence[Observed],
+    known: Denoisers,
+    rank: int | None,
+    axes: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Mixture]:
     """One Gaussian for each of the sources `names`, which are new."""
     mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, Mixture)}
-    return {n: initial_gaussian(n, views, names, known=mixtures, rank=rank) for n in names}
+    start = partial(initial_gaussian, views=views, group=names, known=mixtures, rank=rank)
+    return {n: start(n, stationary=axes.get(n, 0)) for n in names}
 
 
 def _learn_operators(

@@ -27,7 +27,7 @@ from scipy.linalg.lapack import dpotri
 from dichroic.columns import Columns, Common, Seen, diagonal_of_noise, products
 from dichroic.denoise import Mixture
 from dichroic.errors import DataError
-from dichroic.observations import Observations, groups
+from dichroic.observations import Observations
 
 MOST_TUPLES = 4096
 MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
@@ -91,14 +91,16 @@ class LowRankView:
         obs: Observations,
         sigmas: Mapping[str, float] | None = None,
         common: "Common | None" = None,
+        behind: np.ndarray | None = None,
     ):
         """`sigmas` are noise levels of the sources, where components are to be those given noised values.
 
-        `common` is what other views of the same observations have worked out.
+        `common` is what other views of the same observations have worked out. `behind` `(M, M)` is added to `B`:
+        the covariance of what sources that are not among the `mixtures` give (`dichroic.backgrounds`).
         """
         one = obs.one(0)
         self.seen = np.asarray(one.noise.observed(obs.size), np.float64)
-        self.size, names = obs.size, list(obs.sources)
+        self.size, names = obs.size, [k for k in obs.sources if k in mixtures]
         level = lambda k: None if sigmas is None else sigmas[k]
         common = common or Common()
         operators = {k: common.operator(k, obs.operators[k], one.operators[k]) for k in names}
@@ -110,17 +112,17 @@ class LowRankView:
                 f"{math.prod(counts):,} tuples; at most {MOST_TUPLES:,} are supported for sources of many "
                 "numbers: choose fewer with mixture.components"
             )
-        self.tuples = np.indices(counts).reshape(len(counts), -1).T
-        self.base = _base(one, self.parts, self.seen, operators)
+        self.tuples = np.indices(counts).reshape(len(counts), math.prod(counts)).T
+        self.base = _base(one, self.parts, self.seen, operators, behind)
         widths = [p.columns.shape[2] for p in self.parts.values()]
         sizes = [p.columns[0].size for p in self.parts.values()]
         self._spans = _slices(widths)  # of each source in the latents of a tuple
         self.blocks = dict(zip(names, _slices(sizes), strict=True))  # and in the columns
         flat = [p.columns.reshape(self.size, -1) for p in self.parts.values()]
-        self.columns = np.concatenate(flat, axis=1)
-        starts = np.array([b.start for b in self.blocks.values()]) + widths * self.tuples
+        self.columns = np.concatenate([np.zeros((self.size, 0)), *flat], axis=1)
+        starts = np.array([b.start for b in self.blocks.values()], int) + widths * self.tuples
         wide = [s[:, None] + np.arange(w) for s, w in zip(starts.T, widths, strict=True)]
-        self.where = np.concatenate(wide, axis=1)
+        self.where = np.concatenate([np.zeros((len(self.tuples), 0), int), *wide], axis=1)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -232,26 +234,25 @@ class LowRankView:
         np.put_along_axis(out, self.where[t], latents, axis=1)
         return out
 
-    def chunks(self, obs: Observations) -> Iterator[np.ndarray]:
-        """The observations, 0 where missing, as many at once as memory allows."""
-        each = 8 * (4 * self.where.size + 3 * self.size + self.columns.shape[1])
+    def chunks(self, obs: Observations, views: int = 1) -> Iterator[np.ndarray]:
+        """The observations, 0 where missing, as many at once as memory allows for so many `views` of them."""
+        each = 8 * views * (4 * self.where.size + 3 * self.size + self.columns.shape[1])
         step = int(np.clip(_CHUNK_BYTES // each, 1, obs.count))
         for start in range(0, obs.count, step):
             yield self.seen * np.asarray(obs.y[start : start + step], np.float64)
 
 
-def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:
-    """`Σ_i log p(y_i)`."""
-    total, common = 0.0, Common()
-    for _, some in groups(obs):
-        view = LowRankView({k: mixtures[k] for k in obs.sources}, some, common=common)
-        total += sum(float(view.given(y).log_evidence.sum()) for y in view.chunks(some))
-    return total
-
-
 def _slices(sizes: Sequence[int]) -> list[slice]:
     ends = np.cumsum(sizes)
     return [slice(int(e - n), int(e)) for e, n in zip(ends, sizes, strict=True)]
+
+
+def part_of(mixture: Mixture, obs: Observations, common: Common, name: str) -> Part:
+    """The source `name` in a view."""
+    one = obs.one(0)
+    seen = np.asarray(one.noise.observed(obs.size), np.float64)
+    operator = common.operator(name, obs.operators[name], one.operators[name])
+    return _part(mixture, operator, seen, None)
 
 
 def _part(mixture: Mixture, operator: Seen, seen: np.ndarray, sigma: float | None) -> Part:
@@ -287,12 +288,16 @@ def gains(mixture: Mixture, sigma: float) -> tuple[np.ndarray, float]:
 
 
 def _base(
-    one: Observations, parts: Mapping[str, Part], seen: np.ndarray, operators: Mapping[str, Seen]
+    one: Observations,
+    parts: Mapping[str, Part],
+    seen: np.ndarray,
+    operators: Mapping[str, Seen],
+    behind: np.ndarray | None,
 ) -> Base:
     """`B`, diagonal where all that is in it is."""
     noise = diagonal_of_noise(one.noise, one.size)
     gains = {k: p.gain for k, p in parts.items()}
-    if noise is not None and all(g is not None for g in gains.values()):
+    if noise is not None and behind is None and all(g is not None for g in gains.values()):
         squares = {k: (seen * g) ** 2 for k, g in gains.items() if g is not None}
         b = sum((parts[k].floor * s for k, s in squares.items()), noise)
         traces = {k: float(np.sum(s / b)) for k, s in squares.items()}
@@ -308,6 +313,7 @@ def _base(
     known = (
         np.asarray(one.noise.as_matrix(one.size), np.float64) if noise is None else np.diag(noise)
     )
+    known = known if behind is None else known + behind
     b = sum((parts[k].floor * s for k, s in squares.items()), known[among])
     low = np.linalg.cholesky(0.5 * (b + b.T))
     half = dpotri(low, lower=1)[0] if rows.size else low  # its lower triangle

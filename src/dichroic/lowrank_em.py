@@ -26,15 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dichroic.backgrounds import Backgrounds, ForceSums, Totals
 from dichroic.batching import split
 from dichroic.columns import Columns, Common, diagonal_of, products
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
-from dichroic.lowrank import LowRankView, moments
+from dichroic.lowrank import moments
 from dichroic.mixture_step import ascend
 from dichroic.noise import Noise
 from dichroic.observations import Observations, Observed, every_block, groups, is_shared
 from dichroic.posterior import EXACT_LIMIT
+from dichroic.stationary import stationary_step
 from dichroic.tracking import Clock
 
 _SAMPLE = 4000  # observations that a first basis is computed from
@@ -44,7 +46,6 @@ _PRODUCTS, _EXTRA = 6, 8  # blocks of a Krylov space, and vectors of each beyond
 _FEW = (
     4  # tuples, or observations: for them components are picked only beyond, or only up to, as many
 )
-_NEGLIGIBLE = 1e-12  # probability of a tuple
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
@@ -59,7 +60,7 @@ class LatentSums(eqx.Module):
     square: float
     scatter: float
     information: float
-    count: int
+    count: float
 
     def among(self, index: np.ndarray, mixture: Mixture) -> "LatentSums":
         """These sums, of the components `index`, as those of all components of `mixture`."""
@@ -79,6 +80,9 @@ class LatentSums(eqx.Module):
         )
 
 
+Sums = LatentSums | ForceSums
+
+
 def low_rank_lap(
     mixtures: Mapping[str, Mixture],
     views: Sequence[Observed],
@@ -89,8 +93,10 @@ def low_rank_lap(
     """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last."""
 
     def update(mixtures, found, textbook: bool) -> dict[str, Mixture]:
-        step = partial(maximise_low_rank, least=config.floor, textbook=textbook)
-        return {**mixtures, **{n: step(mixtures[n], found[n]) for n in names}}
+        options = {"least": config.floor, "textbook": textbook}
+        step = lambda m: maximise_stationary if m.stationary else maximise_low_rank
+        new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
+        return {**mixtures, **{n: new(n) for n in names}}
 
     own = lambda mixtures: _added(low_rank_statistics(mixtures, o) for o in every_block(views))
     evaluate = lambda mixtures: views[0].total(partial(own, mixtures))
@@ -101,7 +107,7 @@ def low_rank_lap(
 
 def low_rank_statistics(
     mixtures: Mapping[str, Mixture], obs: Observations
-) -> tuple[float, dict[str, LatentSums]]:
+) -> tuple[float, dict[str, Sums]]:
     """`Σ_i log p(y_i)`, and the sums of every source that the view sees."""
     if is_shared(obs):
         return _shared_statistics(mixtures, obs)
@@ -112,23 +118,18 @@ def low_rank_statistics(
 
 def _statistics_of_few(
     mixtures: Mapping[str, Mixture], obs: Observations, common: Common
-) -> tuple[float, dict[str, LatentSums]]:
+) -> tuple[float, dict[str, Sums]]:
     """The same of observations alike, if they are few by the components alone that they may be of."""
     tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
     if obs.count > _FEW or tuples < _FEW:
         return _shared_statistics(mixtures, obs, common)
-    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs, common=common)
-    given = view.given(next(view.chunks(obs)))
-    likely = view.tuples[given.responsibilities.max(axis=0) > _NEGLIGIBLE]
-    kept = {k: np.unique(c) for k, c in zip(obs.sources, likely.T, strict=True)}
+    kept = Backgrounds(mixtures, obs, common).likely(obs)
     picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
     value, sums = _shared_statistics(picked, obs, common)
     return value, {k: s.among(kept[k], mixtures[k]) for k, s in sums.items()}
 
 
-def _added(
-    parts: Iterable[tuple[float, dict[str, LatentSums]]],
-) -> tuple[float, dict[str, LatentSums]]:
+def _added(parts: Iterable[tuple[float, dict[str, Sums]]]) -> tuple[float, dict[str, Sums]]:
     value, sums = 0.0, {}
     for here, found in parts:
         value += here
@@ -138,36 +139,34 @@ def _added(
 
 def _shared_statistics(
     mixtures: Mapping[str, Mixture], obs: Observations, common: Common | None = None
-) -> tuple[float, dict[str, LatentSums]]:
+) -> tuple[float, dict[str, Sums]]:
     """The same of observations that share their operators and noise."""
-    view = LowRankView({k: mixtures[k] for k in obs.sources}, obs, common=common)
-    value, squares, count = 0.0, dict.fromkeys(view.parts, 0.0), np.zeros(len(view.tuples))
-    tuples = np.zeros((*view.where.shape, view.where.shape[1]))
-    outer = np.zeros(view.columns.shape)
-    heads = {k: (lambda v, p=p: p.back(view.base.solve(v))) for k, p in view.parts.items()}
-    for y in view.chunks(obs):
-        given = view.given(y)
-        value += float(given.log_evidence.sum())
-        r = given.responsibilities.T
-        weighted = r[:, :, None] * given.latents
-        for t, rows in enumerate(r > _NEGLIGIBLE):
-            tuples[t] += given.latents[t, rows].T @ weighted[t, rows]
-        count += r.sum(axis=1)
-        outer += y.T @ view.by_component(weighted)
-        for name, head in heads.items():
-            squares[name] += float(np.sum(head(y.T) ** 2))
-    uncertain = view.pairs(count[:, None, None] * view.covariance)
-    inner = view.pairs(tuples) + uncertain
-    left = outer - view.columns @ inner  # Σ r E[e z̄ᵀ]
-    found = {}
-    for name, head in heads.items():
-        to_source = head(np.concatenate([view.columns, outer, left[:, view.blocks[name]]], axis=1))
-        x, xy, xe = np.split(to_source, [outer.shape[1], 2 * outer.shape[1]], axis=1)
+    behind, value = Backgrounds(mixtures, obs, common), 0.0
+    totals = [Totals(b) for b in behind.each]
+    for y in behind.chunks(obs):
+        log_evidence, found = behind.given(y)
+        value += float(log_evidence.sum())
+        for total, (residual, given) in zip(totals, found, strict=True):
+            total.add(residual, given, log_evidence)
+    _, sums = _added((0.0, _sums_of(mixtures, total)) for total in totals)
+    return value, sums
+
+
+def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, Sums]:
+    """The sums of every source before one background."""
+    view, uncertain = totals.view, totals.uncertain
+    inner = view.pairs(totals.tuples) + uncertain
+    left = totals.outer - view.columns @ inner  # Σ r E[e z̄ᵀ]
+    found: dict[str, Sums] = {}
+    for name, square in totals.squares.items():
+        columns = [view.columns, totals.outer, left[:, view.blocks[name]]]
+        to_source = totals.head(name, np.concatenate(columns, axis=1))
+        x, xy, xe = np.split(to_source, [inner.shape[0], 2 * inner.shape[0]], axis=1)
         gram = x.T @ x
-        norm = squares[name] - 2 * np.sum(x * xy) + np.sum(gram * inner)
-        lost = float(np.sum(gram * uncertain))
-        found[name] = _sums(view, name, mixtures[name], inner, xe, norm, lost, obs.count)
-    return value, found
+        norm = square - 2 * np.sum(x * xy) + np.sum(gram * inner)
+        lost, count = float(np.sum(gram * uncertain)), float(totals.count.sum())
+        found[name] = _sums(view, name, mixtures[name], inner, xe, norm, lost, count)
+    return found | {k: ForceSums.of(k, mixtures[k], totals) for k in totals.background.parts}
 
 
 def _sums(view, name, mixture, inner, left, norm, lost, count) -> LatentSums:
@@ -211,6 +210,23 @@ def maximise_low_rank(
     floor = spread / (sums.count * mixture.dim) if textbook else floor * ratio
     floor = max(floor, least * float(mixture.scale) ** 2)
     return from_columns(np.maximum(n, 1e-6 * n.sum()), new, floor, mixture.shape)
+
+
+def maximise_stationary(
+    mixture: Mixture, sums: ForceSums, *, least: float, textbook: bool = False
+) -> Mixture:
+    """The M-step of a source with stationary components (`dichroic.stationary`)."""
+    alive = sums.count > _ALIVE
+    share = np.where(alive, sums.count, 1)[:, None]
+    score, information = (a / share[:, None] for a in (sums.score, sums.information))
+    options = {"floor": least * float(mixture.scale) ** 2, "textbook": textbook}
+    means, cov = stationary_step(mixture, sums.force / share, score, information, **options)
+    old = (np.asarray(a, np.float64) for a in (mixture.means, mixture.covariances()))
+    kept = zip((means, cov), old, strict=True)
+    means, cov = (np.where(alive.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in kept)
+    weights = np.maximum(sums.count, 1e-6 * sums.count.sum())
+    shape, axes = mixture.shape, mixture.stationary
+    return Mixture.from_moments(weights, means, cov, shape=shape, stationary=axes)
 
 
 def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) -> Mixture:

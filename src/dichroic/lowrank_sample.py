@@ -30,6 +30,7 @@ from dichroic.lowrank import LowRankView, gains
 from dichroic.machine import in_threads
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
+from dichroic.posterior import EXACT_LIMIT
 from dichroic.sample import Draws, Progress, Sampler, observation_keys
 
 _CHUNK_BYTES = 256 * 2**20
@@ -68,10 +69,11 @@ class Noised:
 
 
 def is_low_rank_prior(denoiser: Denoiser) -> bool:
-    """Whether a denoiser is a mixture of low rank, or one whose means a network moves."""
+    """Whether a denoiser is a mixture of low rank or of many numbers, or one whose means a network moves."""
     if isinstance(denoiser, Preconditioned):
-        return denoiser.covariance == "base" and not denoiser.base.full_rank
-    return isinstance(denoiser, Mixture) and not denoiser.full_rank
+        return denoiser.covariance == "base" and is_low_rank_prior(denoiser.base)
+    low = lambda mixture: not mixture.full_rank or mixture.dim > EXACT_LIMIT
+    return isinstance(denoiser, Mixture) and low(denoiser)
 
 
 def low_rank_draws(

@@ -9,6 +9,7 @@ far faster than a random start of all of them.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Int, Integer
 
 from dichroic import layout
+from dichroic.backgrounds import low_rank_log_evidence
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture, gaussian
@@ -28,13 +30,13 @@ from dichroic.evidence import (
     log_evidence,
     project,
 )
-from dichroic.lowrank import low_rank_log_evidence
 from dichroic.lowrank_em import initial_low_rank, low_rank_lap, mean_gain
 from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.mixture_sums import Statistics, chunks, pairs, sum_over, view_statistics
 from dichroic.observations import Observations, Observed, every_block, is_shared
 from dichroic.posterior import EXACT_LIMIT
 from dichroic.shared import shared_log_evidence, shared_statistics
+from dichroic.stationary import split_stationary
 from dichroic.tracking import Clock
 
 Mixtures = dict[str, Mixture]
@@ -61,7 +63,8 @@ def em_lap(
     with clock.during("e_step"):
         chosen = [choose(mixtures, obs, config) for obs in every_block(views)]
     share = max(len(set(names) & set(obs.sources)) for obs in views)
-    coupled = names if sum(mixtures[n].means.size for n in names) <= MOST_MEANS else ()
+    free = [n for n in names if not mixtures[n].stationary]  # of whose means each number is
+    coupled = free if sum(mixtures[n].means.size for n in free) <= MOST_MEANS else ()
 
     def evaluate(mixtures: Mixtures) -> tuple[float, Statistics]:
         own = partial(statistics, mixtures, every_block(views), chosen, coupled)
@@ -69,7 +72,7 @@ def em_lap(
         return float(found.log_evidence), found
 
     def update(mixtures: Mixtures, found: Statistics, textbook: bool) -> Mixtures:
-        shifts = joint_shifts(mixtures, found, names) if found.cross and not textbook else {}
+        shifts = joint_shifts(mixtures, found, free) if found.cross and not textbook else {}
         step = partial(maximise, shrinkage=config.shrinkage, damping=1 / share, textbook=textbook)
         floor = {n: config.floor * float(mixtures[n].scale) ** 2 for n in names}
         new = lambda n: step(mixtures[n], found.sums[n], floor=floor[n], shift=shifts.get(n))
@@ -199,11 +202,12 @@ def initial_gaussian(
     *,
     known: Mixtures | None = None,
     rank: int | None = None,
+    stationary: int = 0,
 ) -> Mixture:
     """A Gaussian with the variance that explains the power of the views, shared equally by the `group`.
 
-    Isotropic; or, with a `rank`, from the moments that the sources `known` leave (`initial_low_rank`). At least
-    one of `views` sees it: see `dichroic.data.prepare`.
+    Isotropic; or, with a `rank`, from the moments that the sources `known` leave (`initial_low_rank`), but for one
+    that is to be `stationary` along so many axes. At least one of `views` sees it: see `dichroic.data.prepare`.
     """
     seeing, powers = [obs for obs in views if name in obs.sources], []
     for obs in seeing:
@@ -212,22 +216,25 @@ def initial_gaussian(
         power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
         powers.append(power / max(gain, 1e-30))
     variance, shape = max(min(powers), 1e-30), seeing[0].operators[name].in_shape
-    if rank is not None:
+    if rank is not None and not stationary:
         return initial_low_rank(name, seeing, rank, variance, known or {}, len(group))
-    return gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
+    white = gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
+    return replace(white, stationary=stationary)
 
 
 def split_components(mixture: Mixture, components: int) -> Mixture:
     """Up to twice as many components, at most `components`: the heaviest are split in two.
 
     A component `N(μ, C)` with principal axis `λ u uᵀ` becomes `N(μ ± √(λ/2) u, C − ½ λ u uᵀ)`, which
-    keeps its mean and covariance.
+    keeps its mean and covariance; of a stationary one see `split_stationary`.
     """
     log_weights, means, variances = (
         np.array(a, np.float64) for a in (mixture.log_weights, mixture.means, mixture.variances)
     )
     basis, floor = np.asarray(mixture.basis, np.float64), np.asarray(mixture.floor, np.float64)
     parents = np.argsort(-log_weights)[: max(0, components - log_weights.size)]
+    if mixture.stationary:
+        return split_stationary(mixture, parents)
     which = np.argmax(variances[parents], axis=1)
     along = floor[parents] if mixture.full_rank else np.zeros(len(parents))
     value = variances[parents, which] + along

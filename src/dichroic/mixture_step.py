@@ -34,6 +34,7 @@ from dichroic.denoise import Mixture
 from dichroic.errors import DataError
 from dichroic.finite import finite
 from dichroic.mixture_sums import Statistics, Sums
+from dichroic.stationary import stationary_step, symmetric_power
 from dichroic.tracking import Clock, event
 
 Found = TypeVar("Found")
@@ -110,7 +111,7 @@ def joint_shifts(
         n = np.maximum(np.asarray(found.sums[name].count, np.float64), 0)
         share = np.where(n > _ALIVE, 1 / np.sqrt(np.maximum(n, _ALIVE)), 0)
         cov = np.asarray(mixtures[name].covariances(), np.float64)
-        roots[name] = share[:, None, None] * _power(cov, 0.5)
+        roots[name] = share[:, None, None] * symmetric_power(cov, 0.5)
         blocks[name] = slice(end, end + cov.shape[0] * cov.shape[1])
         end = blocks[name].stop
     matrix, force = np.zeros((end, end)), np.zeros(end)
@@ -154,20 +155,25 @@ def maximise(
     alive = n > _ALIVE
     share = np.where(alive, n, 1)[:, None, None]
     g, s, w = g[..., None] / share, s / share, w / share
-    if textbook:
+    if mixture.stationary:
+        options = {"floor": floor, "damping": damping, "textbook": textbook}
+        moved, new = stationary_step(mixture, g[..., 0], s, w, **options)
+        delta = (moved - mean)[..., None]
+    elif textbook:
         delta, new = _textbook_step(cov, g, s, w)
     else:
         delta, new = _step(cov, g, s, w, damping if shift is None else 1.0)
         delta = delta if shift is None else shift[..., None]
     pooled = np.einsum("k,kij->ij", n / n.sum(), new)
     pull = shrinkage / (shrinkage + share)
-    new = _power((1 - pull) * new + pull * pooled, 1, floor)
+    new = symmetric_power((1 - pull) * new + pull * pooled, 1, floor)
     keep = alive[:, None]
     return Mixture.from_moments(
         np.maximum(n, 1e-6 * n.sum()),
         np.where(keep, mean + delta[..., 0], mean).reshape(-1, *mixture.shape),
         np.where(keep[..., None], new, cov),
         shape=mixture.shape,
+        stationary=mixture.stationary,
     )
 
 
@@ -178,17 +184,11 @@ def _textbook_step(c, g, s, w):
 
 def _step(c, g, s, w, damping):
     unseen = _UNSEEN * np.eye(c.shape[-1])
-    root = _power(c, 0.5)
-    left = root @ _power(root @ w @ root + unseen, -0.5)
+    root = symmetric_power(c, 0.5)
+    left = root @ symmetric_power(root @ w @ root + unseen, -0.5)
     still = s - (2 * damping - damping**2) * g @ _t(g)
     return damping * left @ (_t(left) @ g), left @ (root @ still @ root + unseen) @ _t(left)
 
 
 def _t(a: np.ndarray) -> np.ndarray:
     return a.swapaxes(1, 2)
-
-
-def _power(a: np.ndarray, exponent: float | int, floor: float = 1e-300) -> np.ndarray:
-    """`a^exponent` of symmetric matrices, with eigenvalues lifted to `floor`."""
-    values, vectors = np.linalg.eigh(0.5 * (a + _t(a)))
-    return (vectors * np.maximum(values, floor)[:, None] ** exponent) @ _t(vectors)

@@ -28,7 +28,8 @@ def pack(denoiser: Denoiser) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A denoiser as arrays and a JSON-able description."""
     if isinstance(denoiser, Mixture):
         arrays = {k: np.asarray(getattr(denoiser, k)) for k in MIXTURE_FIELDS}
-        return arrays, {"kind": "mixture", "shape": list(denoiser.shape)}
+        meta = {"kind": "mixture", "shape": list(denoiser.shape)}
+        return arrays, meta | ({"stationary": axes} if (axes := denoiser.stationary) else {})
     if isinstance(denoiser, Preconditioned) and isinstance(
         denoiser.network, tuple(NETWORKS.values())
     ):
@@ -67,7 +68,7 @@ def _unpack(arrays: Arrays, meta: Any) -> Denoiser:
         raise FormatError(
             f"no denoiser of kind {_short(kind)}; this release knows mixtures and networks"
         )
-    base = _mixture(arrays, _shape(meta.get("shape")))
+    base = _mixture(arrays, _shape(meta.get("shape")), meta.get("stationary", 0))
     weights = [arrays[k] for k in sorted(arrays) if k.startswith("network.")]
     if len(arrays) != len(MIXTURE_FIELDS) + len(weights) or (kind == "mixture" and weights):
         raise FormatError(f"a {kind} does not have the arrays {_short(sorted(arrays))}")
@@ -85,7 +86,11 @@ def _shape(value: Any) -> Shape:
     return tuple(value)
 
 
-def _mixture(arrays: Arrays, shape: Shape) -> Mixture:
+def _mixture(arrays: Arrays, shape: Shape, stationary: Any) -> Mixture:
+    if stationary != 0 and not (_is_count(stationary) and stationary <= len(shape)):
+        raise FormatError(
+            f"a source of {len(shape)} axes that is stationary along {_short(stationary)}"
+        )
     missing = [k for k in MIXTURE_FIELDS if k not in arrays]
     if missing:
         raise FormatError(f"a mixture without its array {missing[0]!r}")
@@ -102,7 +107,9 @@ def _mixture(arrays: Arrays, shape: Shape) -> Mixture:
         _check_numbers(name, a)
     if not np.any(np.isfinite(parts["log_weights"])):
         raise FormatError("no component has a weight above zero")
-    return Mixture(**{k: jnp.asarray(a) for k, a in parts.items()}, shape=shape)
+    return Mixture(
+        **{k: jnp.asarray(a) for k, a in parts.items()}, shape=shape, stationary=stationary
+    )
 
 
 def _check_numbers(name: str, a: np.ndarray) -> None:

@@ -31,7 +31,9 @@ _FEW = 8  # components whose means precondition
 class Mixture(Denoiser):
     """The exact denoiser of a mixture of Gaussians over arrays of shape `shape`.
 
-    Build it from moments with `Mixture.from_moments`, or with `gaussian` for a single component.
+    Build it from moments with `Mixture.from_moments`, or with `gaussian` for a single component. With
+    `stationary`, covariances of every component depend on differences of positions alone, along so many of the
+    last axes, and its mean not on them (`dichroic.stationary`); a fit keeps that.
     """
 
     log_weights: Float[Array, " K"] = eqx.field(converter=as_float)
@@ -40,6 +42,7 @@ class Mixture(Denoiser):
     variances: Float[Array, "K rank"] = eqx.field(converter=as_float)
     floor: Float[Array, " K"] = eqx.field(converter=as_float)
     shape: Shape = eqx.field(static=True)
+    stationary: int = eqx.field(static=True, default=0)
 
     @classmethod
     def from_moments(
@@ -50,6 +53,7 @@ class Mixture(Denoiser):
         *,
         shape: Shape | None = None,
         rank: int | None = None,
+        stationary: int = 0,
     ) -> "Mixture":
         """From weights `(K,)`, means `(K, *shape)` and covariances `(K, D, D)`.
 
@@ -90,6 +94,7 @@ class Mixture(Denoiser):
             variances=np.maximum(values[:, dim - rank :] - floor[:, None], 0),
             floor=floor,
             shape=tuple(shape),
+            stationary=stationary,
         )
 
     @property

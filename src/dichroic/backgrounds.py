@@ -1,0 +1,184 @@
+"""Sources of stationary components behind sources of low rank: one dense covariance for each component.
+
+Latents that span a whole source are worth no more than the source itself. So a component `j` of such a source (or
+one of each, where there are several) joins the noise,
+
+    B_j = Σ + Σ_β τ_β A_β A_βᵀ + A C_j Aᵀ,
+
+and a view is a mixture over `j` of views of the other sources (`dichroic.lowrank`). With their residual
+`e = y − A μ_j − X z̄` and `H = Aᵀ B_j⁻¹`, the sums of the M-step of `dichroic.stationary` are
+
+    Σ r g = H Σ r E[e],   Σ r S = H (Σ r E[e] E[e]ᵀ) Hᵀ,   Σ r W = n_j H A − H X (Σ r V[z̄]) Xᵀ Hᵀ.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from dichroic.columns import Common
+from dichroic.denoise import Mixture
+from dichroic.lowrank import Given, LowRankView, Part, part_of
+from dichroic.observations import Observations, groups
+
+_NEGLIGIBLE = 1e-12  # probability of a tuple
+
+
+@dataclass(frozen=True)
+class Background:
+    """The components `index` of the stationary sources, by name, and the view of all others behind which they are.
+
+    `mean` `(M,)` is theirs, seen in the observations; `parts` are those sources.
+    """
+
+    index: dict[str, int]
+    log_weight: float
+    mean: np.ndarray
+    parts: Mapping[str, Part]
+    view: LowRankView
+
+
+class Backgrounds:
+    """A view as a mixture of views before each background: one alone where no source is stationary."""
+
+    def __init__(
+        self, mixtures: Mapping[str, Mixture], obs: Observations, common: Common | None = None
+    ):
+        own = {k: mixtures[k] for k in obs.sources}
+        wide = {k: m for k, m in own.items() if m.stationary}
+        rest = {k: m for k, m in own.items() if not m.stationary}
+        common = common or Common()
+        parts = {k: part_of(m, obs, common, k) for k, m in wide.items()}
+        self.each = []
+        for which in itertools.product(*(range(p.log_weights.size) for p in parts.values())):
+            index = dict(zip(parts, which, strict=True))
+            seen = [parts[k].columns[:, j] for k, j in index.items()]
+            spread = sum((a[:, 1:] @ a[:, 1:].T for a in seen), np.zeros(())) if seen else None
+            mean = sum((a[:, 0] for a in seen), np.zeros(obs.size))
+            weight = float(sum(parts[k].log_weights[j] for k, j in index.items()))
+            view = LowRankView(rest, obs, common=common, behind=spread)
+            self.each.append(Background(index, weight, mean, parts, view))
+
+    def chunks(self, obs: Observations) -> Iterator[np.ndarray]:
+        """The observations, 0 where missing, as many at once as memory allows."""
+        return self.each[0].view.chunks(obs, len(self.each))
+
+    def given(self, y: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, Given]]]:
+        """`log p(y)` `(n,)`, and before each background the residual of its mean and what that says."""
+        found = []
+        for b in self.each:
+            given = b.view.given(y - b.mean)
+            found.append((y - b.mean, replace(given, scores=given.scores + b.log_weight)))
+        levels = np.stack([given.log_evidence for _, given in found])
+        top = levels.max(axis=0)
+        return top + np.log(np.exp(levels - top).sum(axis=0)), found
+
+    def likely(self, obs: Observations) -> dict[str, np.ndarray]:
+        """The components of every source that the first observations may be of."""
+        log_evidence, found = self.given(next(self.chunks(obs)))
+        kept: dict[str, set[int]] = {}
+        for b, (_, given) in zip(self.each, found, strict=True):
+            most = np.exp(given.scores - log_evidence[:, None]).max(axis=0)
+            for which in b.view.tuples[most > _NEGLIGIBLE]:
+                index = dict(zip(b.view.parts, map(int, which), strict=True)) | b.index
+                for name, k in index.items():
+                    kept.setdefault(name, set()).add(k)
+        return {k: np.array(sorted(i)) for k, i in kept.items()}
+
+
+class Totals:
+    """Sums over observations of what they say before one background."""
+
+    def __init__(self, background: Background):
+        view = self.view = background.view
+        self.background, self.squares = background, dict.fromkeys(view.parts, 0.0)
+        self.count = np.zeros(len(view.tuples))
+        self.tuples = np.zeros((*view.where.shape, view.where.shape[1]))
+        self.outer = np.zeros(view.columns.shape)
+        self.y, self.latents = np.zeros(view.size), np.zeros(view.columns.shape[1])
+        self.square = np.zeros((view.size, view.size)) if background.parts else None
+
+    def head(self, name: str, columns: np.ndarray) -> np.ndarray:
+        """`Aᵀ B⁻¹` times columns."""
+        part = self.view.parts.get(name) or self.background.parts[name]
+        return part.back(self.view.base.solve(columns))
+
+    def add(self, y: np.ndarray, given: Given, log_evidence: np.ndarray) -> None:
+        """Observations `(n, M)` whose evidence before all backgrounds is `log_evidence` `(n,)`."""
+        r = np.exp(given.scores - log_evidence[:, None]).T
+        weighted = r[:, :, None] * given.latents
+        for t, rows in enumerate(r > _NEGLIGIBLE):
+            self.tuples[t] += given.latents[t, rows].T @ weighted[t, rows]
+        by_component = self.view.by_component(weighted)
+        self.count += r.sum(axis=1)
+        self.outer += y.T @ by_component
+        share = r.sum(axis=0)
+        for name in self.squares:
+            self.squares[name] += float(np.sum(share * np.sum(self.head(name, y.T) ** 2, axis=0)))
+        if self.square is not None:
+            self.square += (share * y.T) @ y
+            self.y += share @ y
+            self.latents += by_component.sum(axis=0)
+
+    @cached_property
+    def uncertain(self) -> np.ndarray:
+        """`Σ r V[z̄]`."""
+        return self.view.pairs(self.count[:, None, None] * self.view.covariance)
+
+
+@dataclass(frozen=True)
+class ForceSums:
+    """Of one source, per component: `n`, `Σ r g`, `Σ r S` and `Σ r W` (`dichroic.mixture_step`)."""
+
+    count: np.ndarray
+    force: np.ndarray
+    score: np.ndarray
+    information: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, mixture: Mixture, totals: Totals) -> "ForceSums":
+        """Those of the component that is in the background of `totals`; others have none."""
+        part, columns = totals.background.parts[name], totals.view.columns
+        assert totals.square is not None
+        k, d = mixture.means.shape
+        j = totals.background.index[name]
+        along = totals.outer @ columns.T
+        outer = totals.square - along - along.T
+        outer += columns @ totals.view.pairs(totals.tuples) @ columns.T
+        both = lambda m: totals.head(name, totals.head(name, m).T)
+        found = cls(np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d)), np.zeros((k, d, d)))
+        n = found.count[j] = totals.count.sum()
+        residual = totals.y - columns @ totals.latents
+        found.force[j] = totals.head(name, residual[:, None])[:, 0]
+        found.score[j] = both(outer)
+        found.information[j] = n * totals.head(name, part.forward(np.eye(d)))
+        found.information[j] -= both(columns @ totals.uncertain @ columns.T)
+        return found
+
+    def among(self, index: np.ndarray, mixture: Mixture) -> "ForceSums":
+        """These sums, of the components `index`, as those of all components of `mixture`."""
+
+        def spread(a: np.ndarray) -> np.ndarray:
+            out = np.zeros((mixture.log_weights.size, *a.shape[1:]))
+            out[index] = a
+            return out
+
+        return ForceSums(*map(spread, self._arrays))
+
+    def __add__(self, other: "ForceSums") -> "ForceSums":
+        return ForceSums(*(a + b for a, b in zip(self._arrays, other._arrays, strict=True)))
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.count, self.force, self.score, self.information
+
+
+def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:
+    """`Σ_i log p(y_i)`."""
+    total, common = 0.0, Common()
+    for _, some in groups(obs):
+        behind = Backgrounds(mixtures, some, common)
+        total += sum(float(behind.given(y)[0].sum()) for y in behind.chunks(some))
+    return total
