@@ -39,27 +39,55 @@ class Background:
     parts: Mapping[str, Part]
     view: LowRankView
 
+    def source(self, name: str) -> np.ndarray:
+        """`(μ, F)` of the component of a source, `(D, 1 + R)`."""
+        width = self.parts[name].columns.shape[2]
+        first = self.index[name] * width
+        return self.parts[name].source[:, first : first + width]
+
+    def columns(self, name: str) -> np.ndarray:
+        """`A` times that."""
+        return self.parts[name].columns[:, self.index[name]]
+
 
 class Backgrounds:
-    """A view as a mixture of views before each background: one alone where no source is stationary."""
+    """A view as a mixture of views before each background: one alone where no source is stationary.
+
+    `seen` are its entries that are not missing, `slots` where the latents of each source are among those of all.
+    """
 
     def __init__(
-        self, mixtures: Mapping[str, Mixture], obs: Observations, common: Common | None = None
+        self,
+        mixtures: Mapping[str, Mixture],
+        obs: Observations,
+        common: Common | None = None,
+        sigmas: Mapping[str, float] | None = None,
     ):
+        """`sigmas` are noise levels of the sources, where components are to be those given noised values."""
         own = {k: mixtures[k] for k in obs.sources}
         wide = {k: m for k, m in own.items() if m.stationary}
         rest = {k: m for k, m in own.items() if not m.stationary}
         common = common or Common()
-        parts = {k: part_of(m, obs, common, k) for k, m in wide.items()}
-        self.each = []
+        level = lambda k: None if sigmas is None else sigmas[k]
+        parts = {k: part_of(m, obs, common, k, level(k)) for k, m in wide.items()}
+        self.seen, self.each = np.asarray(obs.one(0).noise.observed(obs.size), np.float64), []
+        ends = np.cumsum([0, *(1 + m.variances.shape[1] for m in own.values())])
+        spans = itertools.pairwise(map(int, ends))
+        self.slots = {k: slice(*span) for k, span in zip(own, spans, strict=True)}
         for which in itertools.product(*(range(p.log_weights.size) for p in parts.values())):
             index = dict(zip(parts, which, strict=True))
             seen = [parts[k].columns[:, j] for k, j in index.items()]
             spread = sum((a[:, 1:] @ a[:, 1:].T for a in seen), np.zeros(())) if seen else None
             mean = sum((a[:, 0] for a in seen), np.zeros(obs.size))
             weight = float(sum(parts[k].log_weights[j] for k, j in index.items()))
-            view = LowRankView(rest, obs, common=common, behind=spread)
+            view = LowRankView(rest, obs, sigmas, common, spread)
             self.each.append(Background(index, weight, mean, parts, view))
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        own = sum(p.columns.nbytes + p.source.nbytes for p in self.each[0].parts.values())
+        return own + sum(b.view.nbytes + b.view.size**2 * bool(b.parts) * 8 for b in self.each)
 
     def chunks(self, obs: Observations) -> Iterator[np.ndarray]:
         """The observations, 0 where missing, as many at once as memory allows."""

@@ -204,29 +204,32 @@ class LowRankView:
 
     def moved(
         self, y: np.ndarray, t: np.ndarray, x: Mapping[str, np.ndarray], eta: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Prior draws `x` `(n, D)` of the tuples `t` and noise `eta`, moved to the posterior.
 
-        By `C Aᵀ C_t⁻¹ (y − Σ A x − η)` (pathwise conditioning, Wilson et al., JMLR 22, 2021).
+        By `C Aᵀ C_t⁻¹ (y − Σ A x − η)` (pathwise conditioning, Wilson et al., JMLR 22, 2021). Returns what `C Aᵀ`
+        is of, too.
         """
-        given = sum(p.forward(x[k].T) for k, p in self.parts.items())
+        given = sum((p.forward(x[k].T) for k, p in self.parts.items()), np.zeros(y.T.shape))
         v = self.base.solve((y - eta).T - given).T
         along = np.take_along_axis(v @ self.columns, self.where[t], axis=1)
         # K⁻¹ Wᵀ B⁻¹ ρ = Wᵀ C⁻¹ ρ, row by row, so that no bit depends on which other rows there are
         w = np.stack([a @ self.covariance[k] for a, k in zip(along, t, strict=True)])
         back = self.spread(t, w)
         v = v - back @ self.solved.T
-        return {
+        moved = {
             k: x[k] + back[:, self.blocks[k]] @ p.source.T + p.floor * p.back(v.T).T
             for k, p in self.parts.items()
         }
+        return moved, v
 
     @property
     def spread_ones(self) -> np.ndarray:
         """The coefficients of the means of all components themselves, `(C,)`."""
         parts = (np.eye(1, p.columns.shape[2])[0] for p in self.parts.values())
         counts = (p.log_weights.size for p in self.parts.values())
-        return np.concatenate([np.tile(row, k) for row, k in zip(parts, counts, strict=True)])
+        rows = [np.tile(row, k) for row, k in zip(parts, counts, strict=True)]
+        return np.concatenate([np.zeros(0), *rows])
 
     def spread(self, t: np.ndarray, latents: np.ndarray) -> np.ndarray:
         """Latents `(n, S (1 + R))` of the tuples `t` as coefficients of all columns, `(n, C)`."""
@@ -247,12 +250,14 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(int(e - n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
 
-def part_of(mixture: Mixture, obs: Observations, common: Common, name: str) -> Part:
-    """The source `name` in a view."""
+def part_of(
+    mixture: Mixture, obs: Observations, common: Common, name: str, sigma: float | None = None
+) -> Part:
+    """The source `name` in a view, given a value with noise of the level `sigma` if there is one."""
     one = obs.one(0)
     seen = np.asarray(one.noise.observed(obs.size), np.float64)
     operator = common.operator(name, obs.operators[name], one.operators[name])
-    return _part(mixture, operator, seen, None)
+    return _part(mixture, operator, seen, sigma)
 
 
 def _part(mixture: Mixture, operator: Seen, seen: np.ndarray, sigma: float | None) -> Part:

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from dichroic.backgrounds import Background, Backgrounds
 from dichroic.batching import in_batches, split, take
 from dichroic.blocks import spans
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.denoise.precondition import NETWORK_BATCH, corrections
 from dichroic.lanes import LANES
-from dichroic.lowrank import LowRankView, gains
+from dichroic.lowrank import Given, gains
 from dichroic.machine import in_threads
 from dichroic.noise import Noise
 from dichroic.observations import Observations, groups, is_shared
@@ -115,7 +116,7 @@ class _Walk:
         self.priors, self.obs = priors, obs
         self.bases = {k: p.base if isinstance(p, Preconditioned) else p for k, p in priors.items()}
         self.sigmas: list[dict[str, float]] = []
-        self._shared: dict[int, LowRankView] = {}
+        self._shared: dict[int, Backgrounds] = {}
         if sampler is not None:
             levels = np.asarray(sampler.schedule.grid(sampler.steps), float)
             scales = {k: float(p.scale) for k, p in priors.items()}
@@ -167,7 +168,7 @@ class _Walk:
             view = self._view(same, level)
             rows = np.arange(len(normals.uniform)).reshape(-1, some.count)[:, part].ravel()
 
-            def own(lanes: np.ndarray, view: LowRankView = view) -> dict[str, np.ndarray]:
+            def own(lanes: np.ndarray, view: Backgrounds = view) -> dict[str, np.ndarray]:
                 y = view.seen * observed[lanes % some.count]
                 mine = None if given is None else {k: g.rows(lanes) for k, g in given.items()}
                 return _draw(view, y, normals.rows(lanes), mine)
@@ -178,12 +179,12 @@ class _Walk:
                     out[k][at[:count]] = x[:count]
         return out
 
-    def _view(self, alike: Observations, level: int) -> LowRankView:
+    def _view(self, alike: Observations, level: int) -> Backgrounds:
         """The view of observations that share all; kept where all do and those of all levels are small."""
         if level in self._shared:
             return self._shared[level]
         sigmas = self.sigmas[level] if self.sigmas else None
-        view = LowRankView(self.bases, alike, sigmas)
+        view = Backgrounds(self.bases, alike, sigmas=sigmas)
         if is_shared(self.obs) and view.nbytes * max(len(self.sigmas), 1) <= _KEPT_BYTES:
             self._shared[level] = view
         return view
@@ -207,33 +208,72 @@ def _lanes(rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _draw(
-    view: LowRankView, y: np.ndarray, normals: Normals, noised: dict[str, Noised] | None
+    behind: Backgrounds, y: np.ndarray, normals: Normals, noised: dict[str, Noised] | None
 ) -> dict[str, np.ndarray]:
     """A tuple by its probability, a prior draw of it, moved to the posterior."""
-    if noised is None:
-        given, coefficients = view.given(y), np.tile(view.spread_ones, (len(y), 1))
-        offsets: dict[str, Any] = dict.fromkeys(view.parts, 0.0)
-    else:
-        noised = {k: noised[k] for k in view.parts}
-        offsets = {k: g.offset for k, g in noised.items()}
-        pairs = zip(noised.values(), view.tuples.T, strict=True)
-        weights = np.asarray(sum(g.log_weights[:, c] for g, c in pairs))
-        flat = [g.coefficients.reshape(len(y), -1) for g in noised.values()]
-        coefficients = np.concatenate(flat, axis=1)
-        outside = np.asarray(sum(p.forward(offsets[k].T) for k, p in view.parts.items())).T
-        given = view.given(y - outside, weights, coefficients)
+    before = [_Before(b, y, noised) for b in behind.each]
+    given = Given(np.concatenate([b.scores for b in before], axis=1), np.zeros(0))
     edges = np.cumsum(given.responsibilities, axis=1)
     t = np.sum(edges < normals.uniform[:, None] * edges[:, -1:], axis=1)
-    t = np.minimum(t, edges.shape[1] - 1)
-    latents = np.take_along_axis(coefficients, view.where[t], axis=1)
-    latents = view.spread(t, latents + np.where(view.ones, 0, normals.latents))
-    x = {
-        k: offsets[k]
-        + latents[:, view.blocks[k]] @ p.source.T
-        + np.sqrt(p.floor) * normals.sources[k]
-        for k, p in view.parts.items()
-    }
-    return view.moved(y, t, x, normals.noise)
+    which, t = np.divmod(np.minimum(t, edges.shape[1] - 1), before[0].scores.shape[1])
+    found: dict[str, np.ndarray] = {}
+    for j in np.unique(which):  # with all rows each time, by whose number products are rounded
+        drawn = before[j].draw(t, normals, behind.slots)
+        here = (which == j)[:, None]
+        found = {k: np.where(here, x, found.get(k, x)) for k, x in drawn.items()}
+    return found
+
+
+class _Before:
+    """Observations `y` `(n, M)` before one background: scores `(n, T)`, and draws given a tuple."""
+
+    def __init__(self, background: Background, y: np.ndarray, noised: dict[str, Noised] | None):
+        self.background, self.y, view = background, y, background.view
+        parts, n = {**view.parts, **background.parts}, len(y)
+        self.offsets: dict[str, Any] = dict.fromkeys(parts, 0.0)
+        self.coefficients, weights = np.tile(view.spread_ones, (n, 1)), None
+        first = {k: np.eye(1, background.source(k).shape[1]) for k in background.parts}
+        self.wide = {k: np.repeat(one, n, axis=0) for k, one in first.items()}
+        outside = np.zeros(y.shape)
+        if noised is not None:
+            self.offsets = {k: noised[k].offset for k in parts}
+            flat = [noised[k].coefficients.reshape(n, -1) for k in view.parts]
+            self.coefficients = np.concatenate([np.zeros((n, 0)), *flat], axis=1)
+            self.wide = {k: noised[k].coefficients[:, j] for k, j in background.index.items()}
+            pairs = zip(view.parts, view.tuples.T, strict=True)
+            weights = sum((noised[k].log_weights[:, c] for k, c in pairs), np.zeros((n, 1)))
+            own = (noised[k].log_weights[:, [j]] for k, j in background.index.items())
+            weights = sum(own, weights)
+            outside = sum((p.forward(self.offsets[k].T).T for k, p in parts.items()), outside)
+        outside = sum((w @ background.columns(k).T for k, w in self.wide.items()), outside)
+        given = view.given(y - outside, weights, self.coefficients if weights is not None else None)
+        self.scores = given.scores + (background.log_weight if weights is None else 0.0)
+
+    def draw(
+        self, t: np.ndarray, normals: Normals, slots: Mapping[str, slice]
+    ) -> dict[str, np.ndarray]:
+        """Of all sources, given the tuples `t` `(n,)` of the view."""
+        background, view = self.background, self.background.view
+        latents = {k: normals.latents[:, at] for k, at in slots.items()}
+        z = np.concatenate([np.zeros((len(t), 0)), *(latents[k] for k in view.parts)], axis=1)
+        own = np.take_along_axis(self.coefficients, view.where[t], axis=1)
+        spread = view.spread(t, own + np.where(view.ones, 0, z))
+        x = {
+            k: self.offsets[k]
+            + spread[:, view.blocks[k]] @ p.source.T
+            + np.sqrt(p.floor) * normals.sources[k]
+            for k, p in view.parts.items()
+        }
+        wide, left = {}, self.y
+        for k, mean in self.wide.items():
+            w = np.concatenate([mean[:, :1], mean[:, 1:] + latents[k][:, 1:]], axis=1)
+            wide[k] = self.offsets[k] + w @ background.source(k).T
+            left = left - background.parts[k].forward(wide[k].T).T
+        moved, v = view.moved(left, t, x, normals.noise)
+        for k, prior in wide.items():
+            along = v @ background.columns(k)[:, 1:]
+            moved[k] = prior + along @ background.source(k)[:, 1:].T
+        return moved
 
 
 def noised(
