@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dichroic.baselines import gaussian as g
+from dichroic.baselines.ascent import ascend
 
 _BOX = 1e3  # the largest entry of W, in units of the foreground's root mean power
 
@@ -109,7 +110,7 @@ class Pair:
         bounds = [(-edge, edge), (np.log(self.floor), 2 * np.log(edge))]
         start = [np.clip(begin[0], -edge, edge), np.clip(np.log(begin[1]), *bounds[1])]
         options = {"iterations": iterations, "tolerance": tolerance}
-        found = g.ascend(value, start, bounds=bounds, **options)
+        found = ascend(value, start, bounds=bounds, **options)
         factor, noise = found.arrays[0], float(np.exp(found.arrays[1]))
         return Solution(factor, noise, found.value, bool(np.max(np.abs(factor)) < 0.99 * edge))
 
