@@ -10,11 +10,12 @@ from dichroic import Problem, Source, View
 from dichroic.baselines import ClvmLinear
 from dichroic.baselines import clvm_linear as clvm
 from dichroic.baselines import gaussian as g
+from dichroic.baselines.ascent import ascend, root
 from dichroic.baselines.fitted import candidate_ranks
 from dichroic.errors import ConfigError, RunError
 from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, Masked
 from dichroic.observations import Observations
-from dichroic.operators import Dense, Identity
+from dichroic.operators import Dense, Identity, Scale
 from dichroic.separator import Separator
 
 NOISE = 0.5  # exact in float32
@@ -114,6 +115,45 @@ def test_moments_are_the_sum_over_rows(rng, x64):
             np.testing.assert_allclose(a, b, atol=1e-8)
 
 
+@pytest.mark.parametrize("ranks", [(1, 2), (3, 5)])
+def test_multiples_of_the_identity_are_the_sum_over_rows(ranks, rng, x64):
+    """`A = c I` is kept as `c`, and fewer factors than entries take the way around `C`."""
+    operators = {"a": Identity((5,)), "b": Scale((5,), 0.5)}
+    obs = Observations(rng.normal(size=(9, 5)), operators, Isotropic(0.3))
+    means = {k: rng.normal(size=5) for k in operators}
+    factors = {k: rng.normal(size=(5, r)) for k, r in zip(operators, ranks, strict=True)}
+    rows, moments = g.Rows(obs), g.Moments(obs)
+    assert all(a.ndim == 0 for a in moments.operators.values())
+    one, other = (d.slopes(means, factors, 1.3) for d in (rows, moments))
+    np.testing.assert_allclose([one.value, one.noise], [other.value, other.noise], rtol=1e-9)
+    for k in operators:
+        np.testing.assert_allclose(one.means[k], other.means[k], atol=1e-8)
+        np.testing.assert_allclose(one.factors[k], other.factors[k], atol=1e-8)
+        pair = (d.curvature(means, factors, 1.3)[k] for d in (rows, moments))
+        for a, b in zip(*pair, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-8)
+    for a, b in zip(rows.normal(), moments.normal(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-8)
+
+
+def test_an_ascent_in_coordinates_of_its_curvature_takes_few_steps(rng):
+    """The maximum of `−½ ‖Rᵀ(x − x₀)‖²`, whose curvatures are up to 10⁸ apart."""
+    axes = np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    curvature = axes @ np.diag(np.logspace(-4, 4, 30)) @ axes.T
+    best = rng.normal(size=(30, 2))
+
+    def value(arrays):
+        off = arrays[0] - best
+        return -0.5 * np.sum(off * (curvature @ off)), [-curvature @ off]
+
+    start, options = [np.zeros((30, 2))], {"iterations": 200, "tolerance": 1e-14}
+    plain = ascend(value, start, **options)
+    rooted = ascend(value, start, roots=[root(curvature)], **options)
+    assert len(rooted.history) < 20 < len(plain.history)
+    assert rooted.value > plain.value
+    np.testing.assert_allclose(rooted.arrays[0], best, atol=1e-3)
+
+
 def test_rows_in_many_chunks_are_the_same(rng, monkeypatch):
     obs, _ = observations("rows mask", rng)
     point = ({"a": np.zeros(3), "b": np.zeros(5)}, {"a": np.ones((3, 1)), "b": np.ones((5, 1))})
@@ -194,6 +234,17 @@ def test_evidence_never_falls_and_ends_at_a_stationary_point(rng):
     end = data[0].slopes(fit.means, fit.factors)
     assert np.abs(end.factors["a"]).max() / 500 < 1e-2
     assert np.abs(end.means["a"]).max() / 500 < 1e-2
+
+
+def test_moments_and_rows_are_fitted_alike(rng):
+    problem, _ = seen_directly(rng, n=300, dim=4, rank=2)
+    obs = problem.views[0].prepare()
+    fits = []
+    for data in ([g.Rows(obs)], [g.Moments(obs)]):
+        fits.append(clvm.maximise(data, clvm.grow(data, clvm.start(data), 3)))
+    one, other = (fit.factors["a"] @ fit.factors["a"].T for fit in fits)
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    assert fits[0].value == pytest.approx(fits[1].value, rel=1e-7)
 
 
 def test_growth_never_loses_training_evidence(rng):

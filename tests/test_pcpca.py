@@ -7,12 +7,12 @@ from scipy.stats import multivariate_normal
 from dichroic import Problem, Source, View
 from dichroic.baselines import ClvmLinear, Pcpca
 from dichroic.baselines import gaussian as g
-from dichroic.baselines.pcpca import Role, assign, noise_level
+from dichroic.baselines.pcpca import Role, _falling, assign, noise_level
 from dichroic.baselines.pcpca_objective import Pair, closed_form
 from dichroic.errors import ConfigError, RunError
 from dichroic.noise import DenseNoise, Isotropic, Masked
 from dichroic.observations import Observations
-from dichroic.operators import Dense, Identity
+from dichroic.operators import Dense, Identity, Scale
 
 FLOOR = 1e-4
 
@@ -167,6 +167,50 @@ def test_incomplete_data_give_the_subspace_of_complete_data(rng):
     assert abs(unit(found.factor) @ unit(w)) > 0.99
 
 
+def scaled_pair(foreground, background, scales, *, rows=False):
+    """Of `y = c x + η`, by their moments or one by one."""
+    data = []
+    for y, c in zip((foreground, background), scales, strict=True):
+        obs = Observations(y, {"a": Scale((y.shape[1],), c)}, Isotropic(1.0))
+        data.append(g.Rows(obs) if rows else g.Moments(obs))
+    return Pair("a", *data, FLOOR)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_the_exact_maximum_is_that_of_the_ascent(contrast, rank, rng):
+    """Over single observations, which have no closed form, from a start of its own."""
+    y, x = two_sets(rng)
+    exact = scaled_pair(y, x, (0.5, 0.5)).exact(contrast, rank)
+    rows = scaled_pair(y, x, (0.5, 0.5), rows=True)
+    assert rows.exact(contrast, rank) is None
+    found = rows.fit(contrast, rank, tolerance=1e-13)
+    assert exact.value == pytest.approx(found.value, rel=1e-6)
+    assert exact.noise == pytest.approx(found.noise, rel=2e-3)
+    scale = gram(exact.factor).max()
+    np.testing.assert_allclose(gram(exact.factor), gram(found.factor), atol=2e-3 * scale)
+    assert exact.bounded
+
+
+def test_two_multiples_of_the_identity_have_the_maximum_of_single_observations(rng):
+    y, x = two_sets(rng)
+    moments, rows = (scaled_pair(y, x, (0.5, 1.0), rows=rows) for rows in (False, True))
+    assert moments.exact(0.5, 2) is None
+    assert moments.exact(0.0, 2) is not None
+    one, other = (p.best(0.5, 2, tolerance=1e-13) for p in (moments, rows))
+    assert one.value == pytest.approx(other.value, rel=1e-6)
+    np.testing.assert_allclose(
+        gram(one.factor), gram(other.factor), atol=2e-3 * gram(one.factor).max()
+    )
+
+
+def test_covariances_of_a_multiple_of_the_identity_need_no_ascent(rng):
+    y, x = two_sets(rng)
+    moments, rows = (scaled_pair(y, x, (0.5, 1.0), rows=rows) for rows in (False, True))
+    for one, other in zip(moments.covariances, rows.covariances, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3 * one.max())
+
+
 # Problems
 
 
@@ -214,6 +258,13 @@ def test_gamma_and_rank_are_chosen_by_held_out_evidence(rng):
     assert chosen["heldout_log_evidence"] > min(scores)
     assert 0 <= chosen["gamma"] < 360 / 540 + 1e-6
     assert 1 <= chosen["rank"] <= 5
+
+
+def test_a_contrast_is_given_up_after_two_falls_in_succession():
+    assert _falling([1.0, 3.0, 2.0, 1.0])
+    assert not _falling([3.0, 2.0])
+    assert not _falling([3.0, 1.0, 2.0])
+    assert not _falling([1.0, 3.0, 2.0])
 
 
 def test_draws_of_each_source_are_from_its_own_model(rng):

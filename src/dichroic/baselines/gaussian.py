@@ -22,7 +22,6 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import numpy as np
-from scipy.optimize import minimize
 
 from dichroic.batching import split, take
 from dichroic.observations import Observations, is_shared
@@ -103,6 +102,21 @@ class Inverse:
             return self._inverse @ x
         return (x - self._b @ (self._inverse @ (_t(self._b) @ x))) / self._s
 
+    def pull(self, covariance: np.ndarray) -> tuple[float, float, np.ndarray]:
+        """`tr P S`, `tr P S P` and `(P S P − P) B`, where there is one `B`, of `S = covariance`.
+
+        With `P B = B (s I + BᵀB)⁻¹`, the costs of a narrow `B` are those of `S B`.
+        """
+        b, inner = self._b[0], self._inverse[0]
+        if not self._small:
+            inside = inner @ covariance
+            both = inside @ inner
+            return float(np.trace(inside)), float(np.trace(both)), (both - inner) @ b
+        sb, pb = covariance @ b, b @ inner
+        first = (np.trace(covariance) - np.sum(sb * pb)) / self._s
+        second = (first - np.sum(sb * (pb @ inner))) / self._s
+        return float(first), float(second), self.apply((sb @ inner)[None])[0] - pb
+
 
 class Rows:
     """Observations with their own operators, noise or missing entries."""
@@ -123,9 +137,9 @@ class Rows:
         """`log p` and its gradient."""
         return total([_slopes(white, means, factors, s) for white in self.chunks()])
 
-    def curvature(self, means: Arrays, factors: Arrays) -> dict[str, Curvature]:
-        """`S` and `J` of every source, at `s = 1`."""
-        return add_curvatures([_curvature(white, means, factors) for white in self.chunks()])
+    def curvature(self, means: Arrays, factors: Arrays, s: float = 1.0) -> dict[str, Curvature]:
+        """`S` and `J` of every source."""
+        return add_curvatures([_curvature(white, means, factors, s) for white in self.chunks()])
 
     def normal(self) -> Normal:
         """The least-squares problem of the means."""
@@ -148,43 +162,54 @@ class Moments:
         )
         self._mean = y[0].mean(axis=1)
         self._covariance = np.cov(y[0], bias=True).reshape(2 * self._mean.shape)
-        self._white = _whiten(take(obs, slice(0, 1)))._replace(y=self._mean[None])
+        white = _whiten(take(obs, slice(0, 1)))
+        self._seen, self._logdet = float(white.seen[0]), float(white.logdet[0])
+        self.operators = {k: _multiple(a[0]) for k, a in white.matrices.items()}
 
-    def _state(self, means: Arrays, factors: Arrays, s: float):
-        r, projected = self._white.residual(means)[0], self._white.project(factors)
-        power = self.count * (self._covariance + np.outer(r, r))
-        inverse = Inverse(projected, s)
-        return r, power, projected, inverse, lambda x: inverse.apply(x[None])[0]
+    @property
+    def second_moment(self) -> np.ndarray:
+        """`Σ_i y_i y_iᵀ / n` of the whitened observations, `(M, M)`."""
+        return self._covariance + np.outer(self._mean, self._mean)
+
+    def _state(
+        self, means: Arrays, factors: Arrays, s: float
+    ) -> tuple[np.ndarray, np.ndarray, Inverse]:
+        r = self._mean - sum(_product(a, means[k]) for k, a in self.operators.items())
+        projected = {k: _product(a, factors[k])[None] for k, a in self.operators.items()}
+        return r, self._covariance + np.outer(r, r), Inverse(projected, s)
 
     def slopes(self, means: Arrays, factors: Arrays, s: float = 1.0) -> Slopes:
         """`log p` and its gradient."""
-        r, power, projected, inverse, p = self._state(means, factors, s)
-        n, white = self.count, self._white
-        missing = r.size - white.seen[0]
-        inside = p(power)
-        both = p(inside.T)  # P (Σ_i r rᵀ) P
-        logdet = inverse.logdet[0] - missing * math.log(s) + white.logdet[0]
-        value = np.trace(inside) + n * (logdet + white.seen[0] * math.log(2 * math.pi))
-        force = n * p(r[:, None])[:, 0]
-        slope = {k: both @ b[0] - n * p(b[0]) for k, b in projected.items()}
+        r, covariance, inverse = self._state(means, factors, s)
+        n, missing = self.count, self._mean.size - self._seen
+        first, second, slope = inverse.pull(covariance)
+        logdet = inverse.logdet[0] - missing * math.log(s) + self._logdet
+        force = inverse.apply(r[None, :, None])[0, :, 0]
+        ends = np.cumsum([factors[k].shape[1] for k in self.operators])[:-1]
+        parts = zip(self.operators.items(), np.split(slope, ends, axis=1), strict=True)
         return Slopes(
-            -0.5 * float(value),
-            {k: a[0].T @ force for k, a in white.matrices.items()},
-            {k: a[0].T @ slope[k] for k, a in white.matrices.items()},
-            0.5 * float(np.trace(both) - n * (inverse.trace[0] - missing / s)),
+            -0.5 * n * float(first + logdet + self._seen * math.log(2 * math.pi)),
+            {k: n * _product(a.T, force) for k, a in self.operators.items()},
+            {k: n * _product(a.T, part) for (k, a), part in parts},
+            0.5 * n * float(second - inverse.trace[0] + missing / s),
         )
 
-    def curvature(self, means: Arrays, factors: Arrays) -> dict[str, Curvature]:
-        """`S` and `J` of every source, at `s = 1`."""
-        _, power, _, _, p = self._state(means, factors, 1.0)
-        applied = {k: (a[0], p(a[0])) for k, a in self._white.matrices.items()}
-        return {
-            k: Curvature(pa.T @ power @ pa, self.count * a.T @ pa) for k, (a, pa) in applied.items()
-        }
+    def curvature(self, means: Arrays, factors: Arrays, s: float = 1.0) -> dict[str, Curvature]:
+        """`S` and `J` of every source."""
+        _, covariance, inverse = self._state(means, factors, s)
+        p, n = inverse.apply(np.eye(self._mean.size)[None])[0], self.count
+        out = {}
+        for k, a in self.operators.items():
+            pa = p * a if a.ndim == 0 else p @ a
+            out[k] = Curvature(n * pa.T @ covariance @ pa, n * _product(a.T, pa))
+        return out
 
     def normal(self) -> Normal:
         """The least-squares problem of the means."""
-        a = np.concatenate([m[0] for m in self._white.matrices.values()], axis=1)
+        eye = np.eye(self._mean.size)
+        a = np.concatenate(
+            [_product(m, eye) if m.ndim == 0 else m for m in self.operators.values()], axis=1
+        )
         power = float(np.trace(self._covariance) + self._mean @ self._mean)
         return Normal(self.count * a.T @ a, self.count * a.T @ self._mean, self.count * power)
 
@@ -233,8 +258,8 @@ def _slopes(white: White, means: Arrays, factors: Arrays, s: float) -> Slopes:
     )
 
 
-def _curvature(white: White, means: Arrays, factors: Arrays) -> dict[str, Curvature]:
-    inverse = Inverse(white.project(factors), 1.0)
+def _curvature(white: White, means: Arrays, factors: Arrays, s: float) -> dict[str, Curvature]:
+    inverse = Inverse(white.project(factors), s)
     v = inverse.apply(white.residual(means)[..., None])
     out = {}
     for k, a in white.matrices.items():
@@ -275,6 +300,17 @@ def _logdet(low: np.ndarray) -> np.ndarray:
     return 2 * np.log(np.diagonal(low, axis1=1, axis2=2)).sum(axis=1)
 
 
+def _multiple(a: np.ndarray) -> np.ndarray:
+    """`c`, without axes, if `A = c I`, else `A`."""
+    c = np.asarray(a[0, 0])
+    return c if a.shape[0] == a.shape[1] and np.array_equal(a, c * np.eye(len(a))) else a
+
+
+def _product(a: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """`A x`, also of a multiple of the identity as `_multiple` has it."""
+    return a * x if a.ndim == 0 else a @ x
+
+
 def _t(a: np.ndarray) -> np.ndarray:
     return a.swapaxes(-1, -2)
 
@@ -312,57 +348,3 @@ def least_squares_means(views: Sequence[Data]) -> Arrays:
     ridge = np.trace(h) / max(power, 1e-30)
     solution = np.linalg.solve(h + ridge * np.eye(size), g)
     return {k: solution[i] for k, i in at.items()}
-
-
-class Ascent(NamedTuple):
-    """Where an ascent ended: the arrays, the value, and the value of every iterate."""
-
-    arrays: list[np.ndarray]
-    value: float
-    history: list[float]
-
-
-def ascend(
-    function: Callable[[list[np.ndarray]], tuple[float, list[np.ndarray]]],
-    start: Sequence[np.ndarray],
-    *,
-    bounds: Sequence[tuple[float, float]] | None = None,
-    tolerance: float,
-    iterations: int,
-) -> Ascent:
-    """Maximise `function`, which returns its value and gradient, by L-BFGS; no iterate falls.
-
-    `bounds` are one pair for all entries of each array; `tolerance` is the relative gain of one
-    iteration that ends the ascent. Source: Byrd, Lu, Nocedal and Zhu, SIAM J. Sci. Comput. 16, 1995.
-    """
-    shapes = [a.shape for a in start]
-    ends = np.cumsum([a.size for a in start])[:-1]
-    pack = lambda arrays: np.concatenate([np.ravel(a) for a in arrays])
-    unpack = lambda x: [a.reshape(s) for a, s in zip(np.split(x, ends), shapes, strict=True)]
-    history: list[float] = []
-
-    def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = function(unpack(x))
-        return -value, -pack(gradient)
-
-    def follow(intermediate_result) -> None:
-        history.append(-float(intermediate_result.fun))
-
-    found = minimize(
-        negative,
-        pack(start),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=None
-        if bounds is None
-        else [b for a, b in zip(start, bounds, strict=True) for _ in range(a.size)],
-        callback=follow,
-        options={
-            "maxcor": 20,
-            "maxiter": iterations,
-            "maxfun": 2 * iterations,
-            "ftol": tolerance,
-            "gtol": 1e-9,
-        },
-    )
-    return Ascent(unpack(found.x), -float(found.fun), history)

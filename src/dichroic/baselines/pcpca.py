@@ -17,8 +17,9 @@ is not the target; W and σ² maximise `log p(Y_fg) − γ log p(Y_bg)` over a f
 - *γ and r*, where they are not given, by the mean evidence of the held-out foreground with its stated noise,
   with `W Wᵀ` as the covariance of the target, and the like for the other sources: as chosen already, or, for
   those that come later in the order of learning, by probabilistic PCA of full rank. Candidates are
-  r = 1, 2, 3, 4, 6, 8, …, D and γ = 0, 0.2, 0.4, 0.6, 0.8, 0.9 times n / m. The search uses at most 2048
-  training observations of a view whose observations differ in operators, noise or missing entries.
+  r = 1, 2, 3, 4, 6, 8, …, D and γ = 0, 0.2, 0.4, 0.6, 0.8, 0.9 times n / m; above r = 64, a γ is given up
+  when its evidence has fallen from rank to rank twice in succession. The search uses at most 2048 training
+  observations of a view whose observations differ in operators, noise or missing entries.
 
 A draw of a source is one from its own model given `y` less the means of the other sources.
 """
@@ -51,6 +52,7 @@ from dichroic.tracking import Tracker
 
 CONTRASTS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)  # candidates of γ m / n
 _SEARCH: dict[str, Any] = {"iterations": 200, "tolerance": 1e-8}
+_MANY = 64  # the largest rank at which all contrasts are tried
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,11 @@ def _within(progress: Callable[[int, int], None] | None, part: int, parts: int):
     return lambda done, total: progress(part * total + done, parts * total)
 
 
+def _falling(scores: Sequence[float]) -> bool:
+    """Have the last two fallen, each from the one before?"""
+    return len(scores) > 2 and scores[-1] < scores[-2] < scores[-3]
+
+
 class _Search:
     """The choice of γ and r of one source after another."""
 
@@ -242,7 +249,7 @@ class _Search:
         tried = self._try(name, role, contrasts, ranks)
         pair = self._pair(name, role)
         for score, contrast, (factor, noise, *_) in sorted(tried, key=lambda t: -t[0]):
-            best = pair.fit(contrast, factor.shape[1], (factor, noise))
+            best = pair.best(contrast, factor.shape[1], (factor, noise))
             if best.bounded:
                 self.factors[name] = best.factor
                 found = {"gamma": contrast * counts[0] / counts[1], "rank": factor.shape[1]}
@@ -276,13 +283,17 @@ class _Search:
         pair = self._pair(name, role, search=True)
         held = g.gather(self.data.test[role.foreground])
         others = {k: self._stand_in(k) for k in held.dims if k != name}
-        out = []
+        out, scores = [], {contrast: [] for contrast in contrasts}
         for rank in ranks:
             for contrast in contrasts:
-                found = pair.fit(contrast, rank, **_SEARCH)
+                if rank > _MANY and _falling(scores[contrast]):
+                    continue
+                found = pair.best(contrast, rank, **_SEARCH)
                 if found.bounded:
                     factors = {**others, name: found.factor}
-                    out.append((g.mean_evidence([held], self.means, factors), contrast, found))
+                    score = g.mean_evidence([held], self.means, factors)
+                    scores[contrast].append(score)
+                    out.append((score, contrast, found))
         return out
 
     def _stand_in(self, name: str) -> np.ndarray:
@@ -292,7 +303,7 @@ class _Search:
         if name not in self._plain:
             role = Role(assign(name, self.data.train, self.shares).foreground)
             rank = min(self.rank or self.dims[name], self.dims[name])
-            self._plain[name] = self._pair(name, role, search=True).fit(0.0, rank).factor
+            self._plain[name] = self._pair(name, role, search=True).best(0.0, rank).factor
         return self._plain[name]
 
     def _pair(self, name: str, role: Role, *, search: bool = False) -> Pair:
