@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -39,7 +38,7 @@ from dichroic.machine import peak_memory
 from dichroic.metrics import mean_chi2, psnr
 from dichroic.mixture_em import (
     em_lap,
-    initial_gaussian,
+    initial_gaussians,
     is_large,
     mean_log_evidence,
     split_components,
@@ -122,7 +121,7 @@ def _mixture_lap(
     current = state.current
     if names[0] not in current:
         rank = min(LEAST_RANK, c.rank) if is_large(data.train) else None
-        current = {**current, **_start(names, train, current, rank, data.stationary)}
+        current = {**current, **initial_gaussians(names, train, current, rank, data.stationary)}
     current, evidence = em_lap(current, train, names, c, clock)
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, train, c)
@@ -154,7 +153,8 @@ def _mixture_lap(
     if size == 1 and rank is not None:
         most = min(c.rank, *(current[n].dim - 1 for n in low))
         if better and rank < most:
-            wider = {**current, **_start(low, train, current, min(2 * rank, most))}
+            wider = initial_gaussians(low, train, current, min(2 * rank, most))
+            wider = {**current, **wider}
             wide = dataclasses.replace(state, current=wider, best=best, score=score, lap=0)
             return wide, metrics
         current = {**current, **{n: best[n] for n in names}}  # of the rank with the best score
@@ -175,19 +175,6 @@ def _mixture_lap(
     with clock.during("scoring"):
         metrics |= _scores(best, data.at(best_operators), test, config)
     return _next_group(state, best, data, config), metrics
-
-
-def _start(
-    names: Sequence[str],
-    views: Sequence[Observed],
-    known: Denoisers,
-    rank: int | None,
-    axes: Mapping[str, int] = MappingProxyType({}),
-) -> dict[str, Mixture]:
-    """One Gaussian for each of the sources `names`, which are new."""
-    mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, Mixture)}
-    start = partial(initial_gaussian, views=views, group=names, known=mixtures, rank=rank)
-    return {n: start(n, stationary=axes.get(n, 0)) for n in names}
 
 
 def _learn_operators(

@@ -8,9 +8,10 @@ far faster than a random start of all of them.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 import equinox as eqx
 import jax
@@ -22,7 +23,7 @@ from dichroic import layout
 from dichroic.backgrounds import low_rank_log_evidence
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
-from dichroic.denoise import Mixture, gaussian
+from dichroic.denoise import Denoiser, Mixture, gaussian
 from dichroic.evidence import (
     DEFAULT_MAX_TUPLES,
     Components,
@@ -193,6 +194,19 @@ def _view_log_evidence(priors, obs, max_tuples) -> Array:
         return log_evidence(y, a, cov_noise, sources, seen=seen, max_tuples=max_tuples)
 
     return sum_over(one, obs, min(_count(priors), max_tuples) * obs.size**2)
+
+
+def initial_gaussians(
+    names: Sequence[str],
+    views: Sequence[Observed],
+    known: Mapping[str, Denoiser],
+    rank: int | None,
+    stationary: Mapping[str, int] = MappingProxyType({}),
+) -> Mixtures:
+    """One Gaussian for each of the sources `names`, which are new; `stationary` along so many of their axes."""
+    mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, Mixture)}
+    start = partial(initial_gaussian, views=views, group=names, known=mixtures, rank=rank)
+    return {n: start(n, stationary=stationary.get(n, 0)) for n in names}
 
 
 def initial_gaussian(
