@@ -12,7 +12,7 @@ and a view is a mixture over `j` of views of the other sources (`dichroic.lowran
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -119,14 +119,17 @@ class Backgrounds:
 class Totals:
     """Sums over observations of what they say before one background."""
 
-    def __init__(self, background: Background):
+    def __init__(self, background: Background, names: Collection[str]):
+        """Of what the M-steps of the sources `names` need."""
         view = self.view = background.view
-        self.background, self.squares = background, dict.fromkeys(view.parts, 0.0)
+        self.background, self.names = background, names
+        self.squares = {k: 0.0 for k in view.parts if k in names}
         self.count = np.zeros(len(view.tuples))
         self.tuples = np.zeros((*view.where.shape, view.where.shape[1]))
         self.outer = np.zeros(view.columns.shape)
         self.y, self.latents = np.zeros(view.size), np.zeros(view.columns.shape[1])
-        self.square = np.zeros((view.size, view.size)) if background.parts else None
+        behind = any(k in names for k in background.parts)
+        self.square = np.zeros((view.size, view.size)) if behind else None
 
     def head(self, name: str, columns: np.ndarray) -> np.ndarray:
         """`Aᵀ B⁻¹` times columns."""
@@ -136,6 +139,9 @@ class Totals:
     def add(self, y: np.ndarray, given: Given, log_evidence: np.ndarray) -> None:
         """Observations `(n, M)` whose evidence before all backgrounds is `log_evidence` `(n,)`."""
         r = np.exp(given.scores - log_evidence[:, None]).T
+        some = r.max(axis=0) > _NEGLIGIBLE
+        if not some.all():
+            y, given, r = y[some], given.rows(some), r[:, some]
         weighted = r[:, :, None] * given.latents
         for t, rows in enumerate(r > _NEGLIGIBLE):
             self.tuples[t] += given.latents[t, rows].T @ weighted[t, rows]
@@ -144,7 +150,8 @@ class Totals:
         self.outer += y.T @ by_component
         share = r.sum(axis=0)
         for name in self.squares:
-            self.squares[name] += float(np.sum(share * np.sum(self.head(name, y.T) ** 2, axis=0)))
+            back = self.view.parts[name].back(given.solved.T)
+            self.squares[name] += float(np.sum(share * np.sum(back**2, axis=0)))
         if self.square is not None:
             self.square += (share * y.T) @ y
             self.y += share @ y

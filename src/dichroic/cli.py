@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 import threading
-import typing
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 from dichroic import __version__
 from dichroic.blocks import parse_bytes, parse_shard
-from dichroic.config import FitConfig, settings
+from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DichroicError, LostError, WriteError
 from dichroic.limits import within
-from dichroic.options import ending, listed, numbers, parsed, positive
+from dichroic.options import add_settings, ending, listed, numbers, parsed, positive
 from dichroic.programs import keep_programs
 
 
@@ -104,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="KIND:WHERE",
         help="also send metrics to tensorboard:DIR, wandb:PROJECT or mlflow:URI; may be repeated",
     )
-    _add_settings(fit)
+    add_settings(fit)
 
     moved = "the problem file that RUN was fitted to, if it has moved"
     separate = add("separate", _separate, "draw the sources of observations from their posterior")
@@ -182,25 +181,6 @@ def _add_scaling(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_settings(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("settings (override the file's fit: section)")
-    for name, (kind, default) in settings().items():
-        if name == "order":
-            group.add_argument(
-                "--order", metavar="A,B/C", help="groups of sources, learned in turn"
-            )
-            continue
-        options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
-        group.add_argument(
-            f"--{name}",
-            dest=f"set:{name}",
-            type=str if options else kind,
-            choices=options,
-            metavar=None if options else kind.__name__.upper(),
-            help=f"(default {default})",
-        )
-
-
 def _config(args: argparse.Namespace, section: dict[str, Any]) -> FitConfig:
     given = {
         name.removeprefix("set:"): value
@@ -213,18 +193,19 @@ def _config(args: argparse.Namespace, section: dict[str, Any]) -> FitConfig:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from dichroic.data import stationary_axes
     from dichroic.identify import identifiability, scarcity
     from dichroic.statement import load_problem, summary_rows
     from dichroic.tables import text_table
 
     problem, section = load_problem(args.problem)
-    FitConfig.from_dict(section, where=f"{args.problem}: fit")
-    for rows in summary_rows(problem):
-        header, *body = rows
+    config = FitConfig.from_dict(section, where=f"{args.problem}: fit")
+    stationary = stationary_axes(problem, config)
+    for header, *body in summary_rows(problem):
         print(text_table(header, body), end="\n\n")
     result = identifiability(problem)
     print(result.table(), end="\n\n")
-    for warning in (*result.warnings, *scarcity(problem)):
+    for warning in (*result.warnings, *scarcity(problem, stationary)):
         print(f"warning: {warning}")
     print(f"{args.problem} is a valid problem")
 
@@ -232,7 +213,7 @@ def _check(args: argparse.Namespace) -> None:
 def _fit(args: argparse.Namespace) -> None:
     from dichroic import layout
     from dichroic.data import check_memory
-    from dichroic.identify import identifiability, scarcity
+    from dichroic.identify import advice
     from dichroic.problem import check_values
     from dichroic.report import write_report
     from dichroic.separator import Separator
@@ -254,7 +235,7 @@ def _fit(args: argparse.Namespace) -> None:
         separator.fit(args.out, progress=False, **options)
         layout.each(lambda: None)  # until its report is written
         return
-    warnings = (*identifiability(problem).warnings, *scarcity(problem))
+    warnings = advice(problem, config.mixture.stationary)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     separator.fit(args.out, progress=[True, *trackers], **options)
@@ -351,19 +332,20 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from dichroic.identify import identifiability, scarcity
+    from dichroic.identify import advice
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.statement import problem_of
     from dichroic.tracking import read_metrics
 
     problem = problem_of(args.run_folder, args.problem)
+    separator = Separator.load(args.run_folder, problem=problem)
     page = write_report(
         args.run_folder,
-        separator=Separator.load(args.run_folder, problem=problem),
+        separator=separator,
         metrics=read_metrics(args.run_folder / "metrics.jsonl"),
         n_draws=args.draws,
-        warnings=(*identifiability(problem).warnings, *scarcity(problem)),
+        warnings=advice(problem, separator.config.mixture.stationary),
     )
     print(f"report: {page}")
 

@@ -59,7 +59,7 @@ def prepare(
     With `memory`, in bytes, training observations stay in the files that they are in, to be read block by block,
     and draws are written below the folder `scratch`.
     """
-    stationary = _stationary(problem, config)
+    stationary = stationary_axes(problem, config)
     groups, train, test = problem.joint_views(), [], []
     if memory is not None:
         check_memory(problem, memory)
@@ -121,7 +121,7 @@ def learning_order(views: Sequence[Observed]) -> tuple[tuple[str, ...], ...]:
         known |= set(group)
 
 
-def _stationary(problem: Problem, config: FitConfig) -> dict[str, int]:
+def stationary_axes(problem: Problem, config: FitConfig) -> dict[str, int]:
     """`Data.stationary`; raises `ConfigError` for sources that do not exist, or cannot be stationary."""
     found, where = {}, "fit.mixture.stationary"
     for name in config.mixture.stationary:

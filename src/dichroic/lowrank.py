@@ -61,10 +61,18 @@ class Base:
 
 @dataclass(frozen=True)
 class Given:
-    """What observations `(n, M)` say of the tuples: scores `(n, T)`, and `(1, w_β)_β` `(T, n, S (1 + R))`."""
+    """What observations `y` `(n, M)` say of the tuples: scores `(n, T)`, and `(1, w_β)_β` `(T, n, S (1 + R))`.
+
+    And `solved`, `B⁻¹ y` `(n, M)`.
+    """
 
     scores: np.ndarray
     latents: np.ndarray
+    solved: np.ndarray
+
+    def rows(self, index: np.ndarray) -> "Given":
+        """Of some of the observations."""
+        return Given(self.scores[index], self.latents[:, index], self.solved[index])
 
     @cached_property
     def log_evidence(self) -> np.ndarray:
@@ -170,9 +178,10 @@ class LowRankView:
         along -= shift
         latents = along @ self.covariance
         fit = np.einsum("tnc,tnc->nt", along, latents)
-        square = np.sum(y * self.base.solve(y.T).T, axis=1)[:, None] - 2 * mean
+        solved = self.base.solve(y.T).T
+        square = np.sum(y * solved, axis=1)[:, None] - 2 * mean
         latents[:, :, self.ones] = 1
-        return Given(constant - 0.5 * (square - fit), latents)
+        return Given(constant - 0.5 * (square - fit), latents, solved)
 
     def _of_tuples(self, columns: np.ndarray) -> np.ndarray:
         """Of numbers `(n, C)` by column those of each tuple, `(T, n, S (1 + R))`."""

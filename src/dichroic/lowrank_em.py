@@ -16,7 +16,7 @@ over pairs of components that are in a tuple together. No matrix of D × D numbe
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -98,7 +98,9 @@ def low_rank_lap(
         new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
         return {**mixtures, **{n: new(n) for n in names}}
 
-    own = lambda mixtures: _added(low_rank_statistics(mixtures, o) for o in every_block(views))
+    own = lambda mixtures: _added(
+        low_rank_statistics(mixtures, o, names) for o in every_block(views)
+    )
     evaluate = lambda mixtures: views[0].total(partial(own, mixtures))
     options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
     mixtures, value = ascend(dict(mixtures), evaluate, update, **options)
@@ -106,26 +108,27 @@ def low_rank_lap(
 
 
 def low_rank_statistics(
-    mixtures: Mapping[str, Mixture], obs: Observations
+    mixtures: Mapping[str, Mixture], obs: Observations, names: Collection[str] | None = None
 ) -> tuple[float, dict[str, Sums]]:
-    """`Σ_i log p(y_i)`, and the sums of every source that the view sees."""
+    """`Σ_i log p(y_i)`, and the sums of every source that the view sees, or of those among `names`."""
+    names = obs.sources if names is None else names
     if is_shared(obs):
-        return _shared_statistics(mixtures, obs)
+        return _shared_statistics(mixtures, obs, names)
     mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
     common = Common()
-    return _added(_statistics_of_few(mixtures, some, common) for _, some in groups(obs))
+    return _added(_statistics_of_few(mixtures, some, names, common) for _, some in groups(obs))
 
 
 def _statistics_of_few(
-    mixtures: Mapping[str, Mixture], obs: Observations, common: Common
+    mixtures: Mapping[str, Mixture], obs: Observations, names: Collection[str], common: Common
 ) -> tuple[float, dict[str, Sums]]:
     """The same of observations alike, if they are few by the components alone that they may be of."""
     tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
     if obs.count > _FEW or tuples < _FEW:
-        return _shared_statistics(mixtures, obs, common)
+        return _shared_statistics(mixtures, obs, names, common)
     kept = Backgrounds(mixtures, obs, common).likely(obs)
     picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
-    value, sums = _shared_statistics(picked, obs, common)
+    value, sums = _shared_statistics(picked, obs, names, common)
     return value, {k: s.among(kept[k], mixtures[k]) for k, s in sums.items()}
 
 
@@ -138,11 +141,14 @@ def _added(parts: Iterable[tuple[float, dict[str, Sums]]]) -> tuple[float, dict[
 
 
 def _shared_statistics(
-    mixtures: Mapping[str, Mixture], obs: Observations, common: Common | None = None
+    mixtures: Mapping[str, Mixture],
+    obs: Observations,
+    names: Collection[str],
+    common: Common | None = None,
 ) -> tuple[float, dict[str, Sums]]:
     """The same of observations that share their operators and noise."""
     behind, value = Backgrounds(mixtures, obs, common), 0.0
-    totals = [Totals(b) for b in behind.each]
+    totals = [Totals(b, names) for b in behind.each]
     for y in behind.chunks(obs):
         log_evidence, found = behind.given(y)
         value += float(log_evidence.sum())
@@ -166,7 +172,8 @@ def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, Sums]
         norm = square - 2 * np.sum(x * xy) + np.sum(gram * inner)
         lost, count = float(np.sum(gram * uncertain)), float(totals.count.sum())
         found[name] = _sums(view, name, mixtures[name], inner, xe, norm, lost, count)
-    return found | {k: ForceSums.of(k, mixtures[k], totals) for k in totals.background.parts}
+    behind = [k for k in totals.background.parts if k in totals.names]
+    return found | {k: ForceSums.of(k, mixtures[k], totals) for k in behind}
 
 
 def _sums(view, name, mixture, inner, left, norm, lost, count) -> LatentSums:

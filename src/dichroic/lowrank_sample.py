@@ -212,7 +212,8 @@ def _draw(
 ) -> dict[str, np.ndarray]:
     """A tuple by its probability, a prior draw of it, moved to the posterior."""
     before = [_Before(b, y, noised) for b in behind.each]
-    given = Given(np.concatenate([b.scores for b in before], axis=1), np.zeros(0))
+    scores = np.concatenate([b.scores for b in before], axis=1)
+    given = Given(scores, np.zeros(0), np.zeros(0))
     edges = np.cumsum(given.responsibilities, axis=1)
     t = np.sum(edges < normals.uniform[:, None] * edges[:, -1:], axis=1)
     which, t = np.divmod(np.minimum(t, edges.shape[1] - 1), before[0].scores.shape[1])

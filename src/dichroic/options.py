@@ -1,10 +1,12 @@
 """What options of the command line are given: numbers, lists, and text that a function parses."""
 
 import argparse
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dichroic.config import settings
 from dichroic.errors import DichroicError
 
 
@@ -49,3 +51,29 @@ def ending(*endings: str) -> Callable[[str], Path]:
         return Path(text)
 
     return convert
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """An option for every setting of a fit, kept as `set:NAME`."""
+    group = command.add_argument_group("settings (override the file's fit: section)")
+    for name, (kind, default) in settings().items():
+        if name == "order":
+            group.add_argument(
+                "--order", metavar="A,B/C", help="groups of sources, learned in turn"
+            )
+            continue
+        options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        several = typing.get_origin(kind) is tuple
+        group.add_argument(
+            f"--{name}",
+            dest=f"set:{name}",
+            type=str if options else parse_names if several else kind,
+            choices=options,
+            metavar=None if options else "A,B" if several else kind.__name__.upper(),
+            help="(default none)" if several else f"(default {default})",
+        )
+
+
+def parse_names(text: str) -> list[str]:
+    """Names of sources, with commas between them; none of an empty text."""
+    return [name for name in text.split(",") if name]

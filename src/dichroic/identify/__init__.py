@@ -25,6 +25,8 @@ with more covariance entries together than the views that see any of them have, 
 identified (`short`).
 """
 
+from collections.abc import Collection
+
 import numpy as np
 
 from dichroic.identify.kernels import Part, resolve
@@ -87,3 +89,8 @@ def _result(name: str, mean: Part, covariance: Part, lacking: bool) -> SourceIde
         1 / covariance.condition,
         covariance.condition,
     )
+
+
+def advice(problem: Problem, stationary: Collection[str] = ()) -> tuple[str, ...]:
+    """All that there is to warn of before a fit, in which the sources `stationary` are."""
+    return (*identifiability(problem).warnings, *scarcity(problem, stationary))
