@@ -6,15 +6,18 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import yaml
 from scipy.linalg import toeplitz
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 from dichroic import FitConfig, Problem, Separator, Source, View
 from dichroic.backgrounds import low_rank_log_evidence
+from dichroic.cli import main
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
-from dichroic.errors import ConfigError
+from dichroic.errors import ConfigError, FormatError
+from dichroic.identify import scarcity
 from dichroic.io import load_denoiser, save_denoiser
 from dichroic.lowrank_em import from_columns, low_rank_lap, low_rank_statistics
 from dichroic.lowrank_sample import low_rank_draws
@@ -22,6 +25,7 @@ from dichroic.mixture_em import em_lap, mean_log_evidence, split_components
 from dichroic.noise import DenseNoise
 from dichroic.observations import Observations
 from dichroic.operators import Dense, Identity
+from dichroic.packing import pack, unpack
 from dichroic.stationary import Torus, symmetric_power, torus_of
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -296,3 +300,42 @@ def test_the_evidence_of_held_out_observations_is_the_same_in_both_kinds_of_em(r
     full = Mixture.from_moments(np.exp(star.log_weights), star.means, star.covariances())
     dense = mean_log_evidence({**mixtures, "star": full}, [obs])
     assert dense == pytest.approx(low_rank_log_evidence(mixtures, obs) / obs.count, rel=1e-7)
+
+
+def test_few_observations_are_enough_of_a_stationary_source(rng):
+    of = problem(rng, n=40)
+    assert "say that it looks the same everywhere" in scarcity(of)[0]
+    assert scarcity(of, ["sky"]) == ()
+    assert "fewer than 10" in scarcity(problem(rng, n=9), ["sky"])[0]
+
+
+def test_a_stationary_source_of_low_rank_is_no_model(rng):
+    arrays, meta = pack(stationary(rng, Torus(1, (4,)), 2))
+    assert unpack(arrays, meta).stationary == 1
+    for change in ({"basis": arrays["basis"][:, :, 1:], "variances": arrays["variances"][:, 1:]},):
+        with pytest.raises(FormatError, match="stationary"):
+            unpack(arrays | change, meta)
+    with pytest.raises(FormatError, match="stationary along 2"):
+        unpack(arrays, meta | {"stationary": 2})
+
+
+def test_the_command_line_takes_sources_that_are_stationary(rng, tmp_path, capsys):
+    of = problem(rng, n=60)
+    np.save(tmp_path / "y.npy", np.asarray(of.views[0].observations))
+    view = {"observations": "y.npy", "operators": {"sky": "identity"}, "noise": 0.1}
+    fit = {"mixture": {"components": 2, "gaussian_laps": 2, "laps": 1, "final_laps": 1}}
+    stated = {
+        "sources": {"sky": [6, 6]},
+        "views": {"v": view},
+        "fit": fit | {"diffusion": {"laps": 0}},
+    }
+    path = tmp_path / "problem.yaml"
+    path.write_text(yaml.safe_dump(stated))
+    options = ["--out", str(tmp_path / "run"), "--no-report", "--mixture.stationary", "sky"]
+    assert main(["fit", str(path), *options]) == 0
+    assert Separator.load(tmp_path / "run").denoisers["sky"].stationary == 2
+    stated["fit"]["mixture"]["stationary"] = ["dust"]
+    path.write_text(yaml.safe_dump(stated))
+    capsys.readouterr()
+    assert main(["check", str(path)]) != 0
+    assert "there is no source 'dust'" in capsys.readouterr().err

@@ -105,6 +105,8 @@ def _mixture(arrays: Arrays, shape: Shape, stationary: Any) -> Mixture:
                 f"{name} has shape {a.shape}, which does not fit {k} components of {dim} numbers"
             )
         _check_numbers(name, a)
+    if stationary and (rank < dim or np.any(parts["floor"])):
+        raise FormatError("a stationary source whose covariances are of low rank, or with a floor")
     if not np.any(np.isfinite(parts["log_weights"])):
         raise FormatError("no component has a weight above zero")
     return Mixture(
