@@ -12,7 +12,7 @@ from dichroic.denoise import Mixture, Preconditioned
 from dichroic.em import expectation
 from dichroic.nn import Mlp
 from dichroic.noise import DiagonalNoise
-from dichroic.operators import Dense
+from dichroic.operators import Dense, Identity
 from dichroic.problem import Problem, Source, View
 from dichroic.run import fit
 from dichroic.train import train_denoiser
@@ -49,6 +49,21 @@ def problem() -> Problem:
     return Problem([Source("line", (D,)), Source("ring", (D,))], views)
 
 
+def long_problem() -> Problem:
+    """A stationary source of many numbers, and one of few directions before it."""
+    size, n = 132, 40
+    walk = np.cumsum(RNG.normal(size=(2, n, 2 * size)), axis=2)
+    sky = walk[:, :, size:] - walk[:, :, :size]
+    star = np.outer(RNG.normal(size=n), np.sin(np.arange(size)))
+    noisy = lambda x: x + 0.5 * RNG.normal(size=x.shape)
+    eye = Identity((size,))
+    views = [
+        View(noisy(sky[0]), {"sky": eye}, 0.5, "empty"),
+        View(noisy(sky[1] + star), {"sky": eye, "star": eye}, 0.5, "full"),
+    ]
+    return Problem([Source("sky", (size,)), Source("star", (size,))], views)
+
+
 def main(out: str) -> None:
     """All of it."""
     layout.join()
@@ -78,6 +93,11 @@ def main(out: str) -> None:
     }
     both = Problem(stated.sources, stated.views[1:])
     state, _ = fit(both, FitConfig.from_dict(settings))
+    for name, mixture in state.best.items():
+        found[f"mean/{name}"] = np.asarray(mixture.location)
+        found[f"covariance/{name}"] = np.asarray(mixture.covariances())
+    settings["mixture"] |= {"rank": 2, "stationary": ["sky"]}
+    state, _ = fit(long_problem(), FitConfig.from_dict(settings))
     for name, mixture in state.best.items():
         found[f"mean/{name}"] = np.asarray(mixture.location)
         found[f"covariance/{name}"] = np.asarray(mixture.covariances())

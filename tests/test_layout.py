@@ -73,7 +73,7 @@ def test_draws_are_the_same_bits_and_parameters_equal_to_rounding_in_every_layou
             np.testing.assert_array_equal(other[key], one[key])
         np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
         np.testing.assert_allclose(other["network"], one["network"], atol=1e-3)
-        for source in ("line", "ring"):
+        for source in ("line", "ring", "sky", "star"):
             scale = np.abs(one[f"covariance/{source}"]).max()
             for key in (f"mean/{source}", f"covariance/{source}"):
                 np.testing.assert_allclose(other[key], one[key], atol=1e-3 * scale)

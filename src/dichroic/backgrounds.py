@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import equinox as eqx
 import numpy as np
 
 from dichroic.columns import Common
@@ -163,8 +164,7 @@ class Totals:
         return self.view.pairs(self.count[:, None, None] * self.view.covariance)
 
 
-@dataclass(frozen=True)
-class ForceSums:
+class ForceSums(eqx.Module):
     """Of one source, per component: `n`, `Σ r g`, `Σ r S` and `Σ r W` (`dichroic.mixture_step`)."""
 
     count: np.ndarray
