@@ -79,7 +79,8 @@ class Fitted(Separator):
         with understanding(folder / "model.json"):
             if _own(info, self.name, folder)["fingerprint"] != self._fingerprint:
                 raise RunError(f"{folder} holds a model of another problem; choose another folder")
-            if (info["baseline"]["settings"], info["config"]) != (self.settings, _config(self)):
+            before = FitConfig.from_dict(info["config"]).to_dict()
+            if (info["baseline"]["settings"], before) != (self.settings, _config(self)):
                 raise RunError(f"{folder} holds a model with other settings; choose another folder")
             self._restore(denoisers, info)
         return True
