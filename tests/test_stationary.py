@@ -133,7 +133,7 @@ def test_evidence_and_sums_are_those_of_dense_formulas(missing, rng):
     got, found = low_rank_statistics(mixtures, obs)
     assert got == pytest.approx(value, rel=1e-9)
     sky = found["sky"]
-    for a, b in zip((sky.count, sky.force, sky.score, sky.information), sums, strict=True):
+    for a, b in zip((sky.count, sky.force, sky.scatter, sky.information), sums, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-7 * np.abs(b).max())
 
 
@@ -154,7 +154,7 @@ def test_observations_one_by_one_have_the_same_sums(rng):
     value, found = low_rank_statistics(mixtures, obs)
     other, each = low_rank_statistics(mixtures, masked)
     assert other == pytest.approx(value, rel=1e-7)
-    np.testing.assert_allclose(each["sky"].score, found["sky"].score, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(each["sky"].scatter, found["sky"].scatter, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(each["star"].inner, found["star"].inner, rtol=1e-5, atol=1e-7)
 
 

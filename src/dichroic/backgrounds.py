@@ -16,12 +16,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import equinox as eqx
 import numpy as np
 
 from dichroic.columns import Common
 from dichroic.denoise import Mixture
 from dichroic.lowrank import Given, LowRankView, Part, part_of
+from dichroic.mixture_sums import Sums
 from dichroic.observations import Observations, groups
 
 _NEGLIGIBLE = 1e-12  # probability of a tuple
@@ -54,7 +54,7 @@ class Background:
 class Backgrounds:
     """A view as a mixture of views before each background: one alone where no source is stationary.
 
-    `seen` are its entries that are not missing, `slots` where the latents of each source are among those of all.
+    `slots` are where the latents of each source are among those of all.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Backgrounds:
         common = common or Common()
         level = lambda k: None if sigmas is None else sigmas[k]
         parts = {k: part_of(m, obs, common, k, level(k)) for k, m in wide.items()}
-        self.seen, self.each = np.asarray(obs.one(0).noise.observed(obs.size), np.float64), []
+        self.each: list[Background] = []
         ends = np.cumsum([0, *(1 + m.variances.shape[1] for m in own.values())])
         spans = itertools.pairwise(map(int, ends))
         self.slots = {k: slice(*span) for k, span in zip(own, spans, strict=True)}
@@ -83,6 +83,11 @@ class Backgrounds:
             weight = float(sum(parts[k].log_weights[j] for k, j in index.items()))
             view = LowRankView(rest, obs, sigmas, common, spread)
             self.each.append(Background(index, weight, mean, parts, view))
+
+    @property
+    def seen(self) -> np.ndarray:
+        """1 for the entries of an observation that are not missing, else 0, `(M,)`."""
+        return self.each[0].view.seen
 
     @property
     def nbytes(self) -> int:
@@ -164,50 +169,24 @@ class Totals:
         return self.view.pairs(self.count[:, None, None] * self.view.covariance)
 
 
-class ForceSums(eqx.Module):
-    """Of one source, per component: `n`, `Σ r g`, `Σ r S` and `Σ r W` (`dichroic.mixture_step`)."""
-
-    count: np.ndarray
-    force: np.ndarray
-    score: np.ndarray
-    information: np.ndarray
-
-    @classmethod
-    def of(cls, name: str, mixture: Mixture, totals: Totals) -> "ForceSums":
-        """Those of the component that is in the background of `totals`; others have none."""
-        part, columns = totals.background.parts[name], totals.view.columns
-        assert totals.square is not None
-        k, d = mixture.means.shape
-        j = totals.background.index[name]
-        along = totals.outer @ columns.T
-        outer = totals.square - along - along.T
-        outer += columns @ totals.view.pairs(totals.tuples) @ columns.T
-        both = lambda m: totals.head(name, totals.head(name, m).T)
-        found = cls(np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d)), np.zeros((k, d, d)))
-        n = found.count[j] = totals.count.sum()
-        residual = totals.y - columns @ totals.latents
-        found.force[j] = totals.head(name, residual[:, None])[:, 0]
-        found.score[j] = both(outer)
-        found.information[j] = n * totals.head(name, part.forward(np.eye(d)))
-        found.information[j] -= both(columns @ totals.uncertain @ columns.T)
-        return found
-
-    def among(self, index: np.ndarray, mixture: Mixture) -> "ForceSums":
-        """These sums, of the components `index`, as those of all components of `mixture`."""
-
-        def spread(a: np.ndarray) -> np.ndarray:
-            out = np.zeros((mixture.log_weights.size, *a.shape[1:]))
-            out[index] = a
-            return out
-
-        return ForceSums(*map(spread, self._arrays))
-
-    def __add__(self, other: "ForceSums") -> "ForceSums":
-        return ForceSums(*(a + b for a, b in zip(self._arrays, other._arrays, strict=True)))
-
-    @property
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.count, self.force, self.score, self.information
+def sums_behind(name: str, mixture: Mixture, totals: Totals) -> Sums:
+    """Those of the component of a source that is in the background of `totals`; others have none."""
+    part, columns = totals.background.parts[name], totals.view.columns
+    assert totals.square is not None
+    k, d = mixture.means.shape
+    j = totals.background.index[name]
+    along = totals.outer @ columns.T
+    outer = totals.square - along - along.T
+    outer += columns @ totals.view.pairs(totals.tuples) @ columns.T
+    both = lambda m: totals.head(name, totals.head(name, m).T)
+    found = Sums(np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d)), np.zeros((k, d, d)))
+    n = found.count[j] = totals.count.sum()
+    residual = totals.y - columns @ totals.latents
+    found.force[j] = totals.head(name, residual[:, None])[:, 0]
+    found.scatter[j] = both(outer)
+    found.information[j] = n * totals.head(name, part.forward(np.eye(d)))
+    found.information[j] -= both(columns @ totals.uncertain @ columns.T)
+    return found
 
 
 def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:

@@ -17,7 +17,6 @@ over pairs of components that are in a tuple together. No matrix of D × D numbe
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -26,17 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dichroic.backgrounds import Backgrounds, ForceSums, Totals
+from dichroic.backgrounds import Backgrounds, Totals, sums_behind
 from dichroic.batching import split
 from dichroic.columns import Columns, Common, diagonal_of, products
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.lowrank import moments
-from dichroic.mixture_step import ascend
+from dichroic.mixture_step import ascend, maximise
+from dichroic.mixture_sums import Sums, merged
 from dichroic.noise import Noise
 from dichroic.observations import Observations, Observed, every_block, groups, is_shared
 from dichroic.posterior import EXACT_LIMIT
-from dichroic.stationary import stationary_step
 from dichroic.tracking import Clock
 
 _SAMPLE = 4000  # observations that a first basis is computed from
@@ -62,25 +61,8 @@ class LatentSums(eqx.Module):
     information: float
     count: float
 
-    def among(self, index: np.ndarray, mixture: Mixture) -> "LatentSums":
-        """These sums, of the components `index`, as those of all components of `mixture`."""
-        spread = lambda a: np.zeros((mixture.log_weights.size, *a.shape[1:]))
-        inner, cross = spread(self.inner), spread(self.cross)
-        inner[index], cross[index] = self.inner, self.cross
-        return replace(self, inner=inner, cross=cross)
 
-    def __add__(self, other: "LatentSums") -> "LatentSums":
-        return LatentSums(
-            self.inner + other.inner,
-            self.cross + other.cross,
-            self.square + other.square,
-            self.scatter + other.scatter,
-            self.information + other.information,
-            self.count + other.count,
-        )
-
-
-Sums = LatentSums | ForceSums
+AnySums = LatentSums | Sums
 
 
 def low_rank_lap(
@@ -94,7 +76,7 @@ def low_rank_lap(
 
     def update(mixtures, found, textbook: bool) -> dict[str, Mixture]:
         options = {"least": config.floor, "textbook": textbook}
-        step = lambda m: maximise_stationary if m.stationary else maximise_low_rank
+        step = lambda m: _maximise_stationary if m.stationary else maximise_low_rank
         new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
         return {**mixtures, **{n: new(n) for n in names}}
 
@@ -109,7 +91,7 @@ def low_rank_lap(
 
 def low_rank_statistics(
     mixtures: Mapping[str, Mixture], obs: Observations, names: Collection[str] | None = None
-) -> tuple[float, dict[str, Sums]]:
+) -> tuple[float, dict[str, AnySums]]:
     """`Σ_i log p(y_i)`, and the sums of every source that the view sees, or of those among `names`."""
     names = obs.sources if names is None else names
     if is_shared(obs):
@@ -121,7 +103,7 @@ def low_rank_statistics(
 
 def _statistics_of_few(
     mixtures: Mapping[str, Mixture], obs: Observations, names: Collection[str], common: Common
-) -> tuple[float, dict[str, Sums]]:
+) -> tuple[float, dict[str, AnySums]]:
     """The same of observations alike, if they are few by the components alone that they may be of."""
     tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
     if obs.count > _FEW or tuples < _FEW:
@@ -129,14 +111,27 @@ def _statistics_of_few(
     kept = Backgrounds(mixtures, obs, common).likely(obs)
     picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
     value, sums = _shared_statistics(picked, obs, names, common)
-    return value, {k: s.among(kept[k], mixtures[k]) for k, s in sums.items()}
+    return value, {k: _among(s, kept[k], mixtures[k]) for k, s in sums.items()}
 
 
-def _added(parts: Iterable[tuple[float, dict[str, Sums]]]) -> tuple[float, dict[str, Sums]]:
+def _among(sums: AnySums, index: np.ndarray, mixture: Mixture) -> AnySums:
+    """Sums of the components `index`, as those of all components of `mixture`."""
+
+    def spread(a: np.ndarray | float) -> np.ndarray | float:
+        if not isinstance(a, np.ndarray):
+            return a
+        out = np.zeros((mixture.log_weights.size, *a.shape[1:]))
+        out[index] = a
+        return out
+
+    return jax.tree.map(spread, sums)
+
+
+def _added(parts: Iterable[tuple[float, dict[str, AnySums]]]) -> tuple[float, dict[str, AnySums]]:
     value, sums = 0.0, {}
     for here, found in parts:
         value += here
-        sums |= {k: sums[k] + s if k in sums else s for k, s in found.items()}
+        sums = merged(sums, found)
     return value, sums
 
 
@@ -145,7 +140,7 @@ def _shared_statistics(
     obs: Observations,
     names: Collection[str],
     common: Common | None = None,
-) -> tuple[float, dict[str, Sums]]:
+) -> tuple[float, dict[str, AnySums]]:
     """The same of observations that share their operators and noise."""
     behind, value = Backgrounds(mixtures, obs, common), 0.0
     totals = [Totals(b, names) for b in behind.each]
@@ -158,12 +153,12 @@ def _shared_statistics(
     return value, sums
 
 
-def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, Sums]:
+def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, AnySums]:
     """The sums of every source before one background."""
     view, uncertain = totals.view, totals.uncertain
     inner = view.pairs(totals.tuples) + uncertain
     left = totals.outer - view.columns @ inner  # Σ r E[e z̄ᵀ]
-    found: dict[str, Sums] = {}
+    found: dict[str, AnySums] = {}
     for name, square in totals.squares.items():
         columns = [view.columns, totals.outer, left[:, view.blocks[name]]]
         to_source = totals.head(name, np.concatenate(columns, axis=1))
@@ -173,7 +168,7 @@ def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, Sums]
         lost, count = float(np.sum(gram * uncertain)), float(totals.count.sum())
         found[name] = _sums(view, name, mixtures[name], inner, xe, norm, lost, count)
     behind = [k for k in totals.background.parts if k in totals.names]
-    return found | {k: ForceSums.of(k, mixtures[k], totals) for k in behind}
+    return found | {k: sums_behind(k, mixtures[k], totals) for k in behind}
 
 
 def _sums(view, name, mixture, inner, left, norm, lost, count) -> LatentSums:
@@ -219,21 +214,11 @@ def maximise_low_rank(
     return from_columns(np.maximum(n, 1e-6 * n.sum()), new, floor, mixture.shape)
 
 
-def maximise_stationary(
-    mixture: Mixture, sums: ForceSums, *, least: float, textbook: bool = False
+def _maximise_stationary(
+    mixture: Mixture, sums: Sums, *, least: float, textbook: bool = False
 ) -> Mixture:
-    """The M-step of a source with stationary components (`dichroic.stationary`)."""
-    alive = sums.count > _ALIVE
-    share = np.where(alive, sums.count, 1)[:, None]
-    score, information = (a / share[:, None] for a in (sums.score, sums.information))
-    options = {"floor": least * float(mixture.scale) ** 2, "textbook": textbook}
-    means, cov = stationary_step(mixture, sums.force / share, score, information, **options)
-    old = (np.asarray(a, np.float64) for a in (mixture.means, mixture.covariances()))
-    kept = zip((means, cov), old, strict=True)
-    means, cov = (np.where(alive.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in kept)
-    weights = np.maximum(sums.count, 1e-6 * sums.count.sum())
-    shape, axes = mixture.shape, mixture.stationary
-    return Mixture.from_moments(weights, means, cov, shape=shape, stationary=axes)
+    floor = least * float(mixture.scale) ** 2
+    return maximise(mixture, sums, floor=floor, textbook=textbook)
 
 
 def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) -> Mixture:

@@ -166,7 +166,9 @@ def maximise(
         delta = delta if shift is None else shift[..., None]
     pooled = np.einsum("k,kij->ij", n / n.sum(), new)
     pull = shrinkage / (shrinkage + share)
-    new = symmetric_power((1 - pull) * new + pull * pooled, 1, floor)
+    new = (1 - pull) * new + pull * pooled
+    if not mixture.stationary:  # of which spectra are above it
+        new = symmetric_power(new, 1, floor)
     keep = alive[:, None]
     return Mixture.from_moments(
         np.maximum(n, 1e-6 * n.sum()),

@@ -54,10 +54,11 @@ class Statistics(eqx.Module):
 
     def __add__(self, other: "Statistics") -> "Statistics":
         value = self.log_evidence + other.log_evidence
-        return Statistics(value, _merged(self.sums, other.sums), _merged(self.cross, other.cross))
+        return Statistics(value, merged(self.sums, other.sums), merged(self.cross, other.cross))
 
 
-def _merged(a: Mapping[Key, Any], b: Mapping[Key, Any]) -> dict[Key, Any]:
+def merged(a: Mapping[Key, Any], b: Mapping[Key, Any]) -> dict[Key, Any]:
+    """The sums of all keys, added up where both have one."""
     both = {k: jax.tree.map(np.add, a[k], b[k]) for k in a.keys() & b.keys()}
     return {**a, **b, **both}
 

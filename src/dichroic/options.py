@@ -67,13 +67,8 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}",
             dest=f"set:{name}",
-            type=str if options else parse_names if several else kind,
+            type=str if options else listed if several else kind,
             choices=options,
             metavar=None if options else "A,B" if several else kind.__name__.upper(),
             help="(default none)" if several else f"(default {default})",
         )
-
-
-def parse_names(text: str) -> list[str]:
-    """Names of sources, with commas between them; none of an empty text."""
-    return [name for name in text.split(",") if name]
