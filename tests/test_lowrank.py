@@ -1,17 +1,19 @@
 """Mixtures of probabilistic PCA: against dense formulas, and fits with known answers."""
 
+import dataclasses
 import time
 from functools import partial, reduce
 from threading import get_ident
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.linalg import toeplitz
 from scipy.stats import multivariate_normal
 from threadpoolctl import threadpool_limits
 
-from dichroic.backgrounds import low_rank_log_evidence
+from dichroic.backgrounds import every_tuple, low_rank_log_evidence
 from dichroic.batching import take
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
@@ -110,7 +112,7 @@ def systems(mixtures, obs):
 def test_evidence_and_responsibilities_are_those_of_dense_gaussians(kind):
     mixtures, obs = case(kind)
     view = LowRankView(mixtures, obs)
-    y = np.concatenate(list(view.chunks(obs)))
+    y = np.concatenate([y for _, y in view.chunks(obs)])
     scores = [
         weight + multivariate_normal.logpdf(y, mean, cov)
         for _, weight, _, _, _, mean, cov in systems(mixtures, obs)
@@ -120,11 +122,28 @@ def test_evidence_and_responsibilities_are_those_of_dense_gaussians(kind):
     assert low_rank_log_evidence(mixtures, obs) == pytest.approx(total.sum(), rel=1e-6)
 
 
+@pytest.mark.parametrize("names", ["", "a", "b", "ab"])
+def test_sums_over_the_likely_tuples_are_those_over_all(names):
+    mixtures, obs = behind("diagonal", names, n=40)
+    apart = lambda m: np.asarray(m.means) + 20 * np.arange(len(m.means))[:, None]
+    mixtures = {k: dataclasses.replace(m, means=apart(m)) for k, m in mixtures.items()}
+    y = np.asarray(obs.y) + 20 * np.arange(40)[:, None] % 60
+    obs = dataclasses.replace(obs, y=jnp.asarray(y))
+    near = every_tuple(mixtures, obs)
+    assert near is not None and near.all()
+    value, sums = low_rank_statistics(mixtures, obs, "ab", near)
+    assert near.any(axis=(0, 1)).all() and not near.all()
+    again, of_likely = low_rank_statistics(mixtures, obs, "ab", near)
+    assert again == pytest.approx(value, rel=1e-12)
+    for a, b in zip(jax.tree.leaves(of_likely), jax.tree.leaves(sums), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * np.max(np.abs(b)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_are_those_of_conditioned_gaussians(kind):
     mixtures, obs = case(kind)
     value, sums = low_rank_statistics(mixtures, obs)
-    y = np.concatenate(list(LowRankView(mixtures, obs).chunks(obs)))
+    y = np.concatenate([y for _, y in LowRankView(mixtures, obs).chunks(obs)])
     assert value == pytest.approx(low_rank_log_evidence(mixtures, obs), rel=1e-9)
     parts = list(systems(mixtures, obs))
     scores = [w + multivariate_normal.logpdf(y, m, c) for _, w, _, _, _, m, c in parts]
@@ -170,7 +189,7 @@ def test_draws_have_the_moments_of_the_posterior(kind, stationary, sampler):
     found = low_rank_draws(mixtures, often, jax.random.key(0), sampler=sampler).x
     x = np.concatenate([found["a"][0], found["b"][0]], axis=1).astype(float)
     x = x.reshape(n_draws, 3, -1)
-    y = np.concatenate(list(LowRankView(mixtures, obs).chunks(obs)))
+    y = np.concatenate([y for _, y in LowRankView(mixtures, obs).chunks(obs)])
     parts = list(systems(mixtures, obs))
     scores = np.stack([w + multivariate_normal.logpdf(y, m, c) for _, w, _, _, _, m, c in parts])
     r = np.exp(scores - np.logaddexp.reduce(scores, axis=0))

@@ -12,6 +12,7 @@ and a view is a mixture over `j` of views of the other sources (`dichroic.lowran
 """
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +23,10 @@ from dichroic.columns import Common
 from dichroic.denoise import Mixture
 from dichroic.lowrank import Given, LowRankView, Part, part_of
 from dichroic.mixture_sums import Sums
-from dichroic.observations import Observations, groups
+from dichroic.observations import Observations, Observed, groups
 
 _NEGLIGIBLE = 1e-12  # probability of a tuple
+_NOTED = 2**28  # tuples of all observations, of which it is noted whether they are likely
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,35 @@ class Background:
     def columns(self, name: str) -> np.ndarray:
         """`A` times that."""
         return self.parts[name].columns[:, self.index[name]]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What `n` observations say: their `log_evidence`, and before each background, for those `rows` `(J, n)` that
+    may be, their residuals of its mean and what these say.
+    """
+
+    log_evidence: np.ndarray
+    rows: np.ndarray
+    residuals: list[np.ndarray]
+    given: list[Given]
+
+    def likely(self, background: int) -> np.ndarray:
+        """The tuples that are not negligible for each observation before one background, `(T, n)`."""
+        some, scores = self.rows[background], self.given[background].scores
+        found = np.zeros((scores.shape[1], len(some)), bool)
+        found[:, some] = ~(scores.T - self.log_evidence[some] <= math.log(_NEGLIGIBLE))  # NaN is
+        return found
+
+
+def every_tuple(mixtures: Mapping[str, Mixture], obs: Observed) -> np.ndarray | None:
+    """That each observation may be of each tuple before each background, `(J, T, n)`; None of too many to note."""
+    own = [mixtures[k] for k in obs.sources]
+    counts = [
+        math.prod(m.log_weights.size for m in own if bool(m.stationary) == behind)
+        for behind in (True, False)
+    ]
+    return np.ones((*counts, obs.count), bool) if math.prod(counts) * obs.count <= _NOTED else None
 
 
 class Backgrounds:
@@ -95,27 +126,38 @@ class Backgrounds:
         own = sum(p.columns.nbytes + p.source.nbytes for p in self.each[0].parts.values())
         return own + sum(b.view.nbytes + b.view.size**2 * bool(b.parts) * 8 for b in self.each)
 
-    def chunks(self, obs: Observations) -> Iterator[np.ndarray]:
-        """The observations, 0 where missing, as many at once as memory allows."""
-        return self.each[0].view.chunks(obs, len(self.each))
+    def chunks(
+        self, obs: Observations, near: np.ndarray | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """The observations, 0 where missing, as many at once as memory allows, and where they are among all.
 
-    def given(self, y: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, Given]]]:
-        """`log p(y)` `(n,)`, and before each background the residual of its mean and what that says."""
-        found = []
-        for b in self.each:
-            given = b.view.given(y - b.mean)
-            found.append((y - b.mean, replace(given, scores=given.scores + b.log_weight)))
-        levels = np.stack([given.log_evidence for _, given in found])
+        Each before all backgrounds, or those that it is `near` `(J, T, n)`.
+        """
+        most = len(self.each) if near is None else int(near.any(axis=1).sum(axis=0).max())
+        return self.each[0].view.chunks(obs, most)
+
+    def given(self, y: np.ndarray, near: np.ndarray | None = None) -> "Before":
+        """What observations `(n, M)` say before each background, or those that they are `near` `(J, T, n)`."""
+        rows = np.ones((len(self.each), len(y)), bool) if near is None else near.any(axis=1)
+        levels, residuals, given = np.full(rows.shape, -np.inf), [], []
+        for j, (b, some) in enumerate(zip(self.each, rows, strict=True)):
+            residuals.append(y[some] - b.mean)
+            if near is None or near[j].all():
+                found = b.view.given(residuals[-1])
+            else:
+                found = b.view.given_near(residuals[-1], near[j][:, some])
+            given.append(replace(found, scores=found.scores + b.log_weight))
+            levels[j, some] = given[-1].log_evidence
         top = levels.max(axis=0)
-        return top + np.log(np.exp(levels - top).sum(axis=0)), found
+        log_evidence = top + np.log(np.exp(levels - top).sum(axis=0))
+        return Before(log_evidence, rows, residuals, given)
 
     def likely(self, obs: Observations) -> dict[str, np.ndarray]:
         """The components of every source that the first observations may be of."""
-        log_evidence, found = self.given(next(self.chunks(obs)))
+        found = self.given(next(self.chunks(obs))[1])
         kept: dict[str, set[int]] = {}
-        for b, (_, given) in zip(self.each, found, strict=True):
-            most = np.exp(given.scores - log_evidence[:, None]).max(axis=0)
-            for which in b.view.tuples[most > _NEGLIGIBLE]:
+        for j, b in enumerate(self.each):
+            for which in b.view.tuples[found.likely(j).any(axis=1)]:
                 index = dict(zip(b.view.parts, map(int, which), strict=True)) | b.index
                 for name, k in index.items():
                     kept.setdefault(name, set()).add(k)
@@ -137,55 +179,56 @@ class Totals:
         behind = any(k in names for k in background.parts)
         self.square = np.zeros((view.size, view.size)) if behind else None
 
-    def head(self, name: str, columns: np.ndarray) -> np.ndarray:
-        """`Aᵀ B⁻¹` times columns."""
-        part = self.view.parts.get(name) or self.background.parts[name]
-        return part.back(self.view.base.solve(columns))
-
     def add(self, y: np.ndarray, given: Given, log_evidence: np.ndarray) -> None:
         """Observations `(n, M)` whose evidence before all backgrounds is `log_evidence` `(n,)`."""
-        r = np.exp(given.scores - log_evidence[:, None]).T
-        some = r.max(axis=0) > _NEGLIGIBLE
-        if not some.all():
-            y, given, r = y[some], given.rows(some), r[:, some]
-        weighted = r[:, :, None] * given.latents
-        for t, rows in enumerate(r > _NEGLIGIBLE):
-            self.tuples[t] += given.latents[t, rows].T @ weighted[t, rows]
-        by_component = self.view.by_component(weighted)
-        self.count += r.sum(axis=1)
-        self.outer += y.T @ by_component
-        share = r.sum(axis=0)
+        r = np.exp(given.scores - log_evidence[:, None])
+        r[r <= _NEGLIGIBLE] = 0
+        columns = np.zeros((len(y), self.view.columns.shape[1]))  # Σ_t r z̄, by component
+        for t in np.flatnonzero(r.any(axis=0)):
+            rows = r[:, t] > 0
+            latents = given.latents[t, rows]
+            weighted = r[rows, t, None] * latents
+            self.tuples[t] += latents.T @ weighted
+            columns[np.ix_(rows, self.view.where[t])] += weighted
+        self.count += r.sum(axis=0)
+        self.latents += columns.sum(axis=0)
+        for at in self.view.components:
+            rows = columns[:, at].any(axis=1)
+            self.outer[:, at] += y[rows].T @ columns[rows, at]
+        share = r.sum(axis=1)
+        some = share > 0
         for name in self.squares:
-            back = self.view.parts[name].back(given.solved.T)
-            self.squares[name] += float(np.sum(share * np.sum(back**2, axis=0)))
+            back = self.view.parts[name].back(given.solved[some].T)
+            self.squares[name] += float(np.sum(share[some] * np.sum(back**2, axis=0)))
         if self.square is not None:
-            self.square += (share * y.T) @ y
+            self.square += (share[some] * y[some].T) @ y[some]
             self.y += share @ y
-            self.latents += by_component.sum(axis=0)
+
+    @cached_property
+    def solved(self) -> np.ndarray:
+        """`B⁻¹ Y`."""
+        return self.view.base.solve(self.outer)
 
     @cached_property
     def uncertain(self) -> np.ndarray:
-        """`Σ r V[z̄]`."""
-        return self.view.pairs(self.count[:, None, None] * self.view.covariance)
+        """`Σ r V[z̄]` of each tuple."""
+        return self.count[:, None, None] * self.view.covariance
 
 
 def sums_behind(name: str, mixture: Mixture, totals: Totals) -> Sums:
     """Those of the component of a source that is in the background of `totals`; others have none."""
-    part, columns = totals.background.parts[name], totals.view.columns
+    part, view = totals.background.parts[name], totals.view
     assert totals.square is not None
     k, d = mixture.means.shape
-    j = totals.background.index[name]
-    along = totals.outer @ columns.T
-    outer = totals.square - along - along.T
-    outer += columns @ totals.view.pairs(totals.tuples) @ columns.T
-    both = lambda m: totals.head(name, totals.head(name, m).T)
+    j, n = totals.background.index[name], float(totals.count.sum())
+    head = lambda columns: part.back(view.base.solve(columns))
+    x, xy = part.back(view.solved), part.back(totals.solved)  # H X, H Σ r y z̄ᵀ
+    along = (xy - 0.5 * view.times(x, totals.tuples)) @ x.T
     found = Sums(np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d)), np.zeros((k, d, d)))
-    n = found.count[j] = totals.count.sum()
-    residual = totals.y - columns @ totals.latents
-    found.force[j] = totals.head(name, residual[:, None])[:, 0]
-    found.scatter[j] = both(outer)
-    found.information[j] = n * totals.head(name, part.forward(np.eye(d)))
-    found.information[j] -= both(columns @ totals.uncertain @ columns.T)
+    found.count[j] = n
+    found.force[j] = head(totals.y[:, None])[:, 0] - x @ totals.latents
+    found.scatter[j] = head(head(totals.square).T) - along - along.T
+    found.information[j] = n * head(part.forward(np.eye(d))) - view.times(x, totals.uncertain) @ x.T
     return found
 
 
@@ -194,5 +237,5 @@ def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) ->
     total, common = 0.0, Common()
     for _, some in groups(obs):
         behind = Backgrounds(mixtures, some, common)
-        total += sum(float(behind.given(y)[0].sum()) for y in behind.chunks(some))
+        total += sum(float(behind.given(y).log_evidence.sum()) for _, y in behind.chunks(some))
     return total

@@ -63,16 +63,12 @@ class Base:
 class Given:
     """What observations `y` `(n, M)` say of the tuples: scores `(n, T)`, and `(1, w_β)_β` `(T, n, S (1 + R))`.
 
-    And `solved`, `B⁻¹ y` `(n, M)`.
+    And `solved`, `B⁻¹ y` `(n, M)`. Of tuples that were left out scores are −∞, latents 0.
     """
 
     scores: np.ndarray
     latents: np.ndarray
     solved: np.ndarray
-
-    def rows(self, index: np.ndarray) -> "Given":
-        """Of some of the observations."""
-        return Given(self.scores[index], self.latents[:, index], self.solved[index])
 
     @cached_property
     def log_evidence(self) -> np.ndarray:
@@ -126,6 +122,8 @@ class LowRankView:
         sizes = [p.columns[0].size for p in self.parts.values()]
         self._spans = _slices(widths)  # of each source in the latents of a tuple
         self.blocks = dict(zip(names, _slices(sizes), strict=True))  # and in the columns
+        each = [w for p, w in zip(self.parts.values(), widths, strict=True) for _ in p.log_weights]
+        self.components = _slices(each)  # in the columns
         flat = [p.columns.reshape(self.size, -1) for p in self.parts.values()]
         self.columns = np.concatenate([np.zeros((self.size, 0)), *flat], axis=1)
         starts = np.array([b.start for b in self.blocks.values()], int) + widths * self.tuples
@@ -135,7 +133,7 @@ class LowRankView:
 
     def _prepare(self) -> None:
         self.solved = self.base.solve(self.columns)
-        gram = (self.columns.T @ self.solved)[self.where[:, :, None], self.where[:, None, :]]
+        gram = self._gram()
         ones = np.zeros(self.where.shape[1], bool)
         ones[[s.start for s in self._spans]] = True
         self.ones = ones
@@ -149,6 +147,17 @@ class LowRankView:
         self.volume = np.linalg.slogdet(k)[1] + self.base.logdet + self.size * np.log(2 * np.pi)
         parts = zip(self.parts.values(), self.tuples.T, strict=True)
         self.constant = sum(p.log_weights[c] for p, c in parts) - 0.5 * (self.volume + square)
+
+    def _gram(self) -> np.ndarray:
+        """`Wᵀ B⁻¹ W` of each tuple, with the means among the columns."""
+        if len(self.parts) == 1:  # no product of two components is needed
+            left, right = (self._by_tuple(a) for a in (self.columns, self.solved))
+            return left.swapaxes(1, 2) @ right
+        return (self.columns.T @ self.solved)[self.where[:, :, None], self.where[:, None, :]]
+
+    def _by_tuple(self, columns: np.ndarray) -> np.ndarray:
+        """Of numbers `(n, C)` by column of the only source those of each component, `(K, n, 1 + R)`."""
+        return columns.reshape(len(columns), *self.where.shape).swapaxes(0, 1)
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +192,25 @@ class LowRankView:
         latents[:, :, self.ones] = 1
         return Given(constant - 0.5 * (square - fit), latents, solved)
 
+    def given_near(self, y: np.ndarray, near: np.ndarray) -> Given:
+        """The same, of those tuples alone that each observation is `near` `(T, n)`."""
+        solved = self.base.solve(y.T).T
+        square = np.sum(y * solved, axis=1)
+        scores = np.full(near.T.shape, -np.inf)
+        latents = np.zeros((*near.shape, self.where.shape[1]))  # takes memory where it is written
+        every = y @ self.solved if len(self.parts) > 1 else None
+        for t in np.flatnonzero(near.any(axis=1)):
+            rows, at = near[t], self.where[t]
+            along = y[rows] @ self.solved[:, at] if every is None else every[np.ix_(rows, at)]
+            mean = along[:, self.ones].sum(axis=1)
+            along = along - self.shift[t]
+            found = along @ self.covariance[t]
+            fit = np.einsum("nc,nc->n", along, found)
+            found[:, self.ones] = 1
+            latents[t, rows] = found
+            scores[rows, t] = self.constant[t] - 0.5 * (square[rows] - 2 * mean - fit)
+        return Given(scores, latents, solved)
+
     def _of_tuples(self, columns: np.ndarray) -> np.ndarray:
         """Of numbers `(n, C)` by column those of each tuple, `(T, n, S (1 + R))`."""
         out = np.empty((len(self.tuples), len(columns), self.where.shape[1]))
@@ -190,14 +218,21 @@ class LowRankView:
             out[t, :, span] = columns[:, at]
         return out
 
-    def by_component(self, latents: np.ndarray) -> np.ndarray:
-        """Numbers `(T, n, S (1 + R))` summed over the tuples of each component, `(n, C)`."""
-        out = np.zeros((latents.shape[1], self.columns.shape[1]))
-        for t, span, at in self._places():
-            out[:, at] += latents[t, :, span]
+    def times(self, columns: np.ndarray, of_tuples: np.ndarray) -> np.ndarray:
+        """Numbers `(n, C)` by column times the `(C, C)` that matrices of tuples add up to, `(n, C)`."""
+        if len(self.parts) != 1:
+            return columns @ self._pairs(of_tuples)
+        return (self._by_tuple(columns) @ of_tuples).swapaxes(0, 1).reshape(columns.shape)
+
+    def own(self, name: str, of_tuples: np.ndarray) -> np.ndarray:
+        """Matrices of tuples summed for each component of one source, `(K, 1 + R, 1 + R)`."""
+        source = list(self.parts).index(name)
+        span, part = self._spans[source], self.parts[name]
+        out = np.zeros((part.columns.shape[1], *(part.columns.shape[2],) * 2))
+        np.add.at(out, self.tuples[:, source], of_tuples[:, span, span])
         return out
 
-    def pairs(self, of_tuples: np.ndarray) -> np.ndarray:
+    def _pairs(self, of_tuples: np.ndarray) -> np.ndarray:
         """Matrices `(T, S (1 + R), S (1 + R))` summed over the tuples of each pair of components, `(C, C)`."""
         out = np.zeros((self.columns.shape[1],) * 2)
         for t, places in itertools.groupby(self._places(), key=lambda place: place[0]):
@@ -246,12 +281,16 @@ class LowRankView:
         np.put_along_axis(out, self.where[t], latents, axis=1)
         return out
 
-    def chunks(self, obs: Observations, views: int = 1) -> Iterator[np.ndarray]:
-        """The observations, 0 where missing, as many at once as memory allows for so many `views` of them."""
+    def chunks(self, obs: Observations, views: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
+        """The observations, 0 where missing, as many at once as memory allows for so many `views` of them.
+
+        And where they are among all.
+        """
         each = 8 * views * (4 * self.where.size + 3 * self.size + self.columns.shape[1])
         step = int(np.clip(_CHUNK_BYTES // each, 1, obs.count))
         for start in range(0, obs.count, step):
-            yield self.seen * np.asarray(obs.y[start : start + step], np.float64)
+            rows = slice(start, start + step)
+            yield rows, self.seen * np.asarray(obs.y[rows], np.float64)
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

@@ -15,6 +15,7 @@ Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall e
 over pairs of components that are in a tuple together. No matrix of D × D numbers is formed.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dichroic.backgrounds import Backgrounds, Totals, sums_behind
+from dichroic.backgrounds import Backgrounds, Totals, every_tuple, sums_behind
 from dichroic.batching import split
 from dichroic.columns import Columns, Common, diagonal_of, products
 from dichroic.config import MixtureConfig
@@ -45,6 +46,7 @@ _PRODUCTS, _EXTRA = 6, 8  # blocks of a Krylov space, and vectors of each beyond
 _FEW = (
     4  # tuples, or observations: for them components are picked only beyond, or only up to, as many
 )
+_RENEWED = 5  # steps after which all tuples are looked at again
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
@@ -72,7 +74,10 @@ def low_rank_lap(
     config: MixtureConfig,
     clock: Clock | None = None,
 ) -> tuple[dict[str, Mixture], float]:
-    """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last."""
+    """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last.
+
+    Tuples of components that a step finds negligible for an observation are left out for it in the few after.
+    """
 
     def update(mixtures, found, textbook: bool) -> dict[str, Mixture]:
         options = {"least": config.floor, "textbook": textbook}
@@ -80,22 +85,39 @@ def low_rank_lap(
         new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
         return {**mixtures, **{n: new(n) for n in names}}
 
-    own = lambda mixtures: _added(
-        low_rank_statistics(mixtures, o, names) for o in every_block(views)
-    )
-    evaluate = lambda mixtures: views[0].total(partial(own, mixtures))
+    counter, near = itertools.count(), {}
+
+    def of_block(mixtures, i: int, obs: Observations) -> tuple[float, dict[str, AnySums]]:
+        near[i] = near[i] if i in near else every_tuple(mixtures, obs)
+        return low_rank_statistics(mixtures, obs, names, near[i])
+
+    def own(mixtures: Mapping[str, Mixture]) -> tuple[float, dict[str, AnySums]]:
+        return _added(of_block(mixtures, i, obs) for i, obs in enumerate(every_block(views)))
+
+    def evaluate(mixtures: Mapping[str, Mixture]) -> tuple[float, dict[str, AnySums]]:
+        if next(counter) % _RENEWED == 0:
+            near.clear()
+        return views[0].total(partial(own, mixtures))
+
     options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
     mixtures, value = ascend(dict(mixtures), evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)
 
 
 def low_rank_statistics(
-    mixtures: Mapping[str, Mixture], obs: Observations, names: Collection[str] | None = None
+    mixtures: Mapping[str, Mixture],
+    obs: Observations,
+    names: Collection[str] | None = None,
+    near: np.ndarray | None = None,
 ) -> tuple[float, dict[str, AnySums]]:
-    """`Σ_i log p(y_i)`, and the sums of every source that the view sees, or of those among `names`."""
+    """`Σ_i log p(y_i)`, and the sums of every source that the view sees, or of those among `names`.
+
+    `near` `(J, T, n)` says which tuples observations that are alike may be of, before which backgrounds; it is
+    narrowed to those that are not negligible.
+    """
     names = obs.sources if names is None else names
     if is_shared(obs):
-        return _shared_statistics(mixtures, obs, names)
+        return _shared_statistics(mixtures, obs, names, near=near)
     mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
     common = Common()
     return _added(_statistics_of_few(mixtures, some, names, common) for _, some in groups(obs))
@@ -140,43 +162,43 @@ def _shared_statistics(
     obs: Observations,
     names: Collection[str],
     common: Common | None = None,
+    near: np.ndarray | None = None,
 ) -> tuple[float, dict[str, AnySums]]:
     """The same of observations that share their operators and noise."""
     behind, value = Backgrounds(mixtures, obs, common), 0.0
     totals = [Totals(b, names) for b in behind.each]
-    for y in behind.chunks(obs):
-        log_evidence, found = behind.given(y)
-        value += float(log_evidence.sum())
-        for total, (residual, given) in zip(totals, found, strict=True):
-            total.add(residual, given, log_evidence)
+    for rows, y in behind.chunks(obs, near):
+        found = behind.given(y, None if near is None else near[:, :, rows])
+        value += float(found.log_evidence.sum())
+        each = zip(totals, found.rows, found.residuals, found.given, strict=True)
+        for j, (total, some, residual, given) in enumerate(each):
+            total.add(residual, given, found.log_evidence[some])
+            if near is not None:
+                near[j, :, rows] = found.likely(j)
     _, sums = _added((0.0, _sums_of(mixtures, total)) for total in totals)
     return value, sums
 
 
 def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, AnySums]:
     """The sums of every source before one background."""
-    view, uncertain = totals.view, totals.uncertain
-    inner = view.pairs(totals.tuples) + uncertain
-    left = totals.outer - view.columns @ inner  # Σ r E[e z̄ᵀ]
+    view, inner = totals.view, totals.tuples + totals.uncertain
     found: dict[str, AnySums] = {}
     for name, square in totals.squares.items():
-        columns = [view.columns, totals.outer, left[:, view.blocks[name]]]
-        to_source = totals.head(name, np.concatenate(columns, axis=1))
-        x, xy, xe = np.split(to_source, [inner.shape[0], 2 * inner.shape[0]], axis=1)
-        gram = x.T @ x
-        norm = square - 2 * np.sum(x * xy) + np.sum(gram * inner)
-        lost, count = float(np.sum(gram * uncertain)), float(totals.count.sum())
-        found[name] = _sums(view, name, mixtures[name], inner, xe, norm, lost, count)
+        back = view.parts[name].back
+        x, xy = back(view.solved), back(totals.solved)  # Aᵀ B⁻¹ X, and Aᵀ B⁻¹ Y
+        xe = view.times(x, inner)
+        norm = square - 2 * np.sum(x * xy) + np.sum(x * xe)
+        lost = float(np.sum(x * view.times(x, totals.uncertain)))
+        left, own = (xy - xe)[:, view.blocks[name]], view.own(name, inner)
+        count = float(totals.count.sum())
+        found[name] = _sums(view, name, mixtures[name], own, left, norm, lost, count)
     behind = [k for k in totals.background.parts if k in totals.names]
     return found | {k: sums_behind(k, mixtures[k], totals) for k in behind}
 
 
-def _sums(view, name, mixture, inner, left, norm, lost, count) -> LatentSums:
+def _sums(view, name, mixture, own, left, norm, lost, count) -> LatentSums:
     """The sums of one source: `x = (μ, U) z̄ + √τ ε`, `E[√τ ε | y, z] = τ Aᵀ B⁻¹ e`."""
-    part, block = view.parts[name], view.blocks[name]
-    k, width = part.columns.shape[1:]
-    each = np.arange(block.start, block.stop).reshape(k, width)
-    own = inner[each[:, :, None], each[:, None, :]]
+    k, width, _ = own.shape
     columns, floor = moments(mixture)
     left = floor * left.reshape(-1, k, width).swapaxes(0, 1)
     information = count * view.base.traces[name]
