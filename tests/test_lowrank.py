@@ -129,7 +129,8 @@ def test_sums_over_the_likely_tuples_are_those_over_all(names):
     mixtures = {k: dataclasses.replace(m, means=apart(m)) for k, m in mixtures.items()}
     y = np.asarray(obs.y) + 20 * np.arange(40)[:, None] % 60
     obs = dataclasses.replace(obs, y=jnp.asarray(y))
-    near = every_tuple(mixtures, obs)
+    assert every_tuple(mixtures, obs, 6 * 40 - 1) is None
+    near = every_tuple(mixtures, obs, 6 * 40)
     assert near is not None and near.all()
     value, sums = low_rank_statistics(mixtures, obs, "ab", near)
     assert near.any(axis=(0, 1)).all() and not near.all()

@@ -26,7 +26,6 @@ from dichroic.mixture_sums import Sums
 from dichroic.observations import Observations, Observed, groups
 
 _NEGLIGIBLE = 1e-12  # probability of a tuple
-_NOTED = 2**28  # tuples of all observations, of which it is noted whether they are likely
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,12 @@ class Before:
         return found
 
 
-def every_tuple(mixtures: Mapping[str, Mixture], obs: Observed) -> np.ndarray | None:
-    """That each observation may be of each tuple before each background, `(J, T, n)`; None of too many to note."""
+def every_tuple(mixtures: Mapping[str, Mixture], obs: Observed, most: int) -> np.ndarray | None:
+    """That each observation may be of each tuple before each background, `(J, T, n)`; None of more than `most`."""
     own = [mixtures[k] for k in obs.sources]
-    counts = [
-        math.prod(m.log_weights.size for m in own if bool(m.stationary) == behind)
-        for behind in (True, False)
-    ]
-    return np.ones((*counts, obs.count), bool) if math.prod(counts) * obs.count <= _NOTED else None
+    size = lambda behind: math.prod(m.log_weights.size for m in own if bool(m.stationary) == behind)
+    shape = size(True), size(False), obs.count
+    return np.ones(shape, bool) if math.prod(shape) <= most else None
 
 
 class Backgrounds:

@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = add("bench", _bench, "compare methods on problems whose answers are known")
     bench.add_argument(
-        "problem", nargs="+", help="contrastive-2, contrastive-3, mixed-0.1, … or a problem file"
+        "problem", nargs="+", help="contrastive-2, mixed-0.1, grassy-14, … or a problem file"
     )
     bench.add_argument("--methods", type=listed, metavar="A,B", help="all by default")
     bench.add_argument("--seeds", type=numbers, metavar="N,N", help="0,1,2; with --quick 0")

@@ -46,6 +46,7 @@ _PRODUCTS, _EXTRA = 6, 8  # blocks of a Krylov space, and vectors of each beyond
 _FEW = (
     4  # tuples, or observations: for them components are picked only beyond, or only up to, as many
 )
+_NOTED = 2**27  # tuples of all observations, of which it is noted whether they are likely
 _RENEWED = 5  # steps after which all tuples are looked at again
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
@@ -88,7 +89,9 @@ def low_rank_lap(
     counter, near = itertools.count(), {}
 
     def of_block(mixtures, i: int, obs: Observations) -> tuple[float, dict[str, AnySums]]:
-        near[i] = near[i] if i in near else every_tuple(mixtures, obs)
+        if i not in near:
+            room = _NOTED - sum(a.size for a in near.values() if a is not None)
+            near[i] = every_tuple(mixtures, obs, room)
         return low_rank_statistics(mixtures, obs, names, near[i])
 
     def own(mixtures: Mapping[str, Mixture]) -> tuple[float, dict[str, AnySums]]:

@@ -24,7 +24,7 @@ METHODS = {
     LIMIT: "the exact posterior, where it is known",
 }
 PROBLEMS = ("contrastive-2", "contrastive-3", "mixed-0.1", "mixed-0.5", "mixed-0.9")
-PROBLEMS += ("grassy-14", "grassy-28", "grassy-28-down")
+PROBLEMS += ("grassy-14", "grassy-14-down", "grassy-28", "grassy-28-down")
 _CONTRASTIVE = re.compile(r"contrastive-([23])")
 _GRASSY = re.compile(r"grassy-(14|28)(-down)?")
 _MIXED = re.compile(r"mixed-(\d*\.?\d+)(-per-source)?")
