@@ -54,8 +54,10 @@ class Background:
 
 @dataclass(frozen=True)
 class Before:
-    """What `n` observations say: their `log_evidence`, and before each background, for those `rows` `(J, n)` that
-    may be, their residuals of its mean and what these say.
+    """What `n` observations say before each background.
+
+    Their `log_evidence` before all; the `rows` `(J, n)` that may be before each, the residuals that its mean leaves
+    of those, and what these say.
     """
 
     log_evidence: np.ndarray
