@@ -56,8 +56,8 @@ class Background:
 class Before:
     """What `n` observations say before each background.
 
-    Their `log_evidence` before all; the `rows` `(J, n)` that may be before each, the residuals that its mean leaves
-    of those, and what these say.
+    Their `log_evidence` before all; the `rows` `(J, n)` that may be before each, the residuals that its mean
+    leaves of those, and what these say.
     """
 
     log_evidence: np.ndarray

@@ -13,7 +13,8 @@ import numpy as np
 from dichroic.batching import row_counts
 from dichroic.denoise import Mixture
 from dichroic.noise import DiagonalNoise, Isotropic, Masked, Noise
-from dichroic.operators import Compose, Diagonal, Identity, Learned, Operator, Scale
+from dichroic.operators import Diagonal, Identity, Operator, Scale
+from dichroic.operators.structure import factors
 
 Columns = Callable[[np.ndarray], np.ndarray]
 
@@ -91,10 +92,7 @@ def _adjoint_rows(op: Operator, y: jax.Array) -> jax.Array:
 
 def diagonal_of(op: Operator) -> np.ndarray | None:
     """The diagonal of `op`, flattened, if its kind says that it has no other entries."""
-    if isinstance(op, Learned):
-        return diagonal_of(op.operator)
-    parts = op.operators if isinstance(op, Compose) else (op,)
-    if not all(isinstance(p, (Identity, Scale, Diagonal)) for p in parts):
+    if not all(isinstance(p, (Identity, Scale, Diagonal)) for p in factors(op)):
         return None
     return np.asarray(op.mv(jnp.ones(op.in_shape)), np.float64).ravel()
 

@@ -39,13 +39,14 @@ class Data:
     stationary: Mapping[str, int] = field(default_factory=dict)
     memory: int = 0
     scratch: Path = Path()
+    operators: Parameters = field(default_factory=dict)  # what of them is learned, so far
 
     def at(self, operators: Parameters) -> "Data":
         """With the numbers of operators that are learned replaced by `operators`."""
         if not operators:
             return self
         train, test = (tuple(obs.at(operators) for obs in part) for part in (self.train, self.test))
-        return dataclasses.replace(self, train=train, test=test)
+        return dataclasses.replace(self, train=train, test=test, operators=operators)
 
 
 def prepare(

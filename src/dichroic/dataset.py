@@ -17,7 +17,7 @@ from dichroic.errors import DataError
 from dichroic.machine import resident_memory
 from dichroic.observations import Observations, Observed
 from dichroic.operators import Operator
-from dichroic.operators.learned import Parameters, with_parameters
+from dichroic.operators.learned import Parameters
 from dichroic.problem import joint_observations
 from dichroic.view import AnyView
 
@@ -199,7 +199,7 @@ class StoredDataset(_Shared):
 
     def _at(self, numbers: np.ndarray) -> Observations:
         some = [view.select(numbers) for view in self.views]
-        return with_parameters(joint_observations(some), self.parameters)
+        return joint_observations(some).at(self.parameters)
 
 
 def stored_dataset(views: Sequence[AnyView], numbers: Numbers, memory: int) -> StoredDataset:

@@ -30,13 +30,13 @@ from dichroic.config import FitConfig, MixtureConfig
 from dichroic.data import Data
 from dichroic.dataset import StoredDataset, shared_out
 from dichroic.denoise import Mixture
-from dichroic.drawing import Denoisers, draw, predictive_chi2
+from dichroic.drawing import Denoisers, draw
 from dichroic.drawn import StoredDraws, draw_to_disk
 from dichroic.fingerprint import fingerprint
-from dichroic.guards import check_draws, guarded, no_prior, trained, usable
+from dichroic.guards import check_draws, guarded, no_prior, trained
 from dichroic.machine import peak_memory
-from dichroic.metrics import mean_chi2, psnr
 from dichroic.mixture_em import (
+    deviations,
     em_lap,
     initial_gaussians,
     is_large,
@@ -47,7 +47,9 @@ from dichroic.mixture_step import LOST
 from dichroic.observations import Observations, Observed, numbered
 from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
+from dichroic.operators.units import as_parameters, units_of
 from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
+from dichroic.scoring import scores
 from dichroic.tracking import Clock, Tracker
 from dichroic.train import evidence_gain, is_gain, with_network
 
@@ -158,6 +160,8 @@ def _mixture_lap(
             wide = dataclasses.replace(state, current=wider, best=best, score=score, lap=0)
             return wide, metrics
         current = {**current, **{n: best[n] for n in names}}  # of the rank with the best score
+        if c.units == "each" and not set(low) <= set(units_of(best_operators)):
+            return _in_units(state, names, {n: deviations(current[n]) for n in low}), metrics
     stale = 0 if better or size == 1 else state.stale + 1
     stale = c.patience if lost and not better else stale
     if size < c.components and stale < c.patience:
@@ -173,8 +177,23 @@ def _mixture_lap(
         )
         return grown, metrics
     with clock.during("scoring"):
-        metrics |= _scores(best, data.at(best_operators), test, config)
+        metrics |= scores(best, data.at(best_operators), test, config)
     return _next_group(state, best, data, config), metrics
+
+
+def _in_units(state: State, names: Sequence[str], units: Mapping[str, np.ndarray]) -> State:
+    """From one Gaussian again for each of the sources `names`, of which some are in `units` from here on."""
+    rest = {k: d for k, d in state.current.items() if k not in names}
+    values = {**state.best_operators, **as_parameters(units)}
+    return dataclasses.replace(
+        state,
+        current=rest,
+        best=rest,
+        operators=values,
+        best_operators=values,
+        score=-math.inf,
+        lap=0,
+    )
 
 
 def _learn_operators(
@@ -235,7 +254,7 @@ def _polish_lap(state: State, data: Data, config: FitConfig, clock: Clock) -> tu
     metrics["heldout_log_evidence"] = max(new, score)
     best = data.at(state.best_operators)
     with clock.during("scoring"):
-        metrics |= _scores(state.best, best, range(len(data.test)), config)
+        metrics |= scores(state.best, best, range(len(data.test)), config)
     state = dataclasses.replace(state, current=state.best, operators=state.best_operators)
     return _after_mixture(state, config), metrics
 
@@ -265,7 +284,7 @@ def _diffusion_lap(
         if c.keep == "all" or is_gain(gain, error):
             kept[name], gained = new[name], gained + gain
     with clock.during("scoring"):
-        metrics |= {"sources": "+".join(old), **_scores(kept, data, range(len(data.test)), config)}
+        metrics |= {"sources": "+".join(old), **scores(kept, data, range(len(data.test)), config)}
     stale = 0 if gained > 0 else state.stale + 1
     ended = state.lap + 1 >= c.laps or stale >= c.patience
     state = dataclasses.replace(
@@ -369,24 +388,3 @@ def _maximisation(current, samples, key, config, clock: Clock) -> tuple[Denoiser
         updated[name], told = trained(current[name], start, x, key_train, name, config, say)
         metrics |= told
     return updated, metrics
-
-
-def _scores(
-    denoisers: Denoisers, data: Data, which: Sequence[int] | range, config: FitConfig
-) -> Metrics:
-    """χ² of held-out draws, and the PSNR of one draw where the truth is known."""
-    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 2)
-    metrics: Metrics = {}
-    for i in which:
-        some = data.test[i].head(config.diffusion.evidence_observations)
-        draws = draw(denoisers, some, jax.random.fold_in(key, i), config)
-        if not usable(data.names[i], some, draws, denoisers):
-            continue
-        chi2 = predictive_chi2(some, draws)
-        metrics[f"chi2_{data.names[i]}"] = mean_chi2(chi2)
-        for name, x in draws.x.items():
-            truth = data.truth[i].get(name)
-            if truth is not None and np.ptp(truth) > 0:  # false for NaN too
-                score = psnr(x[0], truth[: some.count], data_range=float(np.ptp(truth)))
-                metrics[f"psnr_{name}_{data.names[i]}"] = score
-    return metrics

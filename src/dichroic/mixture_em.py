@@ -43,6 +43,7 @@ from dichroic.tracking import Clock
 Mixtures = dict[str, Mixture]
 # Tuples (n, T, sources) of each observation; None where a view is one mixture, see `dichroic.shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
+LEAST_UNIT = 1e-3  # of a number of a source, relative to the root mean square of all
 _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
 
 
@@ -234,6 +235,14 @@ def initial_gaussian(
         return initial_low_rank(name, seeing, rank, variance, known or {}, len(group))
     white = gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
     return replace(white, stationary=stationary)
+
+
+def deviations(mixture: Mixture) -> np.ndarray:
+    """The standard deviation of each number of one Gaussian, `(*shape)`, relative to their root mean square."""
+    basis, variances = np.asarray(mixture.basis[0], np.float64), np.asarray(mixture.variances[0])
+    square = basis**2 @ variances + float(mixture.floor[0])
+    relative = np.sqrt(square / square.mean())
+    return np.maximum(relative, LEAST_UNIT).reshape(mixture.shape)
 
 
 def split_components(mixture: Mixture, components: int) -> Mixture:

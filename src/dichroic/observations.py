@@ -20,6 +20,7 @@ from dichroic.batching import param, split, take
 from dichroic.noise import Noise
 from dichroic.operators import Operator
 from dichroic.operators.learned import Parameters, with_parameters
+from dichroic.operators.units import in_units
 
 Tree = TypeVar("Tree")
 
@@ -136,8 +137,9 @@ class Observations(eqx.Module):
         return rows
 
     def at(self, operators: Parameters) -> "Observations":
-        """With the numbers of operators that are learned replaced by `operators`."""
-        return with_parameters(self, operators)
+        """With the numbers of operators that are learned replaced by `operators`, and sources in their units."""
+        obs = with_parameters(self, operators)
+        return Observations(obs.y, in_units(obs.operators, operators), obs.noise)
 
     def one(self, i: int) -> "Observations":
         """Observation number `i` alone, without a leading axis."""

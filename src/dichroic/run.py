@@ -36,6 +36,7 @@ from dichroic.io import save_model
 from dichroic.limits import within
 from dichroic.machine import machine
 from dichroic.operators.learned import Parameters, parameters, to_lists, with_parameters
+from dichroic.operators.units import named_units
 from dichroic.problem import Problem, View
 from dichroic.records import read_record, write_record
 from dichroic.tracking import (
@@ -78,7 +79,8 @@ class Start:
         """That of a fit before its diffusion laps."""
         priors = {name: self.denoisers[name] for name in problem.names}
         own = parameters([view.operators for view in problem.views])
-        learned = {k: v for k, v in self.operators.items() if k in own}
+        units = named_units(self.operators, {name: name for name in problem.names})
+        learned = {k: v for k, v in self.operators.items() if k in own} | units
         return State(
             phase="diffusion",
             group=len(data.order),

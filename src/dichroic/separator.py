@@ -16,7 +16,8 @@ from dichroic.drawing import draw, predictive_chi2
 from dichroic.errors import DataError, RunError, ShapeError
 from dichroic.files import write_atomic
 from dichroic.io import load_model, save_model
-from dichroic.operators.learned import Parameters, from_lists, to_lists, with_parameters
+from dichroic.operators.learned import Parameters, from_lists, to_lists
+from dichroic.operators.units import check_units, from_units, named_units, without_units
 from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.run import Start, fit
 from dichroic.sample import draw_prior, make_sampler
@@ -176,7 +177,7 @@ class Separator:
         views = named_views(view, self.problem)
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
-        observations = with_parameters(joint_observations(views), self.operators)
+        observations = joint_observations(views).at(self.operators)
         options = {"n_draws": n_draws, "first_index": first_index, "progress": progress}
         draws = draw(
             {k: self.denoisers[k] for k in observations.sources},
@@ -186,7 +187,8 @@ class Separator:
             **options,
         )
         chi2 = predictive_chi2(observations, draws, first_index)
-        return Separation(draws.x, chi2, draws.residual, draws.converged, draws.steps)
+        x = from_units(draws.x, self.operators)
+        return Separation(x, chi2, draws.residual, draws.converged, draws.steps)
 
     def stream(
         self,
@@ -243,9 +245,9 @@ class Separator:
             if isinstance(denoiser, Mixture)
             else make_sampler(self.config.sampler, auto="heun")
         )
-        return draw_prior(
-            denoiser, n, jax.random.key(seed), sampler=sampler, batch_size=self.config.batch_size
-        )
+        key, size = jax.random.key(seed), self.config.batch_size
+        x = draw_prior(denoiser, n, key, sampler=sampler, batch_size=size)
+        return from_units({source: x}, self.operators)[source]
 
     def with_sources(self, sources: Mapping[str, str]) -> "Separator":
         """A separator of other sources, each of a kind that was learned: `{new name: learned source}`.
@@ -258,7 +260,8 @@ class Separator:
         check_keys(dict.fromkeys(sources.values()), self._fitted(), "with_sources")
         other = Separator(None, self.config)
         other.denoisers = {name: self.denoisers[kind] for name, kind in sources.items()}
-        other.operators = dict(self.operators)
+        units = named_units(self.operators, sources)
+        other.operators = without_units(self.operators) | units
         return other
 
     def save(self, path: str | Path) -> None:
@@ -280,6 +283,8 @@ class Separator:
         separator = cls(problem, FitConfig.from_dict(info.get("config"), where=f"{folder}: config"))
         separator.denoisers = denoisers
         separator.operators = from_lists(info.get("operators", {}), f"{folder}: operators")
+        shapes = {k: d.shape for k, d in denoisers.items()}
+        check_units(separator.operators, shapes, f"{folder}: operators")
         return separator
 
     def _fitted(self) -> dict[str, Denoiser]:

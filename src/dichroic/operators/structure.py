@@ -43,7 +43,7 @@ class Compose(Operator):
         return y
 
     def row_squares(self) -> Array:
-        first, *rest = _flat(self)
+        first, *rest = factors(self)
         if not rest:
             return first.row_squares()
         if isinstance(first, Identity | Scale | Diagonal):  # scales rows
@@ -54,11 +54,11 @@ class Compose(Operator):
         return super().row_squares()
 
 
-def _flat(op: Operator) -> list[Operator]:
+def factors(op: Operator) -> list[Operator]:
     """The factors of `op`, whether or not they are learned."""
     if isinstance(op, Learned):
-        return _flat(op.operator)
-    return [f for part in op.operators for f in _flat(part)] if isinstance(op, Compose) else [op]
+        return factors(op.operator)
+    return [f for part in op.operators for f in factors(part)] if isinstance(op, Compose) else [op]
 
 
 class Sum(Operator):

@@ -12,6 +12,7 @@ from dichroic.config import FitConfig, settings
 from dichroic.denoise import Denoiser, Mixture, Preconditioned
 from dichroic.metrics import coverage, informed_chi2, mean_chi2, rank_histogram
 from dichroic.operators.learned import parameters
+from dichroic.operators.units import without_units
 from dichroic.problem import View, sees
 from dichroic.report.markup import esc, table
 from dichroic.report.page import Page
@@ -45,7 +46,9 @@ CALIBRATED = (
 def all_sections(page: Page, notes: Sequence[str]) -> list[tuple[str, str]]:
     """`(name, HTML)` of every section; `notes` are the warnings, as plain text."""
     warnings = "".join(f'<p class="warning">{esc(n)}</p>' for n in notes)
-    learned = [("Learned operators", _operators(page))] if page.separator.operators else []
+    learned = (
+        [("Learned operators", _operators(page))] if without_units(page.separator.operators) else []
+    )
     return [
         ("What was observed", _observed(page)),
         ("Separated sources", "".join(_separated(page, k) for k in page.problem.names)),
@@ -128,7 +131,7 @@ def _operators(page: Page) -> str:
     """What was learned of operators; of arrays, the root mean square of the change."""
     start = parameters([v.operators for v in page.problem.views])
     rows = []
-    for name, arrays in page.separator.operators.items():
+    for name, arrays in without_units(page.separator.operators).items():
         old, new = (np.concatenate([np.ravel(a) for a in x]) for x in (start[name], arrays))
         errors = [e for m in page.metrics if (e := m.get(f"operator_error_{name}")) is not None]
         if len(new) == 1:

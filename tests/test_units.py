@@ -1,0 +1,189 @@
+"""Sources in units of their own: operators on them, and fits whose answers are known."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal
+
+from dichroic import Problem, Separator, Source, View
+from dichroic.backgrounds import low_rank_log_evidence
+from dichroic.columns import diagonal_of
+from dichroic.denoise import gaussian
+from dichroic.errors import FormatError
+from dichroic.lowrank import moments
+from dichroic.lowrank_em import from_columns
+from dichroic.mixture_em import LEAST_UNIT, deviations
+from dichroic.operators import Dense, Diagonal, Identity, Learned, Scale
+from dichroic.operators.units import (
+    as_parameters,
+    check_units,
+    from_units,
+    in_units,
+    named_units,
+    units_of,
+    without_units,
+)
+from dichroic.run import Start
+
+DIM, LOUD, NOISE, OWN = 150, 50, 0.3, 0.5
+FIT = {
+    "mixture": {"components": 2, "rank": 8, "gaussian_laps": 3, "laps": 1, "final_laps": 1},
+    "diffusion": {"laps": 0},
+}
+
+
+def case(count=1500, seed=0):
+    """Numbers of which the first ones vary, together and each for itself, and the others are 0."""
+    rng, basis = np.random.default_rng(seed), np.random.default_rng(9).normal(size=(3, LOUD))
+    x = np.zeros((count, DIM))
+    x[:, :LOUD] = rng.normal(size=(count, 3)) @ basis + OWN * rng.normal(size=(count, LOUD))
+    y = x + NOISE * rng.normal(size=x.shape)
+    cov = np.zeros((DIM, DIM))
+    cov[:LOUD, :LOUD] = basis.T @ basis + OWN**2 * np.eye(LOUD)
+    return x, View(y, {"a": Identity(DIM)}, NOISE, name="y", truth={"a": x}), cov
+
+
+@pytest.fixture(scope="module")
+def fits():
+    """With numbers in the same units, and in units of what each varies by."""
+    problem = Problem([Source("a", (DIM,))], [case()[1]])
+    made = lambda units: {**FIT, "mixture": {**FIT["mixture"], "units": units}}
+    return {u: Separator(problem, made(u)).fit(progress=False) for u in ("same", "each")}
+
+
+@pytest.mark.parametrize(
+    "op", [Identity(4), Scale(4, 0.5), Dense(np.arange(12.0).reshape(3, 4)), Scale(4, 2.0) @ Diagonal(np.arange(4.0))]
+)  # fmt: skip
+def test_an_operator_acts_on_a_source_in_units(op, rng):
+    s, other, u, v = jnp.asarray(rng.uniform(0.5, 2, size=(4, 4)), jnp.float32)
+    seen = in_units({"a": op, "b": op}, as_parameters({"a": other, "c": s}))
+    seen = in_units(seen, as_parameters({"a": s}))  # which replace those before
+    np.testing.assert_allclose(seen["a"].mv(u), op.mv(s * u), rtol=1e-6)
+    left = v[: seen["a"].out_shape[0]]
+    np.testing.assert_allclose(left @ seen["a"].mv(u), seen["a"].rmv(left) @ u, rtol=1e-5)
+    np.testing.assert_allclose(seen["b"].mv(u), op.mv(u))
+    assert (diagonal_of(seen["a"]) is None) == (diagonal_of(op) is None)
+
+
+def test_a_learned_gain_is_diagonal_in_units():
+    op = in_units({"a": Learned(Scale(3, 2.0), "gain")}, as_parameters({"a": np.arange(3.0)}))["a"]
+    np.testing.assert_allclose(diagonal_of(op), [0, 2, 4])
+
+
+def test_units_are_kept_by_source_among_what_is_learned():
+    values = {"gain": (jnp.ones(1),), **as_parameters({"a": np.array([1.0, 2.0])})}
+    assert list(units_of(values)) == ["a"]
+    assert list(without_units(values)) == ["gain"]
+    assert sorted(units_of(named_units(values, {"x": "a", "y": "a", "z": "b"}))) == ["x", "y"]
+    x = from_units({"a": np.ones((5, 2)), "b": np.ones(3)}, values)
+    np.testing.assert_allclose(x["a"], [[1, 2]] * 5)
+    np.testing.assert_allclose(x["b"], np.ones(3))
+
+
+@pytest.mark.parametrize("units", [{"b": np.ones(2)}, {"a": np.ones(3)}, {"a": np.array([1.0, 0])}])
+def test_units_that_are_none_of_a_source_are_refused(units):
+    check_units(as_parameters({"a": np.ones(2)}), {"a": (2,)}, "here")
+    with pytest.raises(FormatError, match="here: is damaged: the units of"):
+        check_units(as_parameters(units), {"a": (2,)}, "here")
+
+
+def test_deviations_are_those_of_a_gaussian():
+    cov = np.diag([4.0, 1.0, 0.0, 1.0])
+    want = np.sqrt(np.diag(cov) / 1.5)
+    want[2] = LEAST_UNIT
+    np.testing.assert_allclose(deviations(gaussian(np.zeros(4), cov)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_evidence_in_units_is_that_of_the_source(rng):
+    columns, s = rng.normal(size=(2, 6, 3)), rng.uniform(0.2, 3, size=6)
+    mixture = from_columns(np.array([1.0, 2.0]), columns, 0.3, (6,))
+    a, y = rng.normal(size=(4, 6)), rng.normal(size=(9, 4))
+    obs = View(y, {"a": Dense(a)}, 0.2).prepare().at(as_parameters({"a": s}))
+    parts, (c, floor) = [], moments(mixture)
+    for k, weight in enumerate(np.exp(mixture.log_weights)):
+        cov = s[:, None] * (c[k, :, 1:] @ c[k, :, 1:].T + floor * np.eye(6)) * s
+        normal = multivariate_normal(a @ (s * c[k, :, 0]), a @ cov @ a.T + 0.04 * np.eye(4))
+        parts.append(np.log(weight) + normal.logpdf(y))
+    want = np.logaddexp.reduce(parts, axis=0).sum()
+    assert low_rank_log_evidence({"a": mixture}, obs) == pytest.approx(want, rel=1e-5)
+
+
+def test_numbers_that_do_not_vary_are_known_in_units_of_their_own(fits):
+    x, view, cov = case(200, seed=1)
+    mean = np.asarray(view.observations) @ np.linalg.solve(cov + NOISE**2 * np.eye(DIM), cov)
+    best = np.sqrt(np.mean((mean - x) ** 2))
+    found = {u: s.separate(view, n_draws=16) for u, s in fits.items()}
+    error = {u: np.sqrt(np.mean((r.mean["a"] - x) ** 2)) for u, r in found.items()}
+    silent = {u: np.sqrt(np.mean(r.draws["a"][..., LOUD:] ** 2)) for u, r in found.items()}
+    assert error["each"] < 1.15 * best < 1.3 * best < error["same"]
+    assert silent["each"] < 0.5 * silent["same"]
+    last = {
+        u: max(m.get("heldout_log_evidence", -np.inf) for m in s.metrics) for u, s in fits.items()
+    }
+    assert last["each"] > last["same"] + 10
+    assert abs(np.mean(found["each"].chi2) - 1) < 0.05
+    prior = fits["each"].sample_prior("a", 500)
+    np.testing.assert_allclose(prior[:, :LOUD].std(0), np.sqrt(np.diag(cov))[:LOUD], rtol=0.25)
+    assert prior[:, LOUD:].std() < 0.1
+
+
+def test_models_in_units_are_kept_and_go_on(fits, tmp_path):
+    separator, view = fits["each"], case(20, seed=1)[1]
+    separator.save(tmp_path / "model")
+    loaded = Separator.load(tmp_path / "model")
+    want = separator.separate(view).draws["a"]
+    np.testing.assert_array_equal(loaded.separate(view).draws["a"], want)
+    np.testing.assert_array_equal(loaded.sample_prior("a", 3), separator.sample_prior("a", 3))
+    renamed = dataclasses.replace(view, operators={"b": view.operators["a"]}, truth={})
+    other = loaded.with_sources({"b": "a"})
+    np.testing.assert_array_equal(other.separate(renamed).draws["b"], want)
+    state = Start(separator.denoisers, separator.operators)
+    problem = Problem([Source("a", (DIM,))], [view])
+    data = dataclasses.make_dataclass("Data", ["order"])((("a",),))
+    np.testing.assert_array_equal(
+        units_of(state.state(problem, data).operators)["a"], units_of(separator.operators)["a"]
+    )
+
+
+def test_a_fit_in_units_goes_on_where_it_was(fits, tmp_path, monkeypatch):
+    from dichroic import em, run
+
+    separator = fits["each"]
+    laps, advance = [], em.advance
+
+    def stopping(*args, **kwargs):
+        if len(laps) == 5:
+            raise KeyboardInterrupt
+        laps.append(1)
+        return advance(*args, **kwargs)
+
+    monkeypatch.setattr(run, "advance", stopping)
+    again = Separator(separator.problem, separator.config)
+    with pytest.raises(KeyboardInterrupt):
+        again.fit(tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    again.fit(tmp_path / "run", resume=True, progress=False)
+    view = case(20, seed=1)[1]
+    np.testing.assert_array_equal(
+        again.separate(view).draws["a"], separator.separate(view).draws["a"]
+    )
+
+
+def test_a_fit_in_units_from_files_is_that_from_memory(fits, tmp_path):
+    import h5py
+
+    separator, view = fits["each"], fits["each"].problem.views[0]
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file["y"] = np.asarray(view.observations, np.float32)
+    with h5py.File(tmp_path / "y.h5") as file:
+        stored = View(file["y"], dict(view.operators), NOISE, name="y")
+        problem = Problem([Source("a", (DIM,))], [stored])
+        found = Separator(problem, separator.config).fit(progress=False, memory=2**36)
+    want, got = units_of(separator.operators)["a"], units_of(found.operators)["a"]
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+    x = case(20, seed=1)[1]
+    np.testing.assert_allclose(
+        found.separate(x).draws["a"], separator.separate(x).draws["a"], atol=0.02
+    )
