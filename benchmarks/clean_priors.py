@@ -48,6 +48,7 @@ def taking(separator: Separator, covariance: str, steps: int) -> Separator:
     """The separator with networks whose covariance is `covariance`, and so many steps of its sampler."""
     config = separator.config.replace({"sampler.steps": steps})
     other = Separator(None, config)
+    other.operators = separator.operators
     change = lambda d: dataclasses.replace(d, covariance=covariance)
     other.denoisers = {
         k: change(d) if isinstance(d, Preconditioned) else d for k, d in separator.denoisers.items()

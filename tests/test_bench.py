@@ -164,7 +164,7 @@ def test_digits_over_grass_have_distances_of_features_and_no_limit(
     grassy_files, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("DICHROIC_DATA", str(grassy_files))
-    monkeypatch.setattr(problems, "GRASSY_FIT", {})
+    monkeypatch.setattr(problems, "SMALL", {})
     monkeypatch.setattr(methods, "QUICK_FIT", SMALL_FIT | {"mixture.rank": 8})
     monkeypatch.setattr("dichroic.datasets.digit_features._STEPS", 50)
     todo = plan(["grassy-14-down"], ["mixture", "limit"], [0], TINY)

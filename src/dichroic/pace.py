@@ -32,10 +32,11 @@ def costs_left(
         yield from [1.0] * max(last - lap, 0)
         return
     c = config.mixture
-    ranks = math.ceil(math.log2(max(c.rank / LEAST_RANK, 1))) if large else 0
+    ranks = 1 + (math.ceil(math.log2(max(c.rank / LEAST_RANK, 1))) if large else 0)
+    starts = ranks * (2 if large and c.units == "each" else 1)
     for first, done in ((size, lap), *[(1, 0)] * groups):
         for n in sizes(first, c.components):
-            laps = laps_of(n, c) * (1 + ranks if n == 1 else 1)
+            laps = laps_of(n, c) * (starts if n == 1 else 1)
             yield from [float(n)] * max(laps - (done if n == first else 0), 0)
 
 
