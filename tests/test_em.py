@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from dichroic import em
 from dichroic.config import FitConfig
 from dichroic.data import learning_order, prepare
 from dichroic.denoise import Mixture, Preconditioned, gaussian
@@ -21,6 +20,7 @@ from dichroic.observations import Observations
 from dichroic.operators import Dense, Identity, Scale
 from dichroic.problem import Problem, Source, View, joint_observations
 from dichroic.run import fit
+from dichroic.scoring import scores
 from dichroic.separator import Separator
 from dichroic.train import with_network
 
@@ -196,7 +196,7 @@ def test_held_out_chi2_is_of_what_was_observed():
     config = TINY.replace({"holdout": 0.5, "diffusion.evidence_observations": 400})
     data = prepare(Problem([Source("a", DIM)], [half]), config)
     prior = {"a": gaussian(np.zeros(DIM), COVARIANCE["a"])}
-    found = em._scores(prior, data, [0], config)["chi2_view1"]
+    found = scores(prior, data, [0], config)["chi2_view1"]
     seen = int(np.sum(np.any(data.test[0].noise.observed(DIM), axis=1)))
     assert 80 < seen < 120
     assert abs(found - 1) < 4 * np.sqrt(2 / (DIM * seen))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from followers import Rows
 
-from dichroic import em, guards, mixture_em, operator_em
+from dichroic import em, guards, mixture_em, operator_em, scoring
 from dichroic import run as runs
 from dichroic.checkpoint import load_state
 from dichroic.config import FitConfig
@@ -357,13 +357,13 @@ def some_not_finite(draws):
     return eqx.tree_at(lambda d: d.x, draws, {k: cut(x) for k, x in draws.x.items()})
 
 
-@pytest.mark.parametrize(("call", "count", "most"), [(2, 8, 6), (3, 72, 3)])
+@pytest.mark.parametrize(("call", "count", "most"), [(1, 8, 6), (2, 72, 3)])
 def test_draws_that_are_not_finite_are_an_error_and_cost_no_state(
     one, whole_diffusion, breaking, tmp_path, call, count, most
 ):
-    """The second draws are those that judge, two of each held-out observation; the third train."""
+    """The first draws are those that judge, two of each held-out observation; the second train."""
     breaking(em, "draw", call, change=some_not_finite)
-    draws = count * (2 if call == 2 else 1)
+    draws = count * (2 if call == 1 else 1)
     text = rf"view 'alone': {most} of {draws} posterior draws are not finite, those of 3 of {count} obs"
     with pytest.raises(RunError, match=text):
         fit(one, tmp_path, DIFFUSION)
@@ -392,7 +392,7 @@ def test_the_error_of_draws_says_what_to_look_at(one):
 
 
 def test_draws_that_cannot_be_scored_end_no_fit(one, whole_one, breaking, tmp_path):
-    breaking(em, "draw", 1, change=some_not_finite)
+    breaking(scoring, "draw", 1, change=some_not_finite)
     found = fit(one, tmp_path)
     assert said(found.denoisers) == said(whole_one.denoisers)
     assert "chi2_alone" in whole_one.metrics[-1]
