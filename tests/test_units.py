@@ -5,11 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from followers import KillAt, Killed
 from scipy.stats import multivariate_normal
 
 from dichroic import Problem, Separator, Source, View
 from dichroic.backgrounds import low_rank_log_evidence
 from dichroic.columns import diagonal_of
+from dichroic.data import prepare
 from dichroic.denoise import gaussian
 from dichroic.errors import FormatError
 from dichroic.lowrank import moments
@@ -141,29 +143,15 @@ def test_models_in_units_are_kept_and_go_on(fits, tmp_path):
     np.testing.assert_array_equal(other.separate(renamed).draws["b"], want)
     state = Start(separator.denoisers, separator.operators)
     problem = Problem([Source("a", (DIM,))], [view])
-    data = dataclasses.make_dataclass("Data", ["order"])((("a",),))
-    np.testing.assert_array_equal(
-        units_of(state.state(problem, data).operators)["a"], units_of(separator.operators)["a"]
-    )
+    found = state.state(problem, prepare(problem, separator.config)).operators
+    np.testing.assert_array_equal(units_of(found)["a"], units_of(separator.operators)["a"])
 
 
-def test_a_fit_in_units_goes_on_where_it_was(fits, tmp_path, monkeypatch):
-    from dichroic import em, run
-
+def test_a_fit_in_units_goes_on_where_it_was(fits, tmp_path):
     separator = fits["each"]
-    laps, advance = [], em.advance
-
-    def stopping(*args, **kwargs):
-        if len(laps) == 5:
-            raise KeyboardInterrupt
-        laps.append(1)
-        return advance(*args, **kwargs)
-
-    monkeypatch.setattr(run, "advance", stopping)
     again = Separator(separator.problem, separator.config)
-    with pytest.raises(KeyboardInterrupt):
-        again.fit(tmp_path / "run", progress=False)
-    monkeypatch.undo()
+    with pytest.raises(Killed):  # in the second lap after units were found
+        again.fit(tmp_path / "run", progress=KillAt(5))
     again.fit(tmp_path / "run", resume=True, progress=False)
     view = case(20, seed=1)[1]
     np.testing.assert_array_equal(

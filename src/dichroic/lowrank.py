@@ -151,13 +151,8 @@ class LowRankView:
     def _gram(self) -> np.ndarray:
         """`Wᵀ B⁻¹ W` of each tuple, with the means among the columns."""
         if len(self.parts) == 1:  # no product of two components is needed
-            left, right = (self._by_tuple(a) for a in (self.columns, self.solved))
-            return left.swapaxes(1, 2) @ right
+            return self._of_tuples(self.columns).swapaxes(1, 2) @ self._of_tuples(self.solved)
         return (self.columns.T @ self.solved)[self.where[:, :, None], self.where[:, None, :]]
-
-    def _by_tuple(self, columns: np.ndarray) -> np.ndarray:
-        """Of numbers `(n, C)` by column of the only source those of each component, `(K, n, 1 + R)`."""
-        return columns.reshape(len(columns), *self.where.shape).swapaxes(0, 1)
 
     @property
     def nbytes(self) -> int:
@@ -222,7 +217,7 @@ class LowRankView:
         """Numbers `(n, C)` by column times the `(C, C)` that matrices of tuples add up to, `(n, C)`."""
         if len(self.parts) != 1:
             return columns @ self._pairs(of_tuples)
-        return (self._by_tuple(columns) @ of_tuples).swapaxes(0, 1).reshape(columns.shape)
+        return (self._of_tuples(columns) @ of_tuples).swapaxes(0, 1).reshape(columns.shape)
 
     def own(self, name: str, of_tuples: np.ndarray) -> np.ndarray:
         """Matrices of tuples summed for each component of one source, `(K, 1 + R, 1 + R)`."""
