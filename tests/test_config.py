@@ -41,7 +41,9 @@ def test_every_setting_is_listed_with_its_type_and_default():
     assert listed["holdout"] == (float, 0.1)
     flat = {k: default for k, (_, default) in listed.items()}
     assert FitConfig(seed=9).replace(flat) == FitConfig()
-    depth = lambda values: sum(depth(v) if isinstance(v, dict) else 1 for v in values.values())
+    depth = lambda values: sum(
+        depth(v) if v and isinstance(v, dict) else 1 for v in values.values()
+    )
     assert len(listed) == depth(FitConfig().to_dict())
 
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from dichroic.errors import ConfigError
 
+Ends = tuple[float | None, ...]  # the least and the most
+Bounds = Mapping[str, Ends]
 NetworkName = Literal["auto", "mlp", "unet"]
 SamplerName = Literal["auto", "ancestral", "ddpm", "ddim", "heun", "predictor-corrector"]
 
@@ -131,9 +133,20 @@ class FitConfig(_Ranged):
     order: tuple[tuple[str, ...], ...] | None = None  # groups of sources, learned in turn
     polish: int = 4  # mixture laps over all sources and views together after the last group
     batch_size: int = _count(1024)  # observations sampled at once
+    bounds: Bounds = field(default_factory=dict)  # least and most that numbers of a source can be
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, ends in self.bounds.items():
+            known = [end for end in ends if end is not None]
+            if len(ends) != 2 or not known or (len(known) == 2 and known[0] >= known[1]):
+                raise ConfigError(
+                    f"bounds.{name}: expected the least and the most that its numbers can be, [low, high], one of "
+                    f"them null where there is none, got {list(ends)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain values."""
@@ -201,6 +214,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(repr, options))}")
     if isinstance(kind, types.UnionType):
         return None if value is None else _convert(options[0], value, where)
+    if typing.get_origin(kind) is Mapping:
+        if isinstance(value, Mapping):
+            return {str(k): _convert(options[1], v, f"{where}.{k}") for k, v in value.items()}
+        raise ConfigError(f"{where}: expected a table by name of a source, got {value!r}")
     if typing.get_origin(kind) is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_convert(options[0], v, where) for v in value)

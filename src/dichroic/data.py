@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dichroic.blocks import GRAIN
+from dichroic.bounds import check_bounds
 from dichroic.config import FitConfig
 from dichroic.dataset import Numbers, rows_within, shared_out, stored_dataset
 from dichroic.errors import ConfigError
@@ -61,6 +62,7 @@ def prepare(
     and draws are written below the folder `scratch`.
     """
     stationary = stationary_axes(problem, config)
+    check_bounds(config.bounds, problem.names)
     groups, train, test = problem.joint_views(), [], []
     if memory is not None:
         check_memory(problem, memory)

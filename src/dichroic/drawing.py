@@ -1,5 +1,7 @@
 """Joint posterior draws by whatever sampler suits the priors, and how well they explain what was observed."""
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +11,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from dichroic.batching import split
+from dichroic.bounds import bounded, of_others
 from dichroic.config import FitConfig
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.lanes import in_lanes, own_lanes
@@ -16,16 +19,88 @@ from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
 from dichroic.mixture_em import is_large
 from dichroic.observations import Observations, whitened_chi2
 from dichroic.posterior import choose_solver
-from dichroic.sample import Draws, draw_posterior, make_sampler
+from dichroic.sample import Draws, Progress, draw_posterior, make_sampler
 
 Denoisers = dict[str, Denoiser]
 _CHI2_BATCH = 1024
+_AGAIN = 2**32 - 1  # where the numbers of second draws begin, backwards: far from any observation's
 
 
 def draw(
     denoisers: Denoisers, obs: Observations, key: PRNGKeyArray, config: FitConfig, **kwargs: Any
 ) -> Draws:
-    """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not."""
+    """Joint posterior draws: exact ones if every prior is a mixture, by the sampler of `config` if not.
+
+    Those of sources with bounds are within them, and the others drawn anew given these: see `dichroic.bounds`.
+    """
+    if not set(config.bounds) & set(obs.sources):
+        return _free_draws(denoisers, obs, key, config, **kwargs)
+    return _bounded_draws(denoisers, obs, key, config, **kwargs)
+
+
+def _bounded_draws(
+    denoisers: Denoisers,
+    obs: Observations,
+    key: PRNGKeyArray,
+    config: FitConfig,
+    *,
+    progress: Progress | None = None,
+    **kwargs: Any,
+) -> Draws:
+    """Sources are moved within their bounds in the order of `config.bounds`, the rest drawn again after each."""
+    known = [k for k in config.bounds if k in obs.sources]
+    passes = min(len(known) + 1, len(obs.sources))
+    draws = _free_draws(
+        denoisers, obs, key, config, progress=partial(_part, progress, 0, passes), **kwargs
+    )
+    x = dict(draws.x)
+    for i, name in enumerate(known, 1):
+        x[name] = bounded(x[name], obs.operators[name], config.bounds[name])
+        if i < passes:
+            say = partial(_part, progress, i, passes)
+            again = _draws_given(
+                {k: x[k] for k in known[:i]}, denoisers, obs, key, config, say, **kwargs
+            )
+            x |= again.x
+            draws = Draws(
+                x,
+                draws.evidence,
+                np.maximum(draws.residual, again.residual),
+                np.minimum(draws.converged, again.converged),
+                draws.steps + again.steps,
+            )
+    return dataclasses.replace(draws, x=x)
+
+
+def _draws_given(
+    x: dict[str, np.ndarray],
+    denoisers: Denoisers,
+    obs: Observations,
+    key: PRNGKeyArray,
+    config: FitConfig,
+    progress: Progress,
+    **kwargs: Any,
+) -> Draws:
+    """A draw of the other sources for each draw of the sources `x`, `(n_draws, n, *shape)`."""
+    n, first = kwargs.pop("n_draws", 1), kwargs.get("first_index", 0)
+    found = []
+    for i in range(n):
+        others = of_others(obs, {k: a[i] for k, a in x.items()}, first)
+        own = jax.random.fold_in(key, _AGAIN - len(x) * n - i)
+        say = partial(_part, progress, i, n)
+        found.append(_free_draws(denoisers, others, own, config, progress=say, **kwargs))
+    return jax.tree.map(lambda *a: np.concatenate(a), *found)
+
+
+def _part(progress: Progress | None, number: int, parts: int, done: int, count: int) -> None:
+    """Say how far part `number` of `parts` is."""
+    if progress:
+        progress(number * count + done, parts * count)
+
+
+def _free_draws(
+    denoisers: Denoisers, obs: Observations, key: PRNGKeyArray, config: FitConfig, **kwargs: Any
+) -> Draws:
     s, used = config.sampler, {k: denoisers[k] for k in obs.sources}
     mixtures = all(isinstance(d, Mixture) for d in used.values())
     low_rank = all(map(is_low_rank_prior, used.values())) or (mixtures and is_large([obs]))

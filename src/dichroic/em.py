@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from dichroic import layout
+from dichroic.bounds import check_learned
 from dichroic.config import FitConfig, MixtureConfig
 from dichroic.data import Data
 from dichroic.dataset import StoredDataset, shared_out
@@ -150,6 +151,8 @@ def _mixture_lap(
     learned = math.isfinite(evidence) or state.lap > 0
     if names[0] not in state.best and not (better and learned):
         raise no_prior(names, evidence, score, data)
+    if names[0] not in state.best:
+        check_learned({n: current[n] for n in names}, config.bounds)
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
     if size == 1 and rank is not None:

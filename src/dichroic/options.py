@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dichroic.config import settings
-from dichroic.errors import DichroicError
+from dichroic.errors import ConfigError, DichroicError
 
 
 def positive(text: str) -> int:
@@ -40,6 +40,20 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in listed(text)]
 
 
+def bounds(text: str) -> dict[str, list[float | None]]:
+    """The bounds of `NAME=LOW:HIGH, …`, of which either may be left out."""
+    found: dict[str, list[float | None]] = {}
+    for part in listed(text):
+        name, has_ends, given = part.partition("=")
+        try:
+            found[name.strip()] = [float(end) if end.strip() else None for end in given.split(":")]
+        except ValueError:
+            has_ends = ""
+        if not has_ends or given.count(":") != 1:
+            raise ConfigError(f"{part!r}: expected NAME=LOW:HIGH, such as flux=0: or image=0:1")
+    return found
+
+
 def ending(*endings: str) -> Callable[[str], Path]:
     """The path of an option, which must end so."""
 
@@ -60,6 +74,15 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         if name == "order":
             group.add_argument(
                 "--order", metavar="A,B/C", help="groups of sources, learned in turn"
+            )
+            continue
+        if name == "bounds":
+            group.add_argument(
+                "--bounds",
+                dest="set:bounds",
+                type=parsed(bounds),
+                metavar="NAME=LOW:HIGH,…",
+                help="least and most that numbers of a source can be; either may be left out",
             )
             continue
         options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None

@@ -362,8 +362,9 @@ def check_same(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""):
-    for key in a:
-        if isinstance(a[key], Mapping):
-            yield from _differences(a[key], b[key], f"{prefix}{key}.")
-        elif a[key] != b[key]:
-            yield prefix + key, a[key], b[key]
+    for key in {**a, **b}:
+        old, new = a.get(key), b.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield prefix + key, old, new

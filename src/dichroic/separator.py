@@ -1,5 +1,6 @@
 """The front door: learn the sources of a problem, separate observations, sample the priors."""
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from dichroic.blocks import spans
+from dichroic.bounds import within_bounds
 from dichroic.config import FitConfig, check_keys
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.drawing import draw, predictive_chi2
@@ -187,7 +189,7 @@ class Separator:
             **options,
         )
         chi2 = predictive_chi2(observations, draws, first_index)
-        x = from_units(draws.x, self.operators)
+        x = within_bounds(from_units(draws.x, self.operators), self.config.bounds)
         return Separation(x, chi2, draws.residual, draws.converged, draws.steps)
 
     def stream(
@@ -247,7 +249,8 @@ class Separator:
         )
         key, size = jax.random.key(seed), self.config.batch_size
         x = draw_prior(denoiser, n, key, sampler=sampler, batch_size=size)
-        return from_units({source: x}, self.operators)[source]
+        x = from_units({source: x}, self.operators)
+        return within_bounds(x, self.config.bounds)[source]
 
     def with_sources(self, sources: Mapping[str, str]) -> "Separator":
         """A separator of other sources, each of a kind that was learned: `{new name: learned source}`.
@@ -258,7 +261,9 @@ class Separator:
         >>> blend = separator.with_sources({"left": "galaxy", "right": "galaxy"})  # doctest: +SKIP
         """
         check_keys(dict.fromkeys(sources.values()), self._fitted(), "with_sources")
-        other = Separator(None, self.config)
+        known = self.config.bounds
+        bounds = {new: known[kind] for new, kind in sources.items() if kind in known}
+        other = Separator(None, dataclasses.replace(self.config, bounds=bounds))
         other.denoisers = {name: self.denoisers[kind] for name, kind in sources.items()}
         units = named_units(self.operators, sources)
         other.operators = without_units(self.operators) | units

@@ -122,7 +122,8 @@ def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[st
     for held, d in zip(case.held, draws, strict=True):
         some = held.first(x_count(d))
         limit = spec.config.limit_observations(spec.problem.sources)
-        for source, found in posterior_scores(d, some.truth, case.data_range, limit).items():
+        about = some.truth, case.data_range, limit, case.bounds
+        for source, found in posterior_scores(d, *about).items():
             rows.append({"view": held.name, "source": source, **found})
     points, seed = spec.config.points, spec.seed
     for source, fresh in case.fresh.items():

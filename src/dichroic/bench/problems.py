@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dichroic.bench.names import BenchConfig, ProblemName
-from dichroic.config import FitConfig
+from dichroic.config import Bounds, FitConfig
 from dichroic.datasets import grassy
 from dichroic.datasets.digit_features import train_classifier
 from dichroic.datasets.manifolds import manifold_problem
@@ -71,6 +71,11 @@ class Case:
     section: Mapping[str, Any] = field(default_factory=dict)
     features: Mapping[str, Features] = field(default_factory=dict)
 
+    @property
+    def bounds(self) -> Bounds:
+        """The least and the most that numbers of sources are known to be."""
+        return FitConfig.from_dict({k: v for k, v in self.section.items() if k == "bounds"}).bounds
+
 
 def build_case(name: ProblemName, seed: int, config: BenchConfig) -> Case:
     """The problem called `name` with the random numbers of `seed`."""
@@ -120,7 +125,9 @@ _MIXTURE: Mapping[str, Any] = {
     "stationary": ["grass"],
     "units": "each",
 }
+_KNOWN: Mapping[str, Any] = {"digit": [0, 1]}
 SMALL: Mapping[str, Any] = {  # for minutes on two cores
+    "bounds": _KNOWN,
     "mixture": {**_MIXTURE, "components": 32, "rank": 32},
     "diffusion": {
         "laps": 1,
@@ -134,6 +141,7 @@ SMALL: Mapping[str, Any] = {  # for minutes on two cores
     },
 }
 FULL: Mapping[str, Any] = {  # for minutes on a data-centre GPU
+    "bounds": _KNOWN,
     "mixture": _MIXTURE,
     "sampler": {"steps": 16},
     "diffusion": {

@@ -40,8 +40,9 @@ def _tables(problem: str, entries: Sequence[Found]) -> list[Table]:
     sources = sorted(
         {r["source"] for m in methods for e in of(entries, problem, m) for r in e["scores"]}
     )
+    bounded = [s for s in sources if any(map(len, _within(problem, methods, entries, s)))]
     whole = ["mean"] if problem.startswith("mixed") else []  # what the paper gives for these
-    psnr = [f"PSNR {s}" for s in [*sources, *whole]]
+    psnr = [f"PSNR {s}" for s in [*sources, *whole]] + [f"{s} within bounds" for s in bounded]
     distances = ["Sinkhorn post.", "published", "prior", "published", "PQMass post.", "prior"]
     distances += ["Fréchet post.", "prior"] if _has_features(problem, entries) else []
     costs = ["nats to limit", "90% holds", "ranks p", "χ²/M", "fit", "µs per draw", "MiB", "failed"]
@@ -51,15 +52,28 @@ def _tables(problem: str, entries: Sequence[Found]) -> list[Table]:
         "calibration and cost": ["method", *costs],
     }
     rows = {
-        "accuracy": lambda m: _accuracy(problem, m, sources, bool(whole), entries),
+        "accuracy": lambda m: _accuracy(problem, m, sources, bounded, bool(whole), entries),
         "distributions": lambda m: _distributions(problem, m, entries),
         "calibration and cost": lambda m: _cost(problem, m, entries),
     }
     return [(f"{problem}: {k}", heads[k], [rows[k](m) for m in methods]) for k in heads]
 
 
+def _within(
+    problem: str, methods: Sequence[str], entries: Sequence[Found], source: str
+) -> list[np.ndarray]:
+    """PSNR of draws that were moved within the bounds of a source, by method."""
+    pick = lambda r: r.get("within", {}).get("psnr")
+    return [values(of(entries, problem, m), pick, source) for m in methods]
+
+
 def _accuracy(
-    problem: str, method: str, sources: Sequence[str], whole: bool, entries: Sequence[Found]
+    problem: str,
+    method: str,
+    sources: Sequence[str],
+    bounded: Sequence[str],
+    whole: bool,
+    entries: Sequence[Found],
 ) -> list[str]:
     mine, limit = of(entries, problem, method), of(entries, problem, LIMIT)
     psnr = lambda r: r["psnr"]
@@ -67,6 +81,7 @@ def _accuracy(
         method,
         *(cell(values(mine, psnr, s)) for s in sources),
         *([cell(values(mine, psnr))] if whole else []),
+        *(cell(*_within(problem, [method], entries, s)) for s in bounded),
         _published(problem, method, 0),
         *(cell(gap(mine, limit, [s]), "{:.1f}") for s in sources),
     ]
@@ -146,7 +161,8 @@ def footer(entries: Sequence[Found], command: str) -> str:
         f"scored, {first['draws']} draws of each; seeds {seeds}. PSNR in dB of one draw; to limit: by how "
         "much a draw from the exact posterior is better on the same observations (the first ones), and by "
         "how many nats their log evidence is higher with the true priors (–: no closed form). Published: of "
-        "the same method in the paper, for dichroic and mixture that of ddprism. "
+        "the same method in the paper, for dichroic and mixture that of ddprism. Within bounds: draws of all "
+        "methods moved to the nearest values that the source can have. "
         f"Distances of {first['points']:,} points; of two samples of one distribution PQMass is 1.",
         f"{m['cores']} cores ({m['device']}), jax {m['jax']}, dichroic {m['dichroic']}, {last['date']}. "
         "Times contain compilation; µs per draw: separation, per held-out observation and draw, after it.",

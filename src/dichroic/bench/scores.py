@@ -1,10 +1,14 @@
 """Scores of posterior draws and of priors, as plain data. What needs a truth is left out where there is none."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from dichroic.bounds import within_bounds
+from dichroic.config import Bounds
 from dichroic.metrics import (
     coverage,
     frechet_distance,
@@ -19,23 +23,31 @@ LEVEL = 0.9
 
 
 def posterior_scores(
-    draws: Draws, truth: Draws, data_range: Mapping[str, float], first: int
+    draws: Draws,
+    truth: Draws,
+    data_range: Mapping[str, float],
+    first: int,
+    bounds: Bounds = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """Scores of draws `(S, n, *shape)` against the truth `(n, *shape)`, by source.
 
     PSNR in dB of one draw (of the `first` observations too, those that the limit is known for) and of the
     mean of all draws, coverage of 90% intervals and its standard error, and the p-value of flat ranks
-    (simulation-based calibration).
+    (simulation-based calibration). Of a source with `bounds`, PSNR of draws moved within these too, whether a
+    method knows of them or not.
     """
     known = {k: x for k, x in draws.items() if k in truth}
-    return {k: _posterior(x, truth[k], data_range[k], first) for k, x in known.items()}
+    found = {k: _posterior(x, truth[k], data_range[k], first) for k, x in known.items()}
+    inside = within_bounds({k: x for k, x in known.items() if k in bounds}, bounds)
+    for k, x in inside.items():
+        found[k]["within"] = _psnr(x, truth[k], data_range[k])
+    return found
 
 
 def _posterior(x: np.ndarray, truth: np.ndarray, span: float, first: int) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "psnr": psnr(x[0], truth, data_range=span),
+        **_psnr(x, truth, span),
         "psnr_first": psnr(x[0, :first], truth[:first], data_range=span),
-        "psnr_mean": psnr(x.mean(axis=0), truth, data_range=span),
         "observations": len(truth),
     }
     if len(x) > 1:
@@ -44,6 +56,12 @@ def _posterior(x: np.ndarray, truth: np.ndarray, span: float, first: int) -> dic
         found |= {"coverage": inside.value, "coverage_error": inside.standard_error}
         found |= {"ranks": ranks.frequencies.tolist(), "ranks_p": ranks.p_value}
     return found
+
+
+def _psnr(x: np.ndarray, truth: np.ndarray, span: float) -> dict[str, float]:
+    """Of one draw and of the mean of all."""
+    of = partial(psnr, truth=truth, data_range=span)
+    return {"psnr": of(x[0]), "psnr_mean": of(x.mean(axis=0))}
 
 
 def distances(

@@ -61,6 +61,12 @@ def from_units(x: Mapping[str, Numbers], values: Parameters) -> dict[str, Number
     return {k: a * known[k] if k in known else a for k, a in x.items()}  # type: ignore[operator]
 
 
+def own_units(op: Operator) -> Any:
+    """The units that an operator has its source in; 1 where there are none."""
+    last = op.operators[-1] if isinstance(op, Compose) else None
+    return np.asarray(last.diagonal) if isinstance(last, Units) else 1.0
+
+
 def check_units(values: Parameters, shapes: Mapping[str, Shape], where: str) -> None:
     """Raise `FormatError` unless units are positive and of sources of their shapes."""
     for name, s in units_of(values).items():
