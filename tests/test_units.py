@@ -16,7 +16,7 @@ from dichroic.denoise import gaussian
 from dichroic.errors import FormatError
 from dichroic.lowrank import moments
 from dichroic.lowrank_em import from_columns
-from dichroic.mixture_em import LEAST_UNIT, deviations
+from dichroic.mixture_em import LEAST_UNIT, chosen_units, deviations
 from dichroic.operators import Dense, Diagonal, Identity, Learned, Scale
 from dichroic.operators.units import (
     as_parameters,
@@ -96,6 +96,23 @@ def test_deviations_are_those_of_a_gaussian():
     want = np.sqrt(np.diag(cov) / 1.5)
     want[2] = LEAST_UNIT
     np.testing.assert_allclose(deviations(gaussian(np.zeros(4), cov)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_units_are_chosen_where_some_numbers_vary_much_less():
+    even, uneven = (gaussian(np.zeros(4), np.diag(v)) for v in ([1.0, 1, 2, 0.5], [1, 1, 0.01, 1]))
+    both = {"a": even, "b": uneven}
+    assert chosen_units(both, "same") == {}
+    assert list(chosen_units(both, "each")) == ["a", "b"]
+    (name,) = chosen = chosen_units(both, "auto")
+    assert name == "b"
+    np.testing.assert_array_equal(chosen["b"], deviations(uneven))
+
+
+def test_a_fit_chooses_the_units_that_help(fits):
+    separator = Separator(fits["each"].problem, FIT).fit(progress=False)
+    x = case(5, seed=1)[1]
+    want = fits["each"].separate(x).draws["a"]
+    np.testing.assert_array_equal(separator.separate(x).draws["a"], want)
 
 
 def test_the_evidence_in_units_is_that_of_the_source(rng):

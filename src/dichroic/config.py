@@ -57,9 +57,7 @@ class MixtureConfig(_Ranged):
     max_tuples: int = _count(1024)  # tuples looked at, at once, in the search for them
     shrinkage: float = 0.0  # pseudo-observations pulling each covariance to the mean
     stationary: tuple[str, ...] = ()  # sources that look the same everywhere: texture, sky, noise
-    units: Literal["same", "each"] = (
-        "same"  # of numbers of a source of low rank: see docs/concepts.md
-    )
+    units: Literal["auto", "same", "each"] = "auto"  # of numbers of a source: see docs/concepts.md
     floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops
 

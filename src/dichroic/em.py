@@ -37,7 +37,7 @@ from dichroic.fingerprint import fingerprint
 from dichroic.guards import check_draws, guarded, no_prior, trained
 from dichroic.machine import peak_memory
 from dichroic.mixture_em import (
-    deviations,
+    chosen_units,
     em_lap,
     initial_gaussians,
     is_large,
@@ -163,8 +163,9 @@ def _mixture_lap(
             wide = dataclasses.replace(state, current=wider, best=best, score=score, lap=0)
             return wide, metrics
         current = {**current, **{n: best[n] for n in names}}  # of the rank with the best score
-        if c.units == "each" and not set(low) <= set(units_of(best_operators)):
-            return _in_units(state, names, {n: deviations(current[n]) for n in low}), metrics
+        known = set(low) & set(units_of(best_operators))
+        if not known and (units := chosen_units({n: current[n] for n in low}, c.units)):
+            return _in_units(state, names, units), metrics
     stale = 0 if better or size == 1 else state.stale + 1
     stale = c.patience if lost and not better else stale
     if size < c.components and stale < c.patience:

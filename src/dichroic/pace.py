@@ -33,7 +33,7 @@ def costs_left(
         return
     c = config.mixture
     ranks = 1 + (math.ceil(math.log2(max(c.rank / LEAST_RANK, 1))) if large else 0)
-    starts = ranks * (2 if large and c.units == "each" else 1)
+    starts = ranks * (2 if large and c.units != "same" else 1)
     for first, done in ((size, lap), *[(1, 0)] * groups):
         for n in sizes(first, c.components):
             laps = laps_of(n, c) * (starts if n == 1 else 1)

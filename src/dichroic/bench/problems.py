@@ -123,7 +123,6 @@ _MIXTURE: Mapping[str, Any] = {
     "laps": 2,
     "final_laps": 2,
     "stationary": ["grass"],
-    "units": "each",
 }
 _KNOWN: Mapping[str, Any] = {"digit": [0, 1]}
 SMALL: Mapping[str, Any] = {  # for minutes on two cores
