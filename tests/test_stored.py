@@ -499,10 +499,10 @@ def test_fit_within_an_amount_of_memory(tmp_path, fits, capsys):
     path = str(write(tmp_path, numbers()))
     out = ["--out", str(tmp_path / "run")]
     assert main(["fit", path, *out]) == 130
-    assert main(["fit", path, *out, "--memory", "2GiB"]) == 130
+    assert main(["fit", path, *out, "--memory", "8GiB"]) == 130
     (memory, plain), (stored, bounded) = fits
     assert plain["memory"] is None
-    assert bounded["memory"] == 2**31
+    assert bounded["memory"] == 2**33
     assert not any(isinstance(v, StoredView) for v in memory.views)
     assert all(isinstance(v, StoredView) for v in stored.views)
     with pytest.raises(SystemExit):
@@ -513,7 +513,7 @@ def test_fit_within_an_amount_of_memory(tmp_path, fits, capsys):
 def test_a_bad_value_ends_a_fit_before_it_begins(tmp_path, fits, capsys, monkeypatch):
     path = str(write(tmp_path, spoiled(numbers(), "p", (-2, 0), np.nan)))
     run = tmp_path / "run"
-    assert main(["fit", path, "--out", str(run), "--memory", "2GiB"]) == 2
+    assert main(["fit", path, "--out", str(run), "--memory", "8GiB"]) == 2
     said = capsys.readouterr().err
     assert "observation 148 is nan" in said
     assert "in observations 0 to 149" in said
@@ -521,7 +521,7 @@ def test_a_bad_value_ends_a_fit_before_it_begins(tmp_path, fits, capsys, monkeyp
     run.mkdir()
     (run / "run.json").touch()
     monkeypatch.setattr("dichroic.view.SOME", 64)
-    assert main(["fit", path, "--out", str(run), "--memory", "2GiB", "--resume"]) == 130
+    assert main(["fit", path, "--out", str(run), "--memory", "8GiB", "--resume"]) == 130
     assert len(fits) == 1  # what is gone on with has been checked when it began
 
 

@@ -57,6 +57,7 @@ class Held:
 class Case:
     """A problem to learn from, and what its answers are held against.
 
+    `bounds` are what numbers of a source are known to be; a fit keeps to those that its settings state alone.
     `fresh` has true sources that are independent of the held-out ones, `(n, *shape)`; it is empty for a
     user's problem. `section` are the settings of a fit that the problem states, and `features` what a Fréchet
     distance is of, by source.
@@ -69,12 +70,8 @@ class Case:
     data_range: Mapping[str, float]
     fresh: Arrays = field(default_factory=dict)
     section: Mapping[str, Any] = field(default_factory=dict)
+    bounds: Bounds = field(default_factory=dict)
     features: Mapping[str, Features] = field(default_factory=dict)
-
-    @property
-    def bounds(self) -> Bounds:
-        """The least and the most that numbers of sources are known to be."""
-        return FitConfig.from_dict({k: v for k, v in self.section.items() if k == "bounds"}).bounds
 
 
 def build_case(name: ProblemName, seed: int, config: BenchConfig) -> Case:
@@ -124,9 +121,7 @@ _MIXTURE: Mapping[str, Any] = {
     "final_laps": 2,
     "stationary": ["grass"],
 }
-_KNOWN: Mapping[str, Any] = {"digit": [0, 1]}
 SMALL: Mapping[str, Any] = {  # for minutes on two cores
-    "bounds": _KNOWN,
     "mixture": {**_MIXTURE, "components": 32, "rank": 32},
     "diffusion": {
         "laps": 1,
@@ -140,7 +135,6 @@ SMALL: Mapping[str, Any] = {  # for minutes on two cores
     },
 }
 FULL: Mapping[str, Any] = {  # for minutes on a data-centre GPU
-    "bounds": _KNOWN,
     "mixture": _MIXTURE,
     "sampler": {"steps": 16},
     "diffusion": {
@@ -172,17 +166,18 @@ def _grassy(name: ProblemName, seed: int, config: BenchConfig) -> Case:
         dict.fromkeys(problem.names, 1.0),
         grassy.fresh_sources(config.points, seed=seed + FRESH_SEED, size=name.pixels),
         SMALL if name.pixels <= 14 else FULL,
+        {"digit": (0.0, 1.0)},
         {"digit": classifier.of},
     )
 
 
 def _users(name: ProblemName, seed: int, config: BenchConfig) -> Case:
     problem, section = load_problem(name.path)
-    fraction = FitConfig.from_dict(section, where=f"{name.path}: fit").holdout
+    fit = FitConfig.from_dict(section, where=f"{name.path}: fit")
     train: dict[str, View] = {}
     held = []
     for i, views in enumerate(problem.joint_views()):
-        kept, test = holdout(views, fraction, seed + i)
+        kept, test = holdout(views, fit.holdout, seed + i)
         train |= {v.name: v for v in kept}
         n = test[0].count
         if n:
@@ -192,7 +187,7 @@ def _users(name: ProblemName, seed: int, config: BenchConfig) -> Case:
     split = Problem(problem.sources, [train[v.name] for v in problem.views], problem.origin)
     known = {k: [h.truth[k].ravel() for h in held if k in h.truth] for k in problem.names}
     spans = {k: float(np.ptp(np.concatenate(x))) for k, x in known.items() if x}
-    return Case(name, seed, split, tuple(held), spans, section=section)
+    return Case(name, seed, split, tuple(held), spans, section=section, bounds=fit.bounds)
 
 
 def check_problem(name: ProblemName) -> str:
