@@ -83,10 +83,10 @@ def _draws_given(
 ) -> Draws:
     """A draw of the other sources for each draw of the sources `x`, `(n_draws, n, *shape)`."""
     n, first = kwargs.pop("n_draws", 1), kwargs.get("first_index", 0)
-    found = []
+    again, found = jax.random.fold_in(key, _AGAIN - len(x)), []
     for i in range(n):
         others = of_others(obs, {k: a[i] for k, a in x.items()}, first)
-        own = jax.random.fold_in(key, _AGAIN - len(x) * n - i)
+        own = jax.random.fold_in(again, i)
         say = partial(_part, progress, i, n)
         found.append(_free_draws(denoisers, others, own, config, progress=say, **kwargs))
     return jax.tree.map(lambda *a: np.concatenate(a), *found)
