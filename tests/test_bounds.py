@@ -25,6 +25,7 @@ from dichroic.options import bounds as parse
 DIM, NOISE = 6, 0.05
 FIT = {
     "mixture": {"components": 2, "gaussian_laps": 3, "laps": 1, "final_laps": 2},
+    "polish": 0,
     "diffusion": {"laps": 0},
 }
 KEY = jax.random.key(3)
