@@ -115,6 +115,15 @@ def test_a_fit_chooses_the_units_that_help(fits):
     np.testing.assert_array_equal(separator.separate(x).draws["a"], want)
 
 
+def test_bounds_are_compared_with_a_source_before_it_is_in_units(fits, monkeypatch):
+    problem, compared = fits["each"].problem, []
+    keep = lambda priors, bounds: compared.append((list(priors), dict(bounds)))
+    monkeypatch.setattr("dichroic.em.check_learned", keep)
+    separator = Separator(problem, {**FIT, "bounds": {"a": [-9, 9]}}).fit(progress=False)
+    assert list(units_of(separator.operators)) == ["a"]
+    assert compared == [(["a"], {"a": (-9, 9)}), ([], {"a": (-9, 9)})]
+
+
 def test_the_evidence_in_units_is_that_of_the_source(rng):
     columns, s = rng.normal(size=(2, 6, 3)), rng.uniform(0.2, 3, size=6)
     mixture = from_columns(np.array([1.0, 2.0]), columns, 0.3, (6,))

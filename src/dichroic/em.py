@@ -151,8 +151,9 @@ def _mixture_lap(
     learned = math.isfinite(evidence) or state.lap > 0
     if names[0] not in state.best and not (better and learned):
         raise no_prior(names, evidence, score, data)
+    as_it_is = {n: current[n] for n in names if n not in units_of(operators)}
     if names[0] not in state.best:
-        check_learned({n: current[n] for n in names}, config.bounds)
+        check_learned(as_it_is, config.bounds)
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
     if size == 1 and rank is not None:

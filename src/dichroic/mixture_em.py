@@ -44,9 +44,7 @@ Mixtures = dict[str, Mixture]
 # Tuples (n, T, sources) of each observation; None where a view is one mixture, see `dichroic.shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
 LEAST_UNIT = 1e-3  # of a number of a source, relative to the root mean square of all
-_EVEN = (
-    0.5  # geometric mean of variances over their mean: 0.26 of digits, 0.9 to 1 of grass and of sky
-)
+_EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, grass and sky 0.9 to 1
 _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
 
 
