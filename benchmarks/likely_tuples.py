@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8000)
     args = parser.parse_args()
     mixtures = sources(np.random.default_rng(0), args)
-    draw = lambda m, i: draw_prior(m, args.count, jax.random.key(i), sampler=None, batch_size=128)
-    x = {k: np.asarray(draw(m, i)) for i, (k, m) in enumerate(mixtures.items())}
+    draw = lambda m, i: draw_prior(m, args.count, jax.random.key(i), batch_size=128)
+    x = {k: draw(m, i) for i, (k, m) in enumerate(mixtures.items())}
     y = sum(x.values()) + NOISE * np.random.default_rng(1).normal(size=x["field"].shape)
     obs = View(y, {k: Identity(m.shape) for k, m in mixtures.items()}, NOISE).prepare()
     near = every_tuple(mixtures, obs, 2**30)

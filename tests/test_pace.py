@@ -41,9 +41,7 @@ def test_the_laps_that_may_come(args, costs):
 
 
 def test_the_rank_of_large_sources_may_double_before_components_do():
-    assert (
-        left("mixture", 0, large=True).count(1) == 2 * 4 * 3
-    )  # ranks 8 to 64, in units of two kinds
+    assert left("mixture", 0, large=True).count(1) == 2 * 4 * 3  # ranks 8 to 64, and again in units
 
 
 def test_sizes_double_up_to_the_last():

@@ -7,25 +7,20 @@ again given it (`dichroic.drawing`), so that all still add up to what was observ
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import equinox as eqx
-import jax
 import numpy as np
 from jaxtyping import Array
 from scipy.special import ndtr
 
-from dichroic.batching import split
 from dichroic.config import Bounds, Ends
 from dichroic.denoise import Mixture
 from dichroic.errors import ConfigError
-from dichroic.lanes import in_lanes, own_lanes
+from dichroic.lanes import of_each
 from dichroic.observations import Observations
 from dichroic.operators import Operator
 from dichroic.operators.units import own_units
 
-_BATCH = 1024
 _MOVED = 0.75  # of the squares of a source; half of them are below 0 where its mean is 0
 
 
@@ -53,31 +48,16 @@ def of_others(obs: Observations, x: Mapping[str, np.ndarray], first_index: int =
     `first_index` is the number of the first observation: what is subtracted depends on no other.
     """
     known = {k: obs.operators[k] for k in x}
-    rows, shared = split(Observations(obs.y, known, obs.noise))
-    cuts = in_lanes((rows, dict(x)), _BATCH, first_index)
-    found = [np.asarray(_residual_lanes(*cut, shared)) for _, cut, _ in cuts]
-    flat = np.concatenate([y.reshape(-1, y.shape[-1]) for y in found])
+    y = of_each(_residual, Observations(obs.y, known, obs.noise), dict(x), first_index)
     rest = {k: op for k, op in obs.operators.items() if k not in x}
-    return Observations(flat[own_lanes(obs.count, first_index)], rest, obs.noise)
+    return Observations(y, rest, obs.noise)
 
 
-@eqx.filter_jit
-def _residual_lanes(rows: Observations, x: dict[str, Any], shared: Observations) -> Array:
-    def one(row, x):
-        obs = eqx.combine(row, shared)
-        return obs.y - obs.apply(x)
-
-    return jax.lax.map(lambda lanes: jax.vmap(one)(*lanes), (rows, x))
+def _residual(obs: Observations, x: dict[str, Array]) -> Array:
+    return obs.y - obs.apply(x)
 
 
-def check_bounds(bounds: Bounds, names: Sequence[str], where: str = "fit.bounds") -> None:
-    """Raise `ConfigError` where bounds are of no source."""
-    for name in bounds:
-        if name not in names:
-            raise ConfigError(f"{where}: there is no source {name!r}; there are {list(names)}")
-
-
-def check_learned(priors: Mapping[str, Mixture], bounds: Bounds, where: str = "fit.bounds") -> None:
+def check_learned(priors: Mapping[str, Mixture], bounds: Bounds) -> None:
     """Raise `ConfigError` where what was learned of a source contradicts its bounds.
 
     That is where most of it, by the squares of its numbers, would have to be moved: bounds in other units.
@@ -89,7 +69,7 @@ def check_learned(priors: Mapping[str, Mixture], bounds: Bounds, where: str = "f
         share = float(np.sum(moved) / np.sum(1 + (mean / std) ** 2))
         if share > _MOVED:
             raise ConfigError(
-                f"{where}.{name}: [{low:g}, {high:g}], but what the observations say of {name!r} has a mean of "
+                f"fit.bounds.{name}: [{low:g}, {high:g}], but what the observations say of {name!r} has a mean of "
                 f"{mean.mean():.3g} and a standard deviation of {std:.3g}: bounds are in the units of the source"
             )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from dichroic.blocks import GRAIN
-from dichroic.bounds import check_bounds
 from dichroic.config import FitConfig
 from dichroic.dataset import Numbers, rows_within, shared_out, stored_dataset
 from dichroic.errors import ConfigError
@@ -62,7 +61,8 @@ def prepare(
     and draws are written below the folder `scratch`.
     """
     stationary = stationary_axes(problem, config)
-    check_bounds(config.bounds, problem.names)
+    for name in config.bounds:
+        _check_source(name, problem, "fit.bounds")
     groups, train, test = problem.joint_views(), [], []
     if memory is not None:
         check_memory(problem, memory)
@@ -128,10 +128,7 @@ def stationary_axes(problem: Problem, config: FitConfig) -> dict[str, int]:
     """`Data.stationary`; raises `ConfigError` for sources that do not exist, or cannot be stationary."""
     found, where = {}, "fit.mixture.stationary"
     for name in config.mixture.stationary:
-        if name not in problem.names:
-            raise ConfigError(
-                f"{where}: there is no source {name!r}; there are {list(problem.names)}"
-            )
+        _check_source(name, problem, where)
         shape = problem.shapes[name]
         found[name] = axes = config.diffusion.spatial_axes or min(len(shape), 2)
         if not 0 <= len(shape) - axes <= 1:
@@ -145,6 +142,11 @@ def stationary_axes(problem: Problem, config: FitConfig) -> dict[str, int]:
                 "supported for one that is stationary: cut it into parts, or leave it out of the list"
             )
     return found
+
+
+def _check_source(name: str, problem: Problem, where: str) -> None:
+    if name not in problem.names:
+        raise ConfigError(f"{where}: there is no source {name!r}; there are {list(problem.names)}")
 
 
 def _check_order(

@@ -4,17 +4,15 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from dichroic.batching import split
 from dichroic.bounds import bounded, of_others
 from dichroic.config import FitConfig
 from dichroic.denoise import Denoiser, Mixture
-from dichroic.lanes import in_lanes, own_lanes
+from dichroic.lanes import of_each
 from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
 from dichroic.mixture_em import is_large
 from dichroic.observations import Observations, whitened_chi2
@@ -22,7 +20,6 @@ from dichroic.posterior import choose_solver
 from dichroic.sample import Draws, Progress, draw_posterior, make_sampler
 
 Denoisers = dict[str, Denoiser]
-_CHI2_BATCH = 1024
 _AGAIN = 2**32 - 1  # where the numbers of second draws begin, backwards: far from any observation's
 
 
@@ -62,12 +59,11 @@ def _bounded_draws(
                 {k: x[k] for k in known[:i]}, denoisers, obs, key, config, say, **kwargs
             )
             x |= again.x
-            draws = Draws(
-                x,
-                draws.evidence,
-                np.maximum(draws.residual, again.residual),
-                np.minimum(draws.converged, again.converged),
-                draws.steps + again.steps,
+            draws = dataclasses.replace(
+                draws,
+                residual=np.maximum(draws.residual, again.residual),
+                converged=np.minimum(draws.converged, again.converged),
+                steps=draws.steps + again.steps,
             )
     return dataclasses.replace(draws, x=x)
 
@@ -129,21 +125,10 @@ def predictive_chi2(obs: Observations, draws: Draws, first_index: int = 0) -> np
     number of the first observation.
     """
     each = [{k: x[d] for k, x in draws.x.items()} for d in range(len(draws.evidence))]
-    return np.stack([_chi2(x, obs, first_index) for x in each])
+    return np.stack([of_each(_chi2, obs, x, first_index) for x in each])
 
 
-def _chi2(x: dict[str, np.ndarray], obs: Observations, first_index: int) -> np.ndarray:
-    """`rᵀ Σ⁻¹ r / M` of one draw of every observation, in lanes: none depends on how many others there are."""
-    rows, shared = split(obs)
-    cuts = in_lanes((rows, x), _CHI2_BATCH, first_index)
-    found = [np.asarray(_chi2_lanes(*cut, shared)).ravel() for _, cut, _ in cuts]
-    return np.concatenate(found)[own_lanes(obs.count, first_index)]
-
-
-@eqx.filter_jit
-def _chi2_lanes(rows: Observations, x: dict[str, Any], shared: Observations) -> Any:
-    def one(row, x):
-        chi2, count = whitened_chi2(eqx.combine(row, shared), x)
-        return jnp.where(count > 0, chi2 / jnp.maximum(count, 1), jnp.nan)
-
-    return jax.lax.map(lambda lanes: jax.vmap(one)(*lanes), (rows, x))
+def _chi2(obs: Observations, x: dict[str, Array]) -> Array:
+    """`rᵀ Σ⁻¹ r / M` of one observation."""
+    chi2, count = whitened_chi2(obs, x)
+    return jnp.where(count > 0, chi2 / jnp.maximum(count, 1), jnp.nan)

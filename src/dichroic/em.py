@@ -149,10 +149,10 @@ def _mixture_lap(
     metrics["heldout_log_evidence"] = score
     better = score > state.score  # false for NaN
     learned = math.isfinite(evidence) or state.lap > 0
-    if names[0] not in state.best and not (better and learned):
-        raise no_prior(names, evidence, score, data)
-    as_it_is = {n: current[n] for n in names if n not in units_of(operators)}
     if names[0] not in state.best:
+        if not (better and learned):
+            raise no_prior(names, evidence, score, data)
+        as_it_is = {n: current[n] for n in names if n not in units_of(operators)}
         check_learned(as_it_is, config.bounds)
     best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)

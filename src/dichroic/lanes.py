@@ -1,8 +1,9 @@
 """Groups of a fixed number of lanes, in which observations are computed, each in the lane that its number says."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Array, Int
 from dichroic.batching import split
 
 LANES = 64
+_EACH = 1024  # observations at once, of which little is asked
 
 
 def lanes_width(n: int, batch_size: int, devices: int = 1) -> int:
@@ -51,3 +53,23 @@ def chunks(
     devices = len(jax.local_devices())
     for start, cut, index in in_lanes(rows, batch_size, first_index, devices):
         yield start, (cut, shared), jnp.asarray(index)
+
+
+def of_each(
+    one: Callable[[Any, Any], Array], tree: Any, x: dict[str, np.ndarray], first_index: int = 0
+) -> np.ndarray:
+    """`one(row, x)` of every observation of `tree`, its own of `x`: none depends on how many others there are."""
+    rows, shared = split(tree)
+    cuts = in_lanes((rows, x), _EACH, first_index)
+    found = [np.asarray(_lanes_of_each(one, *cut, shared)) for _, cut, _ in cuts]
+    flat = np.concatenate([a.reshape(-1, *a.shape[2:]) for a in found])
+    n = len(next(iter(x.values())))
+    return flat[own_lanes(n, first_index)]
+
+
+@eqx.filter_jit
+def _lanes_of_each(
+    one: Callable[[Any, Any], Array], rows: Any, x: dict[str, Any], shared: Any
+) -> Array:
+    each = jax.vmap(lambda row, x: one(eqx.combine(row, shared), x))
+    return jax.lax.map(lambda lanes: each(*lanes), (rows, x))

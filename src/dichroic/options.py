@@ -44,13 +44,14 @@ def bounds(text: str) -> dict[str, list[float | None]]:
     """The bounds of `NAME=LOW:HIGH, …`, of which either may be left out."""
     found: dict[str, list[float | None]] = {}
     for part in listed(text):
-        name, has_ends, given = part.partition("=")
+        name, _, given = part.partition("=")
         try:
-            found[name.strip()] = [float(end) if end.strip() else None for end in given.split(":")]
+            ends = [float(end) if end.strip() else None for end in given.split(":")]
         except ValueError:
-            has_ends = ""
-        if not has_ends or given.count(":") != 1:
+            ends = []
+        if len(ends) != 2:
             raise ConfigError(f"{part!r}: expected NAME=LOW:HIGH, such as flux=0: or image=0:1")
+        found[name.strip()] = ends
     return found
 
 

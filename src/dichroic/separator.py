@@ -189,7 +189,8 @@ class Separator:
             **options,
         )
         chi2 = predictive_chi2(observations, draws, first_index)
-        x = within_bounds(from_units(draws.x, self.operators), self.config.bounds)
+        x = from_units(draws.x, self.operators)  # which may round past a bound
+        x = within_bounds(x, self.config.bounds)
         return Separation(x, chi2, draws.residual, draws.converged, draws.steps)
 
     def stream(

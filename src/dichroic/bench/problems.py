@@ -166,8 +166,8 @@ def _grassy(name: ProblemName, seed: int, config: BenchConfig) -> Case:
         dict.fromkeys(problem.names, 1.0),
         grassy.fresh_sources(config.points, seed=seed + FRESH_SEED, size=name.pixels),
         SMALL if name.pixels <= 14 else FULL,
-        {"digit": (0.0, 1.0)},
-        {"digit": classifier.of},
+        bounds={"digit": (0.0, 1.0)},
+        features={"digit": classifier.of},
     )
 
 

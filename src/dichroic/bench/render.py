@@ -40,7 +40,8 @@ def _tables(problem: str, entries: Sequence[Found]) -> list[Table]:
     sources = sorted(
         {r["source"] for m in methods for e in of(entries, problem, m) for r in e["scores"]}
     )
-    bounded = [s for s in sources if any(map(len, _within(problem, methods, entries, s)))]
+    rows_within = lambda s: any(len(values(of(entries, problem, m), _within, s)) for m in methods)
+    bounded = list(filter(rows_within, sources))
     whole = ["mean"] if problem.startswith("mixed") else []  # what the paper gives for these
     psnr = [f"PSNR {s}" for s in [*sources, *whole]] + [f"{s} within bounds" for s in bounded]
     distances = ["Sinkhorn post.", "published", "prior", "published", "PQMass post.", "prior"]
@@ -59,12 +60,9 @@ def _tables(problem: str, entries: Sequence[Found]) -> list[Table]:
     return [(f"{problem}: {k}", heads[k], [rows[k](m) for m in methods]) for k in heads]
 
 
-def _within(
-    problem: str, methods: Sequence[str], entries: Sequence[Found], source: str
-) -> list[np.ndarray]:
-    """PSNR of draws that were moved within the bounds of a source, by method."""
-    pick = lambda r: r.get("within", {}).get("psnr")
-    return [values(of(entries, problem, m), pick, source) for m in methods]
+def _within(row: Found) -> float | None:
+    """PSNR of a draw that was moved within the bounds of its source."""
+    return row.get("within", {}).get("psnr")
 
 
 def _accuracy(
@@ -81,7 +79,7 @@ def _accuracy(
         method,
         *(cell(values(mine, psnr, s)) for s in sources),
         *([cell(values(mine, psnr))] if whole else []),
-        *(cell(*_within(problem, [method], entries, s)) for s in bounded),
+        *(cell(values(mine, _within, s)) for s in bounded),
         _published(problem, method, 0),
         *(cell(gap(mine, limit, [s]), "{:.1f}") for s in sources),
     ]
