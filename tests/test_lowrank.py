@@ -21,13 +21,12 @@ from dichroic.errors import DataError
 from dichroic.lowrank import LowRankView, moments
 from dichroic.lowrank_em import (
     from_columns,
-    initial_low_rank,
-    largest_eigenpairs,
     low_rank_lap,
     low_rank_statistics,
     maximise_low_rank,
 )
 from dichroic.lowrank_sample import low_rank_draws
+from dichroic.lowrank_start import initial_low_rank, largest_eigenpairs
 from dichroic.machine import in_threads
 from dichroic.mixture_sums import merged
 from dichroic.noise import DenseNoise, DiagonalNoise

@@ -1,5 +1,6 @@
 """Operators as products with columns of numbers, in float64; what observations that share them have in common."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -17,6 +18,7 @@ from dichroic.operators import Diagonal, Identity, Operator, Scale
 from dichroic.operators.structure import factors
 
 Columns = Callable[[np.ndarray], np.ndarray]
+_LEAST_SCALE = 1e-6  # of an entry, relative to the largest
 
 
 class Seen:
@@ -33,6 +35,15 @@ class Seen:
         found = products(self.op, np.ones(math.prod(self.op.out_shape)), self.gain)[0](flat)
         self._columns = self._columns or (mixture, found)
         return found
+
+    @cached_property
+    def scale(self) -> np.ndarray:
+        """What `A` multiplies each entry of the source by before anything else, `(D,)`: 1 for most operators."""
+        first = itertools.takewhile(lambda f: isinstance(f, Diagonal), reversed(factors(self.op)))
+        scale = np.ones(math.prod(self.op.in_shape))
+        for factor in first:
+            scale = scale * np.abs(np.asarray(factor.diagonal, np.float64)).ravel()
+        return np.maximum(scale, _LEAST_SCALE * scale.max(initial=0) or 1.0)
 
     @cached_property
     def square(self) -> np.ndarray:

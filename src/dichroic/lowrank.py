@@ -32,13 +32,17 @@ from dichroic.observations import Observations
 MOST_TUPLES = 4096
 MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
 _CHUNK_BYTES = 256 * 2**20
+_POWER_STEPS, _MARGIN = (
+    6,
+    1.2,
+)  # for the largest eigenvalue of an information, which they find from below
 
 
 @dataclass(frozen=True)
 class Part:
     """One source in a view: `(μ_k, F_k)` `(D, K (1 + R))`, `A` times that `(M, K, 1 + R)`, `τ`, `A` and `Aᵀ`.
 
-    And the diagonal of `A`, if it has no other entries.
+    And the diagonal of `A`, if it has no other entries, and the scale `(D,)` that `A` gives each entry first.
     """
 
     log_weights: np.ndarray
@@ -48,15 +52,20 @@ class Part:
     forward: Columns
     back: Columns
     gain: np.ndarray | None
+    scale: np.ndarray
 
 
 @dataclass(frozen=True)
 class Base:
-    """`B`: products with its inverse on columns `(M, n)`, `log det B`, and `tr(Aᵀ B⁻¹ A)` by source."""
+    """`B`: products with its inverse on columns `(M, n)`, `log det B`, and `tr(Aᵀ B⁻¹ A)` by source.
+
+    And the diagonal of `Aᵀ B⁻¹ A`, where that has no other entries.
+    """
 
     solve: Columns
     logdet: float
     traces: dict[str, float]
+    diagonals: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,23 @@ class LowRankView:
             return columns @ self._pairs(of_tuples)
         return (self._of_tuples(columns) @ of_tuples).swapaxes(0, 1).reshape(columns.shape)
 
+    def information_bound(self, name: str) -> np.ndarray:
+        """A diagonal matrix `(D,)` that bounds `Aᵀ B⁻¹ A` of one source; that itself, where it is diagonal.
+
+        Otherwise `λ s²`, with the scale `s` of each entry and the largest eigenvalue `λ` in these units, by a few
+        power iterations.
+        """
+        if name in self.base.diagonals:
+            return self.base.diagonals[name]
+        part, largest = self.parts[name], 0.0
+        scale = part.scale[:, None]
+        v = np.random.default_rng(0).normal(size=scale.shape)
+        for _ in range(_POWER_STEPS):
+            v = v / max(np.linalg.norm(v), np.finfo(float).tiny)
+            v = part.back(self.base.solve(part.forward(v / scale))) / scale
+            largest = max(largest, float(np.linalg.norm(v)))
+        return _MARGIN * largest * part.scale**2
+
     def own(self, name: str, of_tuples: np.ndarray) -> np.ndarray:
         """Matrices of tuples summed for each component of one source, `(K, 1 + R, 1 + R)`."""
         source = list(self.parts).index(name)
@@ -311,7 +337,8 @@ def _part(mixture: Mixture, operator: Seen, seen: np.ndarray, sigma: float | Non
     log_weights = np.asarray(mixture.log_weights, np.float64)
     observed = seen[:, None] * (operator.columns(mixture, flat) if sigma is None else forward(flat))
     shape = -1, k, r
-    return Part(log_weights, flat, observed.reshape(shape), floor, forward, back, operator.gain)
+    columns = observed.reshape(shape)
+    return Part(log_weights, flat, columns, floor, forward, back, operator.gain, operator.scale)
 
 
 def moments(mixture: Mixture, sigma: float | None = None) -> tuple[np.ndarray, float]:
@@ -348,8 +375,9 @@ def _base(
     if noise is not None and behind is None and all(g is not None for g in gains.values()):
         squares = {k: (seen * g) ** 2 for k, g in gains.items() if g is not None}
         b = sum((parts[k].floor * s for k, s in squares.items()), noise)
-        traces = {k: float(np.sum(s / b)) for k, s in squares.items()}
-        return Base(lambda v: v / b[:, None], float(np.log(b).sum()), traces)
+        diagonals = {k: s / b for k, s in squares.items()}
+        traces = {k: float(d.sum()) for k, d in diagonals.items()}
+        return Base(lambda v: v / b[:, None], float(np.log(b).sum()), traces, diagonals)
     if one.size > MOST_DENSE:
         raise DataError(
             f"observations of {one.size:,} numbers whose operators or noise are not diagonal; at most "
@@ -368,4 +396,4 @@ def _base(
     inverse = np.zeros((one.size,) * 2)
     inverse[among] = np.tril(half) + np.tril(half, -1).T
     traces = {k: float(np.sum(inverse[among] * s)) for k, s in squares.items()}
-    return Base(lambda v: inverse @ v, 2 * float(np.log(np.diagonal(low)).sum()), traces)
+    return Base(lambda v: inverse @ v, 2 * float(np.log(np.diagonal(low)).sum()), traces, {})

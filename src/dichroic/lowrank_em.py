@@ -18,31 +18,23 @@ over pairs of components that are in a tuple together. No matrix of D × D numbe
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from dichroic.backgrounds import Backgrounds, Totals, every_tuple, sums_behind
-from dichroic.batching import split
-from dichroic.columns import Columns, Common, diagonal_of, products
+from dichroic.columns import Common
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.lowrank import moments
 from dichroic.mixture_step import ascend, maximise
 from dichroic.mixture_sums import Sums, merged
-from dichroic.noise import Noise
 from dichroic.observations import Observations, Observed, every_block, groups, is_shared
-from dichroic.posterior import EXACT_LIMIT
 from dichroic.tracking import Clock
 
-_SAMPLE = 4000  # observations that a first basis is computed from
-_OPERATORS = 16  # of different ones, that a first covariance is computed from
-_PROBES = 16  # random vectors that a trace is estimated with
-_PRODUCTS, _EXTRA = 6, 8  # blocks of a Krylov space, and vectors of each beyond those wanted
 _FEW = (
     4  # tuples, or observations: for them components are picked only beyond, or only up to, as many
 )
@@ -52,13 +44,15 @@ _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
 class LatentSums(eqx.Module):
-    """Of one source: per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[x z̄ᵀ]`; in all `Σ r E‖x‖²` and `n`.
+    """Of one source: per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[Aᵀ B⁻¹ e z̄ᵀ]`; in all `Σ r E‖x‖²` and `n`.
 
-    And `scatter`, `Σ r ‖Aᵀ C_y⁻¹ (y − m)‖²`, with its expectation `information`, `Σ r tr(Aᵀ C_y⁻¹ A)`.
+    And `scatter`, `Σ r ‖Aᵀ C_y⁻¹ (y − m)‖²`, with its expectation `information`, `Σ r tr(Aᵀ C_y⁻¹ A)`; and the
+    `bound` `(D,)`, the sum of diagonal matrices that bound the `Aᵀ B⁻¹ A`.
     """
 
     inner: np.ndarray
-    cross: np.ndarray
+    force: np.ndarray
+    bound: np.ndarray
     square: float
     scatter: float
     information: float
@@ -80,8 +74,10 @@ def low_rank_lap(
     Tuples of components that a step finds negligible for an observation are left out for it in the few after.
     """
 
+    share = max(len(set(names) & set(obs.sources)) for obs in views)
+
     def update(mixtures, found, textbook: bool) -> dict[str, Mixture]:
-        options = {"least": config.floor, "textbook": textbook}
+        options = {"least": config.floor, "damping": 1 / share, "textbook": textbook}
         step = lambda m: _maximise_stationary if m.stationary else maximise_low_rank
         new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
         return {**mixtures, **{n: new(n) for n in names}}
@@ -142,13 +138,13 @@ def _statistics_of_few(
 def _among(sums: AnySums, index: np.ndarray, mixture: Mixture) -> AnySums:
     """Sums of the components `index`, as those of all components of `mixture`."""
 
-    def spread(a: np.ndarray | float) -> np.ndarray | float:
-        if not isinstance(a, np.ndarray):
-            return a
+    def spread(a: np.ndarray) -> np.ndarray:
         out = np.zeros((mixture.log_weights.size, *a.shape[1:]))
         out[index] = a
         return out
 
+    if isinstance(sums, LatentSums):
+        return replace(sums, inner=spread(sums.inner), force=spread(sums.force))
     return jax.tree.map(spread, sums)
 
 
@@ -203,16 +199,23 @@ def _sums(view, name, mixture, own, left, norm, lost, count) -> LatentSums:
     """The sums of one source: `x = (μ, U) z̄ + √τ ε`, `E[√τ ε | y, z] = τ Aᵀ B⁻¹ e`."""
     k, width, _ = own.shape
     columns, floor = moments(mixture)
-    left = floor * left.reshape(-1, k, width).swapaxes(0, 1)
+    force = left.reshape(-1, k, width).swapaxes(0, 1)
     information = count * view.base.traces[name]
     spread = floor**2 * (norm - information) + count * floor * mixture.dim
-    square = np.sum((columns.swapaxes(1, 2) @ columns) * own) + 2 * np.sum(columns * left) + spread
+    along = np.sum((columns.swapaxes(1, 2) @ columns) * own)
+    square = along + 2 * floor * np.sum(columns * force) + spread
     told = norm - lost, information - lost
-    return LatentSums(own, columns @ own + left, float(square), *map(float, told), count)
+    bound = count * view.information_bound(name)
+    return LatentSums(own, force, bound, float(square), *map(float, told), count)
 
 
 def maximise_low_rank(
-    mixture: Mixture, sums: LatentSums, *, least: float, textbook: bool = False
+    mixture: Mixture,
+    sums: LatentSums,
+    *,
+    least: float,
+    damping: float = 1.0,
+    textbook: bool = False,
 ) -> Mixture:
     """The M-step of one source; `least` is the smallest floor, relative to the source's variance.
 
@@ -224,10 +227,13 @@ def maximise_low_rank(
     alive = n > _ALIVE
     columns, floor = moments(mixture)
     new, spread = columns.copy(), sums.square
+    bound = np.where(sums.bound > 0, sums.bound, np.inf) / sums.count
+    gain = floor if textbook else (damping / bound)[:, None]
     for k in np.flatnonzero(alive):
         inner = sums.inner[k] + 1e-9 * np.trace(sums.inner[k]) * np.eye(len(sums.inner[k]))
-        fit = np.linalg.solve(inner, sums.cross[k].T).T
-        spread += np.sum((fit.T @ fit) * sums.inner[k]) - 2 * np.sum(fit * sums.cross[k])
+        cross = columns[k] @ sums.inner[k] + floor * sums.force[k]
+        fit = columns[k] + gain * np.linalg.solve(inner, sums.force[k].T).T
+        spread += np.sum((fit.T @ fit) * sums.inner[k]) - 2 * np.sum(fit * cross)
         mean = sums.inner[k, 1:, 0] / n[k]
         psi = sums.inner[k, 1:, 1:] / n[k] - np.outer(mean, mean)
         values, vectors = np.linalg.eigh(0.5 * (psi + psi.T))
@@ -240,7 +246,7 @@ def maximise_low_rank(
 
 
 def _maximise_stationary(
-    mixture: Mixture, sums: Sums, *, least: float, textbook: bool = False
+    mixture: Mixture, sums: Sums, *, least: float, damping: float, textbook: bool = False
 ) -> Mixture:
     floor = least * float(mixture.scale) ** 2
     return maximise(mixture, sums, floor=floor, textbook=textbook)
@@ -257,133 +263,3 @@ def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) 
         floor=np.full(len(weights), floor),
         shape=tuple(shape),
     )
-
-
-def initial_low_rank(
-    name: str,
-    views: Sequence[Observed],
-    rank: int,
-    variance: float,
-    known: Mapping[str, Mixture],
-    share: int,
-) -> Mixture:
-    """One component, from the moments that the views leave to the source.
-
-    With back-projections `x̂ = Aᵀ y / a²`, `a²` the mean square gain of `A`: their mean and covariance, less those
-    of noise and of the sources `known`; a `share`-th of that where several sources are new. `variance` is that of
-    a number where nothing is left.
-    """
-    parts = [_Moments(name, obs, known) for obs in views if name in obs.sources]
-    counts = np.array([p.count for p in parts], float)
-    weights = counts / counts.sum()
-    shape = parts[0].operator.in_shape
-    d = math.prod(shape)
-    product = lambda v: sum(w * p.product(v) for w, p in zip(weights, parts, strict=True)) / share
-    values, vectors = largest_eigenpairs(product, d, min(rank, d - 1))
-    values = np.maximum(values, 1e-6 * max(values.max(), 1e-3 * variance))
-    probes = np.random.default_rng(1).normal(size=(d, _PROBES))
-    trace = np.sum(probes * product(probes)) / _PROBES
-    floor = max((trace - values.sum()) / (d - len(values)), 1e-3 * values.mean())
-    columns = np.zeros((1, d, 1 + len(values)))
-    columns[0, :, 0] = sum(w * p.mean for w, p in zip(weights, parts, strict=True)) / share
-    columns[0, :, 1:] = vectors * np.sqrt(values)
-    return from_columns(np.ones(1), columns, floor, shape)
-
-
-def largest_eigenpairs(product: Columns, d: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `rank` largest eigenvalues of a symmetric `d × d` matrix, which may be indefinite, and their vectors.
-
-    By a block Krylov space of a few products (Musco and Musco, NeurIPS 2015); exact where that is the whole.
-    """
-    blocks = [np.random.default_rng(0).normal(size=(d, min(rank + _EXTRA, d)))]
-    for _ in range(_PRODUCTS - 1):
-        blocks.append(np.linalg.qr(product(blocks[-1]))[0])
-    q, _ = np.linalg.qr(np.concatenate(blocks, axis=1))
-    inside = q.T @ product(q)
-    values, vectors = np.linalg.eigh(0.5 * (inside + inside.T))
-    top = slice(-1, -rank - 1, -1)
-    return values[top], q @ vectors[:, top]
-
-
-class _Moments:
-    """The mean of `x̂` in one view, and products with its covariance, less what is known of it.
-
-    Where operators differ from one observation to another, what is known is a mean over some of them.
-    """
-
-    def __init__(self, name: str, obs: Observed, known: Mapping[str, Mixture]):
-        some = obs.some(_SAMPLE)
-        self.count, self.operator = obs.count, some.one(0).operators[name]
-        few = 1 if is_shared(some) else min(some.count, _OPERATORS)
-        apart = -(-some.count // few)
-        self.known = [_Known(name, some.one(i), known) for i in range(0, some.count, apart)]
-        self.gain = mean_gain(some, name) / math.prod(self.operator.in_shape)
-        others = {k: jnp.asarray(known[k].location) for k in obs.sources if k in known}
-        x = np.asarray(_back_projected(some, name, others), np.float64) / self.gain
-        self.mean = x.mean(axis=0)
-        self.sample = x - self.mean
-
-    def product(self, v: np.ndarray) -> np.ndarray:
-        """The covariance of the source, as far as it is left, times the columns `v` `(D, n)`."""
-        known = np.mean([k.product(v) for k in self.known], axis=0) / self.gain**2
-        return self.sample.T @ (self.sample @ v) / len(self.sample) - known
-
-
-@eqx.filter_jit
-def _back_projected(obs: Observations, name: str, others: dict[str, Array]) -> Array:
-    """`Aᵀ (y − Σ A_β μ_β)` of each observation, `(n, D)`, for the means of `others`."""
-    rows, shared = split(obs)
-
-    def one(row: Observations) -> Array:
-        o = eqx.combine(row, shared)
-        rest = {k: others.get(k, jnp.zeros(op.in_shape)) for k, op in o.operators.items()}
-        rest = {**rest, name: jnp.zeros(o.operators[name].in_shape)}
-        return o.adjoint(o.y - o.apply(rest))[name].ravel()
-
-    return jax.vmap(one)(rows)
-
-
-def mean_gain(obs: Observations, name: str) -> float:
-    """`tr(A Aᵀ)`, the mean over observations; for large ones from random vectors."""
-    rows, shared = split(obs)
-
-    def norm(r) -> Array:
-        one = eqx.combine(r, shared)
-        if max(one.size, one.dims[name]) <= EXACT_LIMIT:
-            return jnp.sum(one.system()[1][name] ** 2)
-        probes = jax.random.normal(jax.random.key(0), (_PROBES, one.size))
-        return jnp.sum(jax.vmap(lambda v: one.adjoint(v)[name])(probes) ** 2) / _PROBES
-
-    return float(jnp.mean(jax.vmap(norm)(rows)))
-
-
-class _Known:
-    """What is known of `Aᵀ y` of one observation: the covariance of its noise and of known sources."""
-
-    def __init__(self, name: str, one: Observations, known: Mapping[str, Mixture]):
-        self.noise, self.sources = one.noise, []
-        seen = np.asarray(one.noise.observed(one.size), np.float64)
-        of = lambda op: products(op, seen, diagonal_of(op))
-        self.forward, self.back = of(one.operators[name])
-        for other in set(one.sources) & set(known) - {name}:
-            columns, floor = moments(known[other])
-            weights = np.exp(np.asarray(known[other].log_weights))
-            columns[:, :, 0] -= np.einsum("k,kd->d", weights, columns[:, :, 0])
-            self.sources.append((*of(one.operators[other]), columns, floor, weights))
-
-    def product(self, v: np.ndarray) -> np.ndarray:
-        """The covariance of `Aᵀ y`, as far as it is known, times `A v`, for columns `v` `(D, n)`."""
-        u = self.forward(v)
-        other = np.asarray(_noise_columns(self.noise, jnp.asarray(u, jnp.float32)), np.float64)
-        for forward, back, columns, floor, weights in self.sources:
-            w = back(u)
-            inside = np.einsum("kdr,dn,k->krn", columns, w, weights, optimize=True)
-            spread = np.einsum("kdr,krn->dn", columns, inside, optimize=True) + floor * w
-            other = other + forward(spread)
-        return self.back(other)
-
-
-@eqx.filter_jit
-def _noise_columns(noise: Noise, columns: Array) -> Array:
-    """`Σ` times columns `(M, n)`."""
-    return jax.vmap(noise.mv, in_axes=1, out_axes=1)(columns)

@@ -31,7 +31,8 @@ from dichroic.evidence import (
     log_evidence,
     project,
 )
-from dichroic.lowrank_em import initial_low_rank, low_rank_lap, mean_gain
+from dichroic.lowrank_em import low_rank_lap
+from dichroic.lowrank_start import initial_low_rank, mean_gain
 from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.mixture_sums import Statistics, chunks, pairs, sum_over, view_statistics
 from dichroic.observations import Observations, Observed, every_block, is_shared
