@@ -70,9 +70,9 @@ def _one_std(reference: Any, spot: Spot) -> Noise:
     array = spot.array(reference)
     if array.ndim:
         raise ShapeError(
-            f"{spot}: {short(reference)} has shape {array.shape}; expected one number, the standard deviation. Say "
-            "what several numbers are: {isotropic: …} standard deviations, one per observation, {diagonal: …} variances "
-            "of the entries"
+            f"{spot}: {short(reference)} has shape {array.shape}; expected one number, the standard deviation. "
+            "Say what several numbers are: {isotropic: …} standard deviations, one per observation, or "
+            "{diagonal: …} variances of the entries"
         )
     return Isotropic(as_float(array))
 
