@@ -202,18 +202,16 @@ def test_miniseed_may_have_any_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["x.sac", "x.BHZ"])
-def test_sac_and_gse2_are_read(tmp_path, name):
+def test_sac_is_read(tmp_path, name):
     data = COUNTS.astype(np.float32)
     write(tmp_path / name, trace(data=data), kind="SAC")
     np.testing.assert_array_equal(load_array(name, tmp_path), data[None])
     np.testing.assert_array_equal(load_array(f"{name}:AAA.BHZ", tmp_path), data[None])
-    write(tmp_path / "x.gse2", trace(), kind="GSE2")
-    np.testing.assert_array_equal(load_array("x.gse2", tmp_path), COUNTS[None])
 
 
 def test_what_is_no_seismogram_is_said(tmp_path):
     (tmp_path / "x.mseed").write_bytes(b"\x80\x04 a pickle that obspy would load")
-    with pytest.raises(DataError, match="cannot read 'x.mseed': it is no MiniSEED, SAC or GSE2"):
+    with pytest.raises(DataError, match="cannot read 'x.mseed': it is no MiniSEED or SAC file"):
         load_array("x.mseed", tmp_path)
     text = np.frombuffer(b"state of health", "S1")
     write(tmp_path / "log.mseed", trace(data=text, channel="LOG"), trace())

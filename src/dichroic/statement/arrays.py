@@ -51,7 +51,7 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
         reference: `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path`, `file.fits:unit`
             (also `.fits.fz`; `SCI,2` is the second unit of that name), `file.fits:unit/column`, `file.png`,
             `file.tif` (of any number of pages), `file.wav` (`.flac`, `.ogg`, `.aiff`), `file.edf:label` (also
-            BDF), `file.mseed:channel` (also SAC and GSE2; `STATION.CHANNEL`, `NET.STA.LOC.CHA`, with `*` for any);
+            BDF), `file.mseed:channel` (also SAC; `STATION.CHANNEL`, `NET.STA.LOC.CHA`, with `*` for any);
             the same as `{file: …, key: …}`, with `*` in the name for several files, stacked in the natural
             order of their names; a number, a (nested) list of numbers, or an array.
         base_dir: the folder that files are relative to.

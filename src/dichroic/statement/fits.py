@@ -29,7 +29,7 @@ def read_fits(path: Path, key: str | None) -> Recorded:
     """
     fits = reader_library("astropy.io.fits", "astronomy", path)
     unit, _, column = (key or "").partition("/")
-    with _plain_fits(path) as plain, fits.open(plain, memmap=False) as units:
+    with _plain_fits(path) as plain, _units(fits, plain) as units:
         labels = _labels(units)
         images = [i for i, u in enumerate(units) if u.is_image and u.shape]
         if not unit and len(images) != 1:
@@ -61,6 +61,13 @@ def _plain_fits(path: Path) -> Iterator[Path]:
                 f"cannot read {path.name!r}: it is no FITS file, nor one that gzip packed"
             )
         yield plain
+
+
+@contextmanager
+def _units(fits: Any, plain: Path, **options: bool) -> Iterator[Any]:
+    """The units of a FITS file, which is closed at the end; astropy leaves open what is damaged."""
+    with plain.open("rb") as file, fits.open(file, memmap=False, **options) as units:
+        yield units
 
 
 def _unpack(packed: Path, plain: Path) -> None:
@@ -125,14 +132,14 @@ def _image(fits: Any, plain: Path, unit: Any, index: int, file: str) -> Recorded
     if blank is None:
         return Recorded(_native(unit.data), common)
     scale, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-    with fits.open(plain, memmap=False, do_not_scale_image_data=True) as units:
+    with _units(fits, plain, do_not_scale_image_data=True) as units:
         raw = np.asarray(units[index].data)
     return Recorded(_undefined(raw * float(scale) + float(zero), raw == blank), common)
 
 
 def _check_tiles(fits: Any, plain: Path, index: int, most: int, file: str) -> None:
     """Raise a `DataError` if a tile of a compressed image, packed by gzip, unpacks to more than `most` bytes."""
-    with fits.open(plain, memmap=False, disable_image_compression=True) as units:
+    with _units(fits, plain, disable_image_compression=True) as units:
         data = units[index].data
         for name in {"COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"} & set(data.names):
             for tile in data[name]:

@@ -21,7 +21,7 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("png", "tif", "tiff", "jpg", "jpeg", "bmp"), read_picture),
     **dict.fromkeys(("wav", "flac", "aif", "aiff", "ogg"), read_sound),
     **dict.fromkeys(("edf", "bdf"), read_edf),
-    **dict.fromkeys(("mseed", "miniseed", "msd", "ms", "sac", "gse2"), read_seismogram),
+    **dict.fromkeys(("mseed", "miniseed", "msd", "ms", "sac"), read_seismogram),
 }
 _MAGIC = {  # how files of a kind begin
     b"\x93NUMPY": "npy",

@@ -1,7 +1,9 @@
-"""Seismograms: the traces of a MiniSEED, SAC or GSE2 file, on one grid in time.
+"""Seismograms: the traces of a MiniSEED or SAC file, on one grid in time.
 
 A trace has an id, `network.station.location.channel`, a start, a sampling rate and samples. The parts of one
 channel become one row, NaN where there are gaps; rows need the same rate, start and number of samples.
+
+Other formats that obspy reads are left out: a damaged file can crash it (GSE2), or run code (pickles).
 """
 
 import re
@@ -51,14 +53,12 @@ def seismic_format(path: Path) -> str | None:
     version = begin[_SAC_VERSION : _SAC_VERSION + 4]
     if _MSEED.match(begin):
         return "MSEED"
-    if begin.startswith(b"WID2"):
-        return "GSE2"
     either = (int.from_bytes(version, order) in (6, 7) for order in ("little", "big"))
     return "SAC" if len(begin) == _SAC_BYTES and any(either) else None
 
 
 def read_seismogram(path: Path, key: str | None) -> Recorded:
-    """The channels of a MiniSEED, SAC or GSE2 file, `(channels, samples)`, in the order of their ids.
+    """The channels of a MiniSEED or SAC file, `(channels, samples)`, in the order of their ids.
 
     Samples are as recorded, without calibration; gaps are NaN. A key selects channels: `BHZ`, `STATION.BHZ` or
     `NET.STA.LOC.CHA`, where `*` and `?` stand for others; what it leaves out must be the same for all that it
@@ -103,7 +103,9 @@ def _traces(path: Path) -> list[Any]:
         obspy = reader_library("obspy", "seismology", path)
     kind = seismic_format(path)
     if kind is None:
-        raise DataError(f"cannot read {path.name!r}: it is no MiniSEED, SAC or GSE2 file")
+        raise DataError(
+            f"cannot read {path.name!r}: it is no MiniSEED or SAC file; convert others (obspy's read and write)"
+        )
     with warnings.catch_warnings(record=True) as said, path.open("rb") as file:
         warnings.simplefilter("always")
         _check_size(obspy.read(file, format=kind, headonly=True), path)
