@@ -134,6 +134,14 @@ def test_recordings_that_are_stacked_have_one_rate_and_the_same_channels(tmp_pat
             load_array("x*.edf", tmp_path)
 
 
+def test_units_need_not_be_ascii(tmp_path, sleep):
+    held = (tmp_path / "x.edf").read_bytes().replace(b"uV ", "µV ".encode("latin-1"))
+    (tmp_path / "y.edf").write_bytes(held)
+    np.testing.assert_array_equal(
+        load_array("y.edf:Resp", tmp_path), load_array("x.edf:Resp", tmp_path)
+    )
+
+
 def test_a_recording_that_was_cut_or_has_gaps_is_refused(tmp_path, sleep):
     held = (tmp_path / "x.edf").read_bytes()
     (tmp_path / "cut.edf").write_bytes(held[:-3000])

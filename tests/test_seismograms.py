@@ -202,11 +202,24 @@ def test_miniseed_may_have_any_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["x.sac", "x.BHZ"])
-def test_sac_is_read(tmp_path, name):
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sac_is_read(tmp_path, name, order):
     data = COUNTS.astype(np.float32)
-    write(tmp_path / name, trace(data=data), kind="SAC")
+    trace(data=data).write(str(tmp_path / name), "SAC", byteorder=order)
     np.testing.assert_array_equal(load_array(name, tmp_path), data[None])
     np.testing.assert_array_equal(load_array(f"{name}:AAA.BHZ", tmp_path), data[None])
+
+
+@pytest.mark.parametrize(("at", "value"), [(340, 2), (420, 0)])  # spectra; samples at uneven times
+def test_sac_files_of_other_things_are_refused(tmp_path, at, value):
+    trace(data=COUNTS.astype(np.float32)).write(str(tmp_path / "x.sac"), "SAC", byteorder="<")
+    held = bytearray((tmp_path / "x.sac").read_bytes())
+    held[at : at + 4] = value.to_bytes(4, "little")
+    (tmp_path / "x.sac").write_bytes(held)
+    with pytest.raises(
+        DataError, match="XX.AAA..BHZ of 'x.sac' is no series of samples at regular"
+    ):
+        load_array("x.sac", tmp_path)
 
 
 def test_what_is_no_seismogram_is_said(tmp_path):

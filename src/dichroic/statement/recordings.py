@@ -38,7 +38,7 @@ def read_edf(path: Path, key: str | None) -> Recorded:
     and recordings with gaps (EDF+D) raise a `DataError`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of what the file states and does not hold
+        warnings.simplefilter("error", UserWarning)  # of what the file states and does not hold
         try:
             signals = _chosen(_continuous(path), key, path)
             rates = {s.sampling_frequency for s in signals}
@@ -78,7 +78,8 @@ def _continuous(path: Path) -> Any:
     edfio = reader_library("edfio", "neuroscience", path)
     if not starts_with(path, EDF, BDF):
         raise DataError(f"cannot read {path.name!r}: it is no EDF or BDF file")
-    found = (edfio.read_bdf if starts_with(path, BDF) else edfio.read_edf)(path)
+    read = edfio.read_bdf if starts_with(path, BDF) else edfio.read_edf
+    found = read(path, header_encoding="latin-1")  # units such as µV
     if not found.is_continuous:
         raise DataError(
             f"{path.name!r} has gaps (EDF+D), which are not read: write its continuous parts to files of their own"
