@@ -241,6 +241,10 @@ def test_pictures_that_are_stacked_have_the_same_colours(tmp_path, rng):
     Image.fromarray(colour, "CMYK").save(tmp_path / "b.tif")
     with pytest.raises(DataError, match="'b.tif' has colours CMYK and 'a.tif' RGBA"):
         load_array("*.tif", tmp_path)
+    first, *others = (Image.open(tmp_path / f"{name}.tif") for name in "ab")
+    first.save(tmp_path / "pages.tiff", save_all=True, append_images=others)
+    with pytest.raises(DataError, match="page 1 of 'pages.tiff' has colours CMYK and page 0 RGBA"):
+        load_array("pages.tiff", tmp_path)
     Image.fromarray(colour[..., 0]).save(tmp_path / "c.png")
     Image.fromarray(colour[..., 0].astype(np.uint16) * 257).save(tmp_path / "d.png")
     found = load_array("*.png", tmp_path)

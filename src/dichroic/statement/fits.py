@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from dichroic.errors import DataError
-from dichroic.limits import VARIABLE, check_array, most_bytes
-from dichroic.statement.recorded import Recorded, reader_library, starts_with
+from dichroic.limits import VARIABLE, most_bytes
+from dichroic.statement.recorded import Recorded, check_stated, reader_library, starts_with
 from dichroic.statement.values import available
 
 FITS, GZIP = b"SIMPLE  =", b"\x1f\x8b"  # how the files begin
@@ -45,7 +45,7 @@ def read_fits(path: Path, key: str | None) -> Recorded:
         if column or not units[i].shape:
             problem = "is an image, without columns" if column else "is empty"
             raise DataError(f"unit {unit!r} of {path.name!r} {problem}")
-        return _image(fits, plain, units[i], i, path.name)
+        return _image(fits, plain, units[i], i, path)
 
 
 @contextmanager
@@ -120,13 +120,13 @@ def _unit(unit: str, names: Sequence[tuple[str, int]], labels: Sequence[str], pa
 # What it holds.
 
 
-def _image(fits: Any, plain: Path, unit: Any, index: int, file: str) -> Recorded:
-    """The image in `unit`, the unit `index` of the file `plain` that messages call `file`."""
+def _image(fits: Any, plain: Path, unit: Any, index: int, path: Path) -> Recorded:
+    """The image in `unit`, the unit `index` of the file `plain`, which is `path` unpacked."""
     header, compressed = unit.header, isinstance(unit, fits.CompImageHDU)
     width = abs(header["BITPIX"]) // 8
-    check_array(unit.shape, width, file, held=0 if compressed else plain.stat().st_size)
+    check_stated(unit.shape, width, path, 0 if compressed else plain.stat().st_size)
     if compressed:
-        _check_tiles(fits, plain, index, 8 * math.prod(unit.shape), file)
+        _check_tiles(fits, plain, index, 8 * math.prod(unit.shape), path.name)
     blank = header.get("BLANK") if header["BITPIX"] > 0 else None
     common = {"BUNIT": str(header["BUNIT"])} if header.get("BUNIT") else {}
     if blank is None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dichroic.errors import ShapeError
+from dichroic.errors import DataError, ShapeError
 from dichroic.limits import check_array
 from dichroic.statement.recorded import Recorded, no_key, reader_library
 
@@ -35,6 +35,11 @@ def read_picture(path: Path, key: str | None) -> Recorded:
                 raise ShapeError(
                     f"page {i} of {path.name!r} has shape {found} and page 0 {first.shape}: pages are stacked, "
                     "and need the same"
+                )
+            if _colours(picture) != common["colours"]:
+                raise DataError(
+                    f"page {i} of {path.name!r} has colours {_colours(picture)} and page 0 {common['colours']}: "
+                    "pages are stacked, and need the same"
                 )
             pages[i] = page
     return Recorded(pages, common)

@@ -1,6 +1,6 @@
 """What readers of a field's formats return, and what they share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dichroic.errors import DataError
+from dichroic.limits import check_array, check_room
 from dichroic.optional import library
 
 
@@ -20,6 +21,15 @@ class Recorded:
 
     array: np.ndarray
     common: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_stated(shape: Sequence[int], itemsize: int, path: Path, held: int = 0) -> None:
+    """Raise a `DichroicError` if an array that `path` states is larger than one may have, or than the memory.
+
+    `held` are bytes that the file is known to hold.
+    """
+    check_array(shape, itemsize, path.name, held=held)
+    check_room(shape, itemsize, path.name)
 
 
 def no_key(path: Path, key: str | None) -> None:

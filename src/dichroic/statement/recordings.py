@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 
 from dichroic.errors import DataError
-from dichroic.limits import check_array
-from dichroic.statement.recorded import Recorded, no_key, reader_library, starts_with
+from dichroic.statement.recorded import (
+    Recorded,
+    check_stated,
+    no_key,
+    reader_library,
+    starts_with,
+)
 from dichroic.statement.values import available, listed
 
 EDF, BDF = b"0       ", b"\xffBIOSEMI"  # how the files begin
@@ -21,7 +26,7 @@ def read_sound(path: Path, key: str | None) -> Recorded:
     no_key(path, key)
     with reader_library("soundfile", "audio", path).SoundFile(path) as file:
         shape = (file.frames, file.channels)
-        check_array(shape, 4, path.name, held=path.stat().st_size)
+        check_stated(shape, 4, path, path.stat().st_size)
         samples = file.read(dtype="float32")
         common = {"sampling rate": f"{file.samplerate} Hz", "channels": str(file.channels)}
     if len(samples) != shape[0]:
@@ -50,7 +55,7 @@ def read_edf(path: Path, key: str | None) -> Recorded:
                 )
             samples = len(signals[0].digital)
             held = 2 * path.stat().st_size  # 16 or 24 bits a sample
-            check_array((len(signals), samples), 4, path.name, held=held)
+            check_stated((len(signals), samples), 4, path, held)
             array = np.empty((len(signals), samples), np.float32)
             for row, signal in zip(array, signals, strict=True):
                 row[:] = signal.data

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from dichroic.errors import DataError
-from dichroic.limits import check_array
-from dichroic.statement.recorded import Recorded, reader_library
+from dichroic.statement.recorded import Recorded, check_stated, reader_library
 from dichroic.statement.values import available, listed
 
 _SAC_BYTES, _SAC_VERSION = 632, 304  # of the header; where it states its version, 6 or 7
@@ -126,7 +125,7 @@ def _traces(path: Path) -> list[Any]:
 def _check_size(heads: Any, path: Path) -> None:
     """Raise a `DataError` if the traces state more samples than one array may have."""
     size = path.stat().st_size
-    check_array((sum(int(t.stats.npts) for t in heads),), 4, path.name, held=size)
+    check_stated((sum(int(t.stats.npts) for t in heads),), 4, path, size)
 
 
 def _check_series(trace: Any, path: Path) -> None:
