@@ -10,7 +10,7 @@ import soundfile
 from astropy.io import fits
 from PIL import Image
 
-from dichroic.errors import ConfigError, DataError, ShapeError
+from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
 from dichroic.limits import VARIABLE
 from dichroic.statement import load_array, load_problem
 
@@ -114,7 +114,7 @@ def test_pictures_may_end_otherwise(tmp_path, name):
 
 
 def test_an_unknown_ending_lists_the_known_ones(tmp_path):
-    said = r"got 'a.xyz'; files end in .npz, .npy, .h5, .*\.fits\.gz, .*\.jpeg, .*\.wav, .*\.mseed$"
+    said = r"got 'a.xyz'; files end in .npz, .npy, .h5, .*\.fits\.gz, .*\.jpeg, .*\.wav, .*\.mseed, .*, or exist and begin as"
     with pytest.raises(ConfigError, match=said):
         load_array("a.xyz", tmp_path)
 
@@ -208,7 +208,7 @@ def test_seismograms_are_traces_by_samples(tmp_path, record):
     np.testing.assert_array_equal(load_array("r.mseed:BHZ", tmp_path), record[2:])
     with pytest.raises(DataError, match="no channel 'BHX' in 'r.mseed'; did you mean"):
         load_array("r.mseed:BHX", tmp_path)
-    with pytest.raises(DataError, match=r"the 2 traces of 'uneven.mseed' have 101 to 200 samples"):
+    with pytest.raises(DataError, match=r"'uneven.mseed' differ in .* 200 samples; .* 101 samples"):
         load_array("uneven.mseed", tmp_path)
 
 
@@ -222,6 +222,59 @@ def test_files_that_match_are_stacked_in_the_order_of_their_names(tmp_path, rng)
     Image.fromarray(images[0, :3]).save(tmp_path / "s3.png")
     with pytest.raises(ShapeError, match=r"'s3.png' has shape \(3, 5\) and 's0.png' \(4, 5\)"):
         load_array("*.png", tmp_path)
+
+
+def test_numbered_files_are_in_natural_order(tmp_path):
+    for i in (1, 2, 9, 10, 11, 100):
+        np.save(tmp_path / f"truth{i}.npy", np.full(2, i))
+        np.save(tmp_path / f"mask_{i:03}.npy", np.full(2, i))
+    want = [1, 2, 9, 10, 11, 100]
+    assert load_array("truth*.npy", tmp_path)[:, 0].tolist() == want
+    assert load_array("mask_*.npy", tmp_path)[:, 0].tolist() == want
+    some = load_array("truth*.npy", tmp_path, lambda shape: slice(2, 5))
+    assert some[:, 0].tolist() == want[2:5]
+
+
+def test_pictures_that_are_stacked_have_the_same_colours(tmp_path, rng):
+    colour = rng.integers(0, 256, size=(4, 5, 4), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "a.tif")
+    Image.fromarray(colour, "CMYK").save(tmp_path / "b.tif")
+    with pytest.raises(DataError, match="'b.tif' has colours CMYK and 'a.tif' RGBA"):
+        load_array("*.tif", tmp_path)
+    first, *others = (Image.open(tmp_path / f"{name}.tif") for name in "ab")
+    first.save(tmp_path / "pages.tiff", save_all=True, append_images=others)
+    with pytest.raises(DataError, match="page 1 of 'pages.tiff' has colours CMYK and page 0 RGBA"):
+        load_array("pages.tiff", tmp_path)
+    Image.fromarray(colour[..., 0]).save(tmp_path / "c.png")
+    Image.fromarray(colour[..., 0].astype(np.uint16) * 257).save(tmp_path / "d.png")
+    found = load_array("*.png", tmp_path)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["data.dat", "data", "12:30:00", "a.b:c.d"])
+def test_the_first_bytes_tell_what_the_name_does_not(tmp_path, sky, rng, name):
+    np.savez(tmp_path / "x.npz", y=np.arange(3))
+    np.save(tmp_path / "x.npy", np.arange(3))
+    Image.fromarray(np.full((4, 5), 255, np.uint8)).save(tmp_path / "x.png")
+    for made, key, want in [
+        ("x.npz", "y", np.arange(3)),
+        ("x.npy", None, np.arange(3)),
+        ("x.png", None, np.ones((4, 5))),
+        ("sky.fits", "SCI", sky["image"]),
+    ]:
+        (tmp_path / made).rename(tmp_path / name)
+        reference = name if key is None else f"{name}:{key}"
+        np.testing.assert_array_equal(load_array(reference, tmp_path), want)
+        np.testing.assert_array_equal(load_array({"file": name, "key": key}, tmp_path), want)
+    (tmp_path / name).write_bytes(b"nothing that is known")
+    with pytest.raises(DataError, match=f"cannot tell the format of '{name}'.* files end in .npz"):
+        load_array(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 400, "a\0b", "a**b.png", "a**b", "**", "x" * 5000, ""])
+def test_a_name_that_no_file_can_have_is_an_error(tmp_path, name):
+    with pytest.raises(DichroicError):
+        load_array(name, tmp_path)
 
 
 def test_a_problem_of_stamps_and_pictures(tmp_path, sky, rng):

@@ -16,6 +16,7 @@ import targets as fuzz
 
 SEALED = ("mixture", "mlp", "state", "model", "run", "view", "zipped")
 OPEN = ("problem", "stored", "rows", "packed", "npy", "h5", "metrics")
+OPEN += ("fits", "rice", "gzipped", "mseed", "sac", "flac", "edf")
 MOST_MIB = 256
 HOSTILE = [
     b"0",

@@ -117,7 +117,7 @@ def values_and_mask(
             )
         raise DataError(
             f"{label}: observation {i} is {y[i, j]} ({y.dtype}) at entry {where} ({bad.sum()} such "
-            "entries); if they are missing, give a mask, or mask='nan' for NaN"
+            "entries); if they are missing, as in gaps of seismograms, give a mask, or mask='nan' for NaN"
         )
     return np.where(seen, y, 0), mask
 
@@ -153,7 +153,8 @@ _AXES: dict[type[Noise], dict[str, str]] = {  # of every parameter, for one obse
 
 def flat_noise(noise: Any, shape: Shape, label: str) -> Noise:
     """The noise model with arrays over the flattened observation, whatever shape they came in."""
-    if isinstance(noise, (int, float, np.floating, np.integer)):
+    if isinstance(noise, (int, float, np.generic, np.ndarray, jax.Array)) and np.ndim(noise) == 0:
+        check_real(noise, f"{label}: a noise standard deviation")
         return Isotropic(float(noise))
     if not isinstance(noise, Noise):
         raise DataError(

@@ -10,15 +10,19 @@ import io
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import edfio
 import equinox as eqx
 import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
+import soundfile
+from astropy.io import fits
 
 from dichroic.checkpoint import load_state, save_state
 from dichroic.config import FitConfig
@@ -33,6 +37,10 @@ from dichroic.records import read_record
 from dichroic.run import describe, write_record
 from dichroic.statement import load_array, load_problem, load_view
 from dichroic.tracking import read_metrics
+
+with warnings.catch_warnings():  # of obspy, about its own dependencies
+    warnings.simplefilter("ignore")
+    import obspy
 
 PROBLEM = Problem(
     [Source("a", (4,)), Source("b", (2, 2))],
@@ -178,11 +186,43 @@ def targets(root: Path | None = None) -> dict[str, Target]:
     add("packed", "x.npz", lambda p: np.savez_compressed(p, x=array), said_of_rows, False)
     add("npy", "x.npy", lambda p: np.save(p, array), lambda p: _array(p.name, p.parent), False)
     add("h5", "x.h5", write_h5, lambda p: _array(f"{p.name}:g/x", p.parent), False)
+    for label, (name, write) in field_files().items():
+        add(label, name, write, lambda p: _array(p.name, p.parent), False)
     lines = "".join(
         json.dumps({"lap": i, "phase": "polish", "seconds": i / 7}) + "\n" for i in range(4)
     )
     add("metrics", "metrics.jsonl", lambda p: p.write_text(lines), read_metrics, False)
     return found
+
+
+def field_files():
+    """`{label: (name, write(path))}` of small files in the formats of a field."""
+    rng = np.random.default_rng(0)
+    counts, sound = rng.integers(0, 900, size=(8, 12)).astype(np.int16), rng.uniform(-1, 1, (90, 2))
+
+    def trace(start, data):
+        about = {"station": "A", "channel": "BHZ", "sampling_rate": 100}
+        return obspy.Trace(data, {**about, "starttime": obspy.UTCDateTime(2020, 1, 1) + start})
+
+    def write_mseed(path):
+        parts = [trace(0, sound[:, 0].copy()), trace(1, sound[:, 1].copy())]
+        obspy.Stream(parts).write(str(path), "MSEED", reclen=256)
+
+    def write_edf(path):
+        signals = [edfio.EdfSignal(sound[:, 0], 10, label="C3")]
+        edfio.Edf(signals, annotations=[edfio.EdfAnnotation(1, 1, "on")]).write(path)
+
+    image = lambda kind: lambda path: fits.HDUList([fits.PrimaryHDU(), kind(counts)]).writeto(path)
+    gzipped = lambda data: fits.CompImageHDU(data, compression_type="GZIP_1")
+    return {
+        "fits": ("x.fits", image(fits.ImageHDU)),
+        "rice": ("x.fits.fz", image(fits.CompImageHDU)),
+        "gzipped": ("x.fits.fz", image(gzipped)),
+        "mseed": ("x.mseed", write_mseed),
+        "sac": ("x.sac", lambda path: trace(0, sound[:, 0].copy()).write(str(path), "SAC")),
+        "flac": ("x.flac", lambda path: soundfile.write(path, sound, 100)),
+        "edf": ("x.edf", write_edf),
+    }
 
 
 def _array(reference, folder):

@@ -19,7 +19,8 @@
     fit: {seed: 1, mixture: {components: 16}}
 
 An array is `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path` (relative to the folder
-of the YAML file), a number or a list, or in a format of a field, such as `file.fits:unit` (`load_array`).
+of the YAML file), a number or a list, or in a format of a field, such as `file.fits:unit` (`load_array`,
+docs/formats.md).
 The input shape of an operator follows from its source; in `compose` the last acts first, and its output
 shape feeds the one before. Every error starts with the file and the position in it, as in
 `problem.yaml: views.mixed: unknown key 'nose'; …`.

@@ -1,11 +1,12 @@
 """Arrays in files, by references such as `file.npz:key`: `.npz`, `.npy`, HDF5, zarr, and the formats of a field.
 
-`folder/*.png` stands for all such files, stacked in the order of their names; the pages of one picture (TIFF) are
-stacked, too. Endings may be in capitals. Where some rows are asked for, no more is read of `.npy`, `.npz`, HDF5
-and zarr arrays, and of stacked files; of the others, all is.
+`folder/*.png` stands for all such files, stacked in the natural order of their names (`img2.png` before
+`img10.png`); they must agree in what they say of their arrays, such as the sampling rate. The pages of one picture
+(TIFF) are stacked, too. Endings may be in capitals; where an ending is not known, the first bytes of the file tell
+its format. Where some rows are asked for, no more is read of `.npy`, `.npz`, HDF5 and zarr arrays, and of stacked
+files; of the others, all is.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dichroic.config import check_keys
-from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
+from dichroic.errors import DataError, DichroicError, ShapeError
 from dichroic.limits import check_room
 from dichroic.operators import Shape
 from dichroic.optional import library
@@ -29,6 +29,8 @@ from dichroic.statement.guard import (
     check_zarr,
     open_entry,
 )
+from dichroic.statement.recorded import Recorded, no_key
+from dichroic.statement.references import PART_KINDS, Reference, locate, matching, no_file
 from dichroic.statement.rows import Rows, chunked_rows, npy_rows, shape_of
 from dichroic.statement.values import as_number, available, short
 
@@ -46,10 +48,12 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
     """The array that `reference` stands for.
 
     Args:
-        reference: `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path`, `file.fits:unit`,
-            `file.fits:unit/column`, `file.png`, `file.tif` (of any number of pages), `file.wav`,
-            `file.mseed:channel`, the same as `{file: …, key: …}`, with `*` in the name for several
-            files, stacked; a number, a (nested) list of numbers, or an array.
+        reference: `file.npz:key`, `file.npy`, `file.h5:/dataset`, `file.zarr:path`, `file.fits:unit`
+            (also `.fits.fz`; `SCI,2` is the second unit of that name), `file.fits:unit/column`, `file.png`,
+            `file.tif` (of any number of pages), `file.wav` (`.flac`, `.ogg`, `.aiff`), `file.edf:label` (also
+            BDF), `file.mseed:channel` (also SAC; `STATION.CHANNEL`, `NET.STA.LOC.CHA`, with `*` for any);
+            the same as `{file: …, key: …}`, with `*` in the name for several files, stacked in the natural
+            order of their names; a number, a (nested) list of numbers, or an array.
         base_dir: the folder that files are relative to.
         part: the rows (of its first axis) that are wanted of an array of a given shape; all by default.
 
@@ -61,22 +65,12 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
     if isinstance(reference, (np.ndarray, np.generic, jax.Array)):
         array = np.asarray(reference)
         return _numeric(array[part(array.shape)], "the array")
-    if isinstance(reference, Mapping):
-        reference = _joined(reference)
     number = as_number(reference)
     if number is not None or isinstance(reference, (list, tuple)):
         array = _inline(reference if number is None else number)
         return array[part(array.shape)]
-    is_name = isinstance(reference, str) and len(reference) < 4096
-    match = _REFERENCE.fullmatch(reference) if is_name else None
-    if match is None:
-        raise ConfigError(
-            f"expected an array such as 'file.npz:key', 'file.npy', 'file.h5:/dataset', "
-            f"'file.zarr:path', 'file.fits:unit', 'files/*.png', a number or a list, got {short(reference)}; "
-            f"files end in {', '.join(f'.{kind}' for kind in _KINDS)}"
-        )
-    path, kind, key = Path(base_dir) / match["file"], match["kind"].lower(), match["key"]
-    return _stacked(path, kind, key, part) if "*" in path.name else _read(path, kind, key, part)
+    found = locate(reference, base_dir)
+    return _stacked(found, part) if found.several else _read(found.path, found, part).array
 
 
 def array_shape(reference: Any, base_dir: str | Path) -> Shape:
@@ -91,45 +85,41 @@ def array_shape(reference: Any, base_dir: str | Path) -> Shape:
     return found[-1]
 
 
-def _stacked(pattern: Path, kind: str, key: str | None, part: Part) -> np.ndarray:
-    """The arrays of all files that match, in the order of their names."""
-    paths = sorted(pattern.parent.glob(pattern.name))
+def _stacked(found: Reference, part: Part) -> np.ndarray:
+    """The arrays of all files that match, in the natural order of their names."""
+    with _reading(found.path):
+        paths = matching(found.path)
     if not paths:
-        raise DataError(no_file(pattern))
-    first = _read(paths[0], kind, key)
-    rows = part((len(paths), *first.shape))
+        raise DataError(no_file(found.path))
+    first = _read(paths[0], found)
+    rows = part((len(paths), *first.array.shape))
     chosen = [paths[i] for i in np.arange(len(paths))[rows]]
-    arrays = [first if path is paths[0] else _read(path, kind, key) for path in chosen]
-    for path, array in zip(chosen, arrays, strict=True):
-        if array.shape != first.shape:
-            raise ShapeError(
-                f"{path.name!r} has shape {array.shape} and {paths[0].name!r} {first.shape}: files "
-                "that are stacked need the same"
+    arrays = []
+    for path in chosen:
+        other = first if path is paths[0] else _read(path, found)
+        _check_alike(other, path, first, paths[0])
+        arrays.append(other.array)
+    return np.stack(arrays) if arrays else np.empty((0, *first.array.shape), first.array.dtype)
+
+
+def _check_alike(other: Recorded, path: Path, first: Recorded, like: Path) -> None:
+    """Raise a `DichroicError` unless an array has the shape of the first, and its file says the same of it."""
+    for what, value in first.common.items():
+        got = other.common.get(what, value)
+        if got != value:
+            raise DataError(
+                f"{path.name!r} has {what} {got} and {like.name!r} {value}: files that are stacked need the same"
             )
-    return np.stack(arrays) if arrays else np.empty((0, *first.shape), first.dtype)
-
-
-def no_file(path: Path) -> str:
-    """The message that there is no file `path`: what is nearest, and what there is."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f"no folder {str(folder)!r}"
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-    return f"no file {path.name!r} in {str(folder)!r}; {available(path.name, names)}"
+    if other.array.shape != first.array.shape:
+        raise ShapeError(
+            f"{path.name!r} has shape {other.array.shape} and {like.name!r} {first.array.shape}: files "
+            "that are stacked need the same"
+        )
 
 
 def _numeric(array: np.ndarray, what: str) -> np.ndarray:
     check_numbers(array.dtype, what)
     return array
-
-
-def _joined(reference: Mapping[str, Any]) -> str:
-    """`{file: …, key: …}` as `file:key`."""
-    check_keys(reference, ("file", "key"), "array")
-    file, key = reference.get("file"), reference.get("key")
-    if not isinstance(file, str):
-        raise ConfigError(f"expected {{file: …, key: …}}, got {short(dict(reference))}")
-    return file if key is None else f"{file}:{key}"
 
 
 def _inline(value: Any) -> np.ndarray:
@@ -139,16 +129,18 @@ def _inline(value: Any) -> np.ndarray:
         raise DataError(f"{short(value)} is no array of numbers: {error}") from error
 
 
-def _read(path: Path, kind: str, key: str | None, part: Part = all_rows) -> np.ndarray:
+def _read(path: Path, found: Reference, part: Part = all_rows) -> Recorded:
+    """The array in the file `path`, one of those that `found` stands for."""
+    kind, key = found.kind, found.key
     if not (path.exists() if kind == "zarr" else path.is_file()):
         raise DataError(no_file(path))
     with _reading(path):
         what = f"{path.name}:{key}" if key else path.name
-        if kind in _PART_READERS:
-            return _numeric(_PART_READERS[kind](path, key, part), what)
+        if kind in PART_KINDS:
+            return Recorded(_numeric(_PART_READERS[kind](path, key, part), what))
         check_room((path.stat().st_size,), 1, what)
-        array = READERS[kind](path, key)
-        return _numeric(array[part(array.shape)], what)
+        read = READERS[kind](path, key)
+        return Recorded(_numeric(read.array[part(read.array.shape)], what), read.common)
 
 
 @contextmanager
@@ -212,8 +204,7 @@ def _read_npz(path: Path, key: str | None, part: Part) -> np.ndarray:
 
 
 def _read_npy(path: Path, key: str | None, part: Part) -> np.ndarray:
-    if key is not None:
-        raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
+    no_key(path, key)
     with path.open("rb") as file:
         magic = file.read(len(_NPY))
         if magic.startswith(b"PK"):
@@ -247,8 +238,8 @@ def _read_zarr(path: Path, key: str | None, part: Part) -> np.ndarray:
             names = [name for name, child in members if isinstance(child, zarr.Array)]
             known = node[_entry(path, key, names).strip("/")]
         node = known
-    elif key is not None:
-        raise DataError(f"{path.name!r} holds one array; leave out ':{key}'")
+    else:
+        no_key(path, key)
     rows = part(node.shape)
     check_zarr(node, path.name, shape_of(node.shape, rows))
     return chunked_rows(node, rows, path.name)
@@ -258,14 +249,6 @@ def _library(name: str, path: Path) -> Any:
     return library(name, "data", f"reading {path.name!r}")
 
 
-_PART_READERS: dict[str, Callable[[Path, str | None, Part], np.ndarray]] = {
-    "npz": _read_npz,
-    "npy": _read_npy,
-    "h5": _read_hdf5,
-    "hdf5": _read_hdf5,
-    "zarr": _read_zarr,
-}
-_KINDS = (*_PART_READERS, *READERS)
-_REFERENCE = re.compile(
-    rf"(?P<file>.+?\.(?P<kind>(?i:{'|'.join(map(re.escape, _KINDS))})))(?::(?P<key>.+))?"
+_PART_READERS: dict[str, Callable[[Path, str | None, Part], np.ndarray]] = dict(
+    zip(PART_KINDS, (_read_npz, _read_npy, _read_hdf5, _read_hdf5, _read_zarr), strict=True)
 )

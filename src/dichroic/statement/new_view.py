@@ -12,9 +12,10 @@ from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError
 from dichroic.noise import Noise
 from dichroic.problem import Problem, View, sees
-from dichroic.statement.arrays import no_file, open_npz
+from dichroic.statement.arrays import open_npz
 from dichroic.statement.guard import check_npz
 from dichroic.statement.parts import NOISES
+from dichroic.statement.references import no_file
 from dichroic.statement.spots import Spot, as_table, naming, read_yaml, require
 from dichroic.statement.stored import StoredView
 from dichroic.statement.view import VIEW_KEYS

@@ -20,6 +20,7 @@ from dichroic.noise import (
     StationaryNoise,
 )
 from dichroic.operators import Operator, Shape
+from dichroic.statement.references import is_reference
 from dichroic.statement.spots import Spot, known_table, naming, require
 from dichroic.statement.values import as_number, is_integer, parse_count, parse_shape, short
 
@@ -34,7 +35,10 @@ def build_operator(spec: Any, in_shape: Shape, out_shape: Shape | None, spot: Sp
 
 
 def build_noise(spec: Any, shape: Shape, spot: Spot) -> Noise | float:
-    """The noise model of `spec` of observations of `shape`; a standard deviation, where `spec` is a number."""
+    """The noise model of `spec` of observations of `shape`; a standard deviation, where `spec` is a number.
+
+    A reference to an array in a file stands for the number that the array is.
+    """
     number = as_number(spec)
     if number is not None and not math.isfinite(number):
         raise ConfigError(f"{spot}: the standard deviation must be finite, got {short(spec)}")
@@ -42,6 +46,8 @@ def build_noise(spec: Any, shape: Shape, spot: Spot) -> Noise | float:
         return number
     if isinstance(spec, (np.ndarray, np.generic, jax.Array)):
         return _isotropic(spec, shape, spot)
+    if _refers(spec, spot):
+        return _one_std(spec, spot)
     if isinstance(spec, str) and spec not in NOISES:
         raise ConfigError(
             f"{spot}: expected the standard deviation, a number, or one {{kind: …}} of "
@@ -50,6 +56,25 @@ def build_noise(spec: Any, shape: Shape, spot: Spot) -> Noise | float:
     kind, args = _kind(spec, NOISES, spot)
     with naming(spot.at(kind)):
         return NOISES[kind](args, shape, spot.at(kind))
+
+
+def _refers(spec: Any, spot: Spot) -> bool:
+    """Whether `spec` is a reference to an array in a file, rather than the name of a kind."""
+    if isinstance(spec, str):
+        return spec not in NOISES and is_reference(spec, spot.folder)
+    return isinstance(spec, Mapping) and "file" in spec
+
+
+def _one_std(reference: Any, spot: Spot) -> Noise:
+    """Isotropic noise, whose standard deviation is an array of no axes in a file."""
+    array = spot.array(reference)
+    if array.ndim:
+        raise ShapeError(
+            f"{spot}: {short(reference)} has shape {array.shape}; expected one number, the standard deviation. "
+            "Say what several numbers are: {isotropic: …} standard deviations, one per observation, or "
+            "{diagonal: …} variances of the entries"
+        )
+    return Isotropic(as_float(array))
 
 
 def _kind(spec: Any, kinds: Mapping[str, Any], spot: Spot) -> tuple[str, Any]:

@@ -15,7 +15,8 @@ from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DichroicError, ShapeError
 from dichroic.limits import check_text
 from dichroic.operators import Shape
-from dichroic.statement.arrays import load_array, no_file
+from dichroic.statement.arrays import load_array
+from dichroic.statement.references import no_file
 from dichroic.statement.safe_yaml import MOST_BYTES, parse_yaml
 from dichroic.statement.values import available, short
 

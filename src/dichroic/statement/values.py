@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,5 +54,16 @@ def short(value: Any) -> str:
 def available(name: str, names: Sequence[str]) -> str:
     """The end of a message that `name` does not exist: the nearest of `names`, and all of them."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    return (f"did you mean {near[0]!r}? " if near else "") + f"there is: {listed or 'nothing'}"
+    there = listed(names) or "nothing"
+    return (f"did you mean {near[0]!r}? " if near else "") + f"there is: {there}"
+
+
+def listed(names: Sequence[str], between: str = ", ", most: int = 20) -> str:
+    """The first `names`, as messages list them."""
+    return between.join(names[:most]) + (f"{between}…" if len(names) > most else "")
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """What sorts names in natural order, by the numbers in them: `img2.png` before `img10.png`."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
