@@ -231,10 +231,11 @@ def sums_behind(name: str, mixture: Mixture, totals: Totals) -> Sums:
     return found
 
 
-def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:
-    """`Σ_i log p(y_i)`."""
-    total, common = 0.0, Common()
-    for _, some in groups(obs):
+def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> np.ndarray:
+    """`log p(y)` of each observation, `(n,)`."""
+    found, common = np.zeros(obs.count), Common()
+    for index, some in groups(obs):
         behind = Backgrounds(mixtures, some, common)
-        total += sum(float(behind.given(y).log_evidence.sum()) for _, y in behind.chunks(some))
-    return total
+        for rows, y in behind.chunks(some):
+            found[index[rows]] = behind.given(y).log_evidence
+    return found

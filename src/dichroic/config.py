@@ -55,7 +55,7 @@ class MixtureConfig(_Ranged):
     steps: int = _count(5)  # EM steps of a lap, on the tuples of components chosen at its start
     active_tuples: int = _count(16)  # tuples of components kept per observation and pair of sources
     max_tuples: int = _count(1024)  # tuples looked at, at once, in the search for them
-    shrinkage: float = 0.0  # pseudo-observations pulling each covariance to the mean
+    shrinkage: float | None = None  # pseudo-observations of a prior on components; None: found
     stationary: tuple[str, ...] = ()  # sources that look the same everywhere: texture, sky, noise
     units: Literal["auto", "same", "each"] = "auto"  # of numbers of a source: see docs/concepts.md
     floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance

@@ -37,8 +37,10 @@ from dichroic.fingerprint import fingerprint
 from dichroic.guards import check_draws, guarded, no_prior, trained
 from dichroic.machine import peak_memory
 from dichroic.mixture_em import (
+    Mixtures,
     chosen_units,
     em_lap,
+    gain_in_evidence,
     initial_gaussians,
     is_large,
     mean_log_evidence,
@@ -55,6 +57,15 @@ from dichroic.tracking import Clock, Tracker
 from dichroic.train import evidence_gain, is_gain, with_network
 
 Metrics = dict[str, Any]
+SHRINKAGE = (
+    10.0  # pseudo-observations of the prior on components, to begin with where none is given,
+)
+WEAKER = (
+    0.25  # and what it is multiplied with as long as that explains held-out observations better,
+)
+LEAST_SHRINKAGE = 0.1  # down to this, below which it is none
+SURE = 3.0  # standard errors of a gain that counts
+EACH = 10  # observations for each component, at least
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class State:
     metrics_length: int = 0
     current: Denoisers = dataclasses.field(default_factory=dict)
     best: Denoisers = dataclasses.field(default_factory=dict)
+    shrinkage: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of each source
     operators: Parameters = dataclasses.field(default_factory=dict)  # learned, with `current`
     best_operators: Parameters = dataclasses.field(default_factory=dict)
 
@@ -125,7 +137,8 @@ def _mixture_lap(
     if names[0] not in current:
         rank = min(LEAST_RANK, c.rank) if is_large(data.train) else None
         current = {**current, **initial_gaussians(names, train, current, rank, data.stationary)}
-    current, evidence = em_lap(current, train, names, c, clock)
+    shrinkage = {**dict.fromkeys(names, _first_shrinkage(c)), **state.shrinkage}
+    current, evidence = em_lap(current, train, names, c, clock, shrinkage)
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, train, c)
     size = _components(current, names)
@@ -143,18 +156,28 @@ def _mixture_lap(
 
     data = data.at(operators)
     test = [i for i, obs in enumerate(data.test) if relevant(obs)]
+    held_out = [data.test[i] for i in test]
+    if size > 1 and c.shrinkage is None and not low:
+        train = [obs for obs in data.train if relevant(obs)]
+        current, shrinkage = _with_less(current, shrinkage, train, held_out, names, c, clock)
+        metrics["shrinkage"] = shrinkage[names[0]]
+    state = dataclasses.replace(state, shrinkage=shrinkage)
     with clock.during("scoring"):
-        held_out = [data.test[i] for i in test]
         score = mean_log_evidence(current, held_out, max_tuples=c.max_tuples)
+        better = score > state.score  # false for NaN
+        if not better and size > 1 and shrinkage[names[0]] and not low:
+            gain, error = gain_in_evidence(state.best, current, held_out, max_tuples=c.max_tuples)
+            no_worse = gain > -error
+        else:
+            no_worse = better
     metrics["heldout_log_evidence"] = score
-    better = score > state.score  # false for NaN
     learned = math.isfinite(evidence) or state.lap > 0
     if names[0] not in state.best:
         if not (better and learned):
             raise no_prior(names, evidence, score, data)
         as_it_is = {n: current[n] for n in names if n not in units_of(operators)}
         check_learned(as_it_is, config.bounds)
-    best, best_operators = (current, operators) if better else (state.best, state.best_operators)
+    best, best_operators = (current, operators) if no_worse else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
     if size == 1 and rank is not None:
         most = min(c.rank, *(current[n].dim - 1 for n in low))
@@ -169,8 +192,9 @@ def _mixture_lap(
             return _in_units(state, names, units), metrics
     stale = 0 if better or size == 1 else state.stale + 1
     stale = c.patience if lost and not better else stale
-    if size < c.components and stale < c.patience:
-        target = min(2 * size, c.components)
+    most = min(c.components, max(sum(obs.count for obs in train) // EACH, 1))
+    if size < most and stale < c.patience:
+        target = min(2 * size, most)
         grown = {n: split_components(current[n], target).ordered() for n in names}
         grown = dataclasses.replace(
             state,
@@ -184,6 +208,36 @@ def _mixture_lap(
     with clock.during("scoring"):
         metrics |= scores(best, data.at(best_operators), test, config)
     return _next_group(state, best, data, config), metrics
+
+
+def _first_shrinkage(config: MixtureConfig) -> float:
+    return SHRINKAGE if config.shrinkage is None else config.shrinkage
+
+
+def _with_less(
+    current: Mixtures,
+    shrinkage: Mapping[str, float],
+    train: Sequence[Observed],
+    held_out: Sequence[Observed],
+    names: Sequence[str],
+    config: MixtureConfig,
+    clock: Clock,
+) -> tuple[Mixtures, dict[str, float]]:
+    """The mixtures with as little shrinkage as held-out observations ask for, and that of each source.
+
+    It is lowered where a lap with less raises their evidence by more than three standard errors.
+    """
+    kept = dict(shrinkage)
+    while kept[names[0]] > 0:
+        less = WEAKER * kept[names[0]]
+        lower = {**kept, **dict.fromkeys(names, less if less >= LEAST_SHRINKAGE else 0.0)}
+        trial, _ = em_lap(current, train, names, config, clock, lower)
+        with clock.during("scoring"):
+            gain, error = gain_in_evidence(current, trial, held_out, max_tuples=config.max_tuples)
+        if not gain > SURE * error:
+            break
+        current, kept = trial, lower
+    return current, kept
 
 
 def _in_units(state: State, names: Sequence[str], units: Mapping[str, np.ndarray]) -> State:
@@ -244,7 +298,9 @@ def _polish_lap(state: State, data: Data, config: FitConfig, clock: Clock) -> tu
     evaluate = partial(mean_log_evidence, max_tuples=config.mixture.max_tuples)
     with clock.during("scoring"):
         score = evaluate(state.current, data.test) if state.lap == 0 else state.score
-    current, evidence = em_lap(state.current, data.train, names, config.mixture, clock)
+    current, evidence = em_lap(
+        state.current, data.train, names, config.mixture, clock, state.shrinkage
+    )
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, data.train, config.mixture)
     clock.progress("all sources together", state.lap + 1, config.polish)

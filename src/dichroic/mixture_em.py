@@ -8,7 +8,7 @@ far faster than a random start of all of them.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from dichroic import layout
 from dichroic.backgrounds import low_rank_log_evidence
@@ -34,7 +34,7 @@ from dichroic.evidence import (
 from dichroic.lowrank_em import low_rank_lap
 from dichroic.lowrank_start import initial_low_rank, mean_gain
 from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
-from dichroic.mixture_sums import Statistics, chunks, pairs, sum_over, view_statistics
+from dichroic.mixture_sums import Statistics, chunks, pairs, view_statistics
 from dichroic.observations import Observations, Observed, every_block, is_shared
 from dichroic.posterior import EXACT_LIMIT
 from dichroic.shared import shared_log_evidence, shared_statistics
@@ -55,10 +55,12 @@ def em_lap(
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
+    shrinkage: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Mixtures, float]:
     """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
 
-    Returns all mixtures, and the mean log evidence before the last step. Sources of low rank have an EM of
+    Returns all mixtures, and the mean log evidence before the last step. `shrinkage` is the strength of the prior
+    on the components of each source, in pseudo-observations (`dichroic.mixture_step`). Sources of low rank have an EM of
     their own: `dichroic.lowrank_em`.
     """
     if any(is_low_rank(mixtures, obs) for obs in views):
@@ -76,13 +78,22 @@ def em_lap(
         return float(found.log_evidence), found
 
     def update(mixtures: Mixtures, found: Statistics, textbook: bool) -> Mixtures:
-        shifts = joint_shifts(mixtures, found, free) if found.cross and not textbook else {}
-        step = partial(maximise, shrinkage=config.shrinkage, damping=1 / share, textbook=textbook)
-        floor = {n: config.floor * float(mixtures[n].scale) ** 2 for n in names}
-        new = lambda n: step(mixtures[n], found.sums[n], floor=floor[n], shift=shifts.get(n))
+        together = found.cross and not textbook
+        shifts = joint_shifts(mixtures, found, free, shrinkage) if together else {}
+        step = partial(maximise, damping=1 / share, textbook=textbook)
+
+        def new(name: str) -> Mixture:
+            floor = config.floor * float(mixtures[name].scale) ** 2
+            options = {"shrinkage": shrinkage.get(name, 0.0), "shift": shifts.get(name)}
+            return step(mixtures[name], found.sums[name], floor=floor, **options)
+
         return {**mixtures, **{n: new(n) for n in names}}
 
-    options = {"steps": config.steps, "tolerance": 1e-6, "clock": clock}
+    pulled = any(shrinkage.get(n) and mixtures[n].log_weights.size > 1 for n in names)
+    tolerance = (
+        math.inf if pulled else 1e-6
+    )  # what a step raises is then the evidence and the prior
+    options = {"steps": config.steps, "tolerance": tolerance, "clock": clock}
     mixtures, value = ascend(mixtures, evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)
 
@@ -135,22 +146,38 @@ def mean_log_evidence(
     mixtures: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
-    own = partial(_own_log_evidence, mixtures, views, max_tuples)
+    own = lambda: sum(
+        float(log_evidence_of(mixtures, o, max_tuples).sum()) for o in every_block(views)
+    )
     return views[0].total(own) / sum(obs.count for obs in views)
 
 
-def _own_log_evidence(mixtures: Mixtures, views: Sequence[Observed], max_tuples: int) -> float:
-    total = 0.0
-    for obs in every_block(views):
-        if is_low_rank(mixtures, obs):
-            total += low_rank_log_evidence(mixtures, obs)
-            continue
-        priors = {k: mixtures[k].prior() for k in obs.sources}
-        if _one_mixture(priors, obs):
-            total += shared_log_evidence(priors, obs)
-        else:
-            total += float(_view_log_evidence(priors, obs, max_tuples))
-    return total
+def gain_in_evidence(
+    old: Mixtures, new: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
+) -> tuple[float, float]:
+    """The mean of `log p(y)` by `new` mixtures less that by the `old`, and its standard error.
+
+    Over all observations of `views`, observation by observation.
+    """
+
+    def own() -> np.ndarray:
+        of = lambda mixtures, obs: log_evidence_of(mixtures, obs, max_tuples)
+        gains = [of(new, obs) - of(old, obs) for obs in every_block(views)]
+        return sum((np.array([g.sum(), (g**2).sum()]) for g in gains), np.zeros(2))
+
+    n = sum(obs.count for obs in views)
+    mean, square = views[0].total(own) / n
+    return float(mean), math.sqrt(max(square - mean**2, 0.0) / max(n - 1, 1))
+
+
+def log_evidence_of(mixtures: Mixtures, obs: Observations, max_tuples: int) -> np.ndarray:
+    """`log p(y)` of each observation, `(n,)`."""
+    if is_low_rank(mixtures, obs):
+        return low_rank_log_evidence(mixtures, obs)
+    priors = {k: mixtures[k].prior() for k in obs.sources}
+    if _one_mixture(priors, obs):
+        return shared_log_evidence(priors, obs)
+    return np.asarray(_view_log_evidence(priors, obs, max_tuples), np.float64)
 
 
 def is_low_rank(mixtures: Mixtures, obs: Observed) -> bool:
@@ -181,22 +208,31 @@ def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
         views = [project(priors[k], a, seen) for k, a in matrices.items()]
         return best_tuples(y, views, cov_noise, count=active, max_tuples=max_tuples)
 
-    def best(rows: Observations) -> Array:
-        which, _ = chunks(rows.count, min(_count(priors), max_tuples) * obs.size**2)
-        index = jax.lax.map(lambda i: jax.vmap(one)(jax.tree.map(lambda a: a[i], rows)), which)
-        return index.reshape(-1, *index.shape[2:])[: rows.count]
-
-    return layout.map_by_device(best, rows)
+    return _of_each(one, rows, min(_count(priors), max_tuples) * obs.size**2)
 
 
 @eqx.filter_jit
-def _view_log_evidence(priors, obs, max_tuples) -> Array:
+def _view_log_evidence(priors, obs, max_tuples) -> Float[Array, " n"]:
+    rows, shared = split(obs)
+
     def one(row: Observations) -> Array:
-        y, matrices, cov_noise, seen = row.parts()
+        y, matrices, cov_noise, seen = eqx.combine(row, shared).parts()
         sources, a = [priors[k] for k in matrices], list(matrices.values())
         return log_evidence(y, a, cov_noise, sources, seen=seen, max_tuples=max_tuples)
 
-    return sum_over(one, obs, min(_count(priors), max_tuples) * obs.size**2)
+    return _of_each(one, rows, min(_count(priors), max_tuples) * obs.size**2)
+
+
+def _of_each(function: Callable[[Observations], Array], rows: Observations, numbers: int) -> Array:
+    """`function` of each of the observations `rows`, as many at once as memory allows."""
+
+    def found(rows: Observations) -> Array:
+        which, _ = chunks(rows.count, numbers)
+        each = jax.vmap(function)
+        values = jax.lax.map(lambda i: each(jax.tree.map(lambda a: a[i], rows)), which)
+        return values.reshape(-1, *values.shape[2:])[: rows.count]
+
+    return layout.map_by_device(found, rows)
 
 
 def initial_gaussians(

@@ -15,6 +15,17 @@ The first is exact given C (the tuple alone is missing data); the second is the 
 variance components (Anderson, Annals of Statistics 1, 1973), where a c that should be 0 falls as
 σ² / steps. `ε` keeps what no observation sees.
 
+Components of a source are alike to some degree, which few observations of each do not show. With a `shrinkage`
+`ν > 0` they have a prior, whose centre is the mixture before the step (empirical Bayes; after Fraley and Raftery,
+Journal of Classification 24, 2007): with the mean and covariance `m`, `T` of the mixture and the mean `C̄` of the
+covariances,
+
+    μ_k ~ N(m, T / κ),   C_k ~ inverse Wishart about C̄ of ν pseudo-observations,   κ = 0.3 ν,
+
+which adds `−κ T⁻¹ (μ_k − m)` and `κ T⁻¹` to the force and the information of each mean, and `ν C⁻¹ C̄ C⁻¹` and
+`ν C⁻¹` to the scatter and the information of each covariance. What observations say clearly they decide; what
+the other sources hide of a component, such as its mean along what they vary in most, is shared by all.
+
 Sources that are learned at once from the same views share their residuals: what one mean takes the others cannot.
 Then the first formula is that of all means of all sources together, with the information `Σ r A_aᵀ C_y⁻¹ A_b`
 between components of two sources in X. Source by source, views that mix two sources with weights (1, f) and
@@ -25,7 +36,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -46,6 +57,7 @@ MOST_MEANS = 2048  # numbers in the means of all sources, up to which they are s
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
 _ROUNDING = 1e-6  # of the information, in sums of single precision
 _ALIVE = 1e-2  # observations, below which a component stays as it is
+_OF_MEANS = 0.3  # κ / ν
 
 
 def ascend(
@@ -60,7 +72,7 @@ def ascend(
     """`steps` EM steps, and the evidence before the last.
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
-    the evidence, by more than a part `tolerance` of it, or gives numbers that are not finite, is taken back for
+    the evidence, by more than a part `tolerance` of it (which may be infinite), or gives numbers that are not finite, is taken back for
     a textbook step. Where that gives none either, it ends with the last mixtures whose evidence is finite, and
     `clock` counts a step that was `LOST`.
     """
@@ -68,7 +80,9 @@ def ascend(
     for _ in range(steps):
         with clock.during("e_step"):
             evidence, found = _finite_or_not(partial(evaluate, mixtures)) or (math.nan, None)
-        least = -math.inf if known is None or textbook else known[1] - tolerance * abs(known[1])
+        least = -math.inf
+        if known is not None and not textbook and math.isfinite(tolerance):
+            least = known[1] - tolerance * abs(known[1])
         if math.isfinite(evidence) and evidence >= least:
             known, textbook = (mixtures, evidence, found), False
         elif known is None or textbook:
@@ -103,10 +117,14 @@ def _finite_or_not(work: Callable[[], Result]) -> Result | None:
 
 
 def joint_shifts(
-    mixtures: Mapping[str, Mixture], found: Statistics, names: Sequence[str]
+    mixtures: Mapping[str, Mixture],
+    found: Statistics,
+    names: Sequence[str],
+    shrinkage: Mapping[str, float],
 ) -> dict[str, np.ndarray]:
     """The steps `(K, D)` of the means of `names`, solved for together."""
     roots, blocks, end = {}, {}, 0
+    priors = {n: _prior_of_means(mixtures[n], shrinkage.get(n, 0.0)) for n in names}
     for name in names:
         n = np.maximum(np.asarray(found.sums[name].count, np.float64), 0)
         share = np.where(n > _ALIVE, 1 / np.sqrt(np.maximum(n, _ALIVE)), 0)
@@ -118,8 +136,10 @@ def joint_shifts(
     for name, root in roots.items():
         sums, at = found.sums[name], np.arange(blocks[name].start, blocks[name].stop)
         own = at.reshape(root.shape[:2])
-        matrix[own[:, :, None], own[:, None, :]] = root @ np.asarray(sums.information) @ root
-        force[at] = (root @ np.asarray(sums.force)[..., None]).ravel()
+        pull, stiffness = priors[name]
+        information = np.asarray(sums.information) + stiffness
+        matrix[own[:, :, None], own[:, None, :]] = root @ information @ root
+        force[at] = (root @ (np.asarray(sums.force) + pull)[..., None]).ravel()
     for (a, b), between in found.cross.items():
         if a in roots and b in roots:
             both = roots[a][:, None] @ np.asarray(between, np.float64) @ roots[b]
@@ -144,8 +164,8 @@ def maximise(
 ) -> Mixture:
     """The M-step of one source, in float64: see the formulas above; `textbook` picks the first pair.
 
-    Eigenvalues are kept above `floor`; `shrinkage` is the number of pseudo-observations that pull each
-    covariance towards the mean of all. `shift` is the step of the means where that is known from
+    Eigenvalues are kept above `floor`; `shrinkage` is the number `ν` of pseudo-observations of the prior. `shift`
+    is the step of the means where that is known from
     `joint_shifts`; `damping` scales it where it is not, for several sources that are seen together and move at
     once. Components with next to no observations left stay as they are, with their small weight.
     """
@@ -154,19 +174,26 @@ def maximise(
     n = np.maximum(n, 0)
     alive = n > _ALIVE
     share = np.where(alive, n, 1)[:, None, None]
-    g, s, w = g[..., None] / share, s / share, w / share
+    pull, stiffness = _prior_of_means(mixture, shrinkage)
+    stiffness = stiffness / share
+    g, pull, s, w = g[..., None] / share, pull[..., None] / share, s / share, w / share
+    pooled = np.einsum("k,kij->ij", n / n.sum(), cov)
     if mixture.stationary:
-        options = {"floor": floor, "damping": damping, "textbook": textbook}
+        options: Any = {"floor": floor, "damping": damping, "textbook": textbook}
         moved, new = stationary_step(mixture, g[..., 0], s, w, **options)
         delta = (moved - mean)[..., None]
     elif textbook:
-        delta, new = _textbook_step(cov, g, s, w)
+        delta, new = _textbook_step(cov, g + pull, s, w)
     else:
-        delta, new = _step(cov, g, s, w, damping if shift is None else 1.0)
-        delta = delta if shift is None else shift[..., None]
-    pooled = np.einsum("k,kij->ij", n / n.sum(), new)
-    pull = shrinkage / (shrinkage + share)
-    new = (1 - pull) * new + pull * pooled
+        part = damping if shift is None else 1.0
+        toward = part * (g + pull)
+        delta = _mean_step(cov, toward, w + stiffness) if shift is None else shift[..., None]
+        change = toward - stiffness @ delta  # of the force that observations have on the means
+        still = s - change @ _t(g) - g @ _t(change) + change @ _t(change)
+        new = _covariance_step(cov, still, w, shrinkage / share, pooled)
+    if textbook or mixture.stationary:
+        weight = shrinkage / (shrinkage + share)
+        new = (1 - weight) * new + weight * np.einsum("k,kij->ij", n / n.sum(), new)
     if not mixture.stationary:  # of which spectra are above it
         new = symmetric_power(new, 1, floor)
     keep = alive[:, None]
@@ -184,12 +211,34 @@ def _textbook_step(c, g, s, w):
     return delta, c + c @ (s - w) @ c - delta @ _t(delta)
 
 
-def _step(c, g, s, w, damping):
-    unseen = _UNSEEN * np.eye(c.shape[-1])
+def _mean_step(c, g, w):
     root = symmetric_power(c, 0.5)
-    left = root @ symmetric_power(root @ w @ root + unseen, -0.5)
-    still = s - (2 * damping - damping**2) * g @ _t(g)
-    return damping * left @ (_t(left) @ g), left @ (root @ still @ root + unseen) @ _t(left)
+    left = root @ symmetric_power(root @ w @ root + _UNSEEN * np.eye(c.shape[-1]), -0.5)
+    return left @ (_t(left) @ g)
+
+
+def _covariance_step(c, s, w, weight, pooled):
+    """The next covariances, with the inverse Wishart prior about `pooled` of the `weight` `(K, 1, 1)`."""
+    one = np.eye(c.shape[-1])
+    root = symmetric_power(c, 0.5)
+    x, y = root @ w @ root + _UNSEEN * one, root @ s @ root + _UNSEEN * one
+    if np.any(weight > 0):
+        inverse = symmetric_power(c, -0.5)
+        x, y = x + weight * one, y + weight * (inverse @ pooled @ inverse)
+    left = root @ symmetric_power(x, -0.5)
+    return left @ y @ _t(left)
+
+
+def _prior_of_means(mixture: Mixture, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the prior adds to the force `(K, D)` and to the information `(D, D)` of the means."""
+    mean = np.asarray(mixture.means, np.float64)
+    if not shrinkage or mixture.stationary or len(mean) == 1:
+        return np.zeros(mean.shape), np.zeros((mean.shape[1],) * 2)
+    weights = np.exp(np.asarray(mixture.log_weights, np.float64))
+    off = mean - weights @ mean
+    total = np.einsum("k,kij->ij", weights, mixture.covariances()) + (weights * off.T) @ off
+    stiffness = _OF_MEANS * shrinkage * symmetric_power(total, -1.0, 1e-12 * np.trace(total))
+    return -off @ stiffness, stiffness
 
 
 def _t(a: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ are learned at once, of `r A_aᵀ P A_b` for every pair of components of two sou
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -158,24 +158,6 @@ def _contract(a: Float[Array, "T obs d"], b: Float[Array, "T obs e"]) -> Float[A
     if a.shape[1] > _FUSED:
         return jnp.swapaxes(a, 1, 2) @ b
     return sum((a[:, m, :, None] * b[:, m, None, :] for m in range(a.shape[1])), jnp.zeros(()))
-
-
-def sum_over(
-    function: Callable[[Observations], Array], obs: Observations, numbers: int
-) -> Float[Array, ""]:
-    """`Σ_i function(observation i)`, each in memory for a few times `numbers` numbers."""
-    rows, rest = split(obs)
-    evaluate = jax.vmap(lambda row: function(eqx.combine(row, rest)))
-
-    def summed(rows: Observations, weights: Array) -> Array:
-        def body(total, chunk):
-            index, w = chunk
-            some = jax.tree.map(lambda a: a[index], rows)
-            return total + (w * weights[index]) @ evaluate(some), None
-
-        return jax.lax.scan(body, jnp.zeros(()), chunks(len(weights), numbers))[0]
-
-    return layout.sum_by_device(summed, rows)
 
 
 def chunks(count: int, numbers: int) -> tuple[Int[Array, "c size"], Float[Array, "c size"]]:

@@ -24,10 +24,11 @@ from dichroic.observations import Observations
 _CHUNK_BYTES = 96 * 2**20
 
 
-def shared_log_evidence(priors: dict[str, Components], obs: Observations) -> float:
-    """`Σ_i log p(y_i)`."""
-    view = _View(priors, obs)
-    return sum(float(_scores(*chunk)) for chunk in view.chunks(obs))
+def shared_log_evidence(priors: dict[str, Components], obs: Observations) -> np.ndarray:
+    """`log p(y)` of each observation, `(n,)`."""
+    chunks = _View(priors, obs).chunks(obs)
+    parts = [np.asarray(_scores(y, *rest), np.float64) for y, _, *rest in chunks]
+    return np.concatenate(parts)[: obs.count]
 
 
 def shared_statistics(
@@ -111,13 +112,10 @@ def _whiten(y, root, shift, constant):
 
 
 @jax.jit
-def _scores(y, weight, root, shift, constant):
-    def summed(rows, filled):
-        y, weight = rows
-        _, s = _whiten(y, root, shift, constant)
-        return jax.nn.logsumexp(s, axis=0) @ (weight * filled)
-
-    return layout.sum_by_device(summed, (y, weight))
+def _scores(y, root, shift, constant):
+    return layout.map_by_device(
+        lambda y: jax.nn.logsumexp(_whiten(y, root, shift, constant)[1], axis=0), y
+    )
 
 
 @jax.jit
