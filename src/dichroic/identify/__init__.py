@@ -37,9 +37,8 @@ from dichroic.identify.result import SourceIdentifiability as SourceIdentifiabil
 from dichroic.identify.result import Verdict as Verdict
 from dichroic.identify.scarcity import scarcity as scarcity
 from dichroic.identify.warnings import warnings_of
-from dichroic.problem import Problem, joint_observations
+from dichroic.problem import Problem
 from dichroic.tracking import warn
-from dichroic.view import some_of
 
 WEAK = 1e4  # condition number above which a source is weakly identified
 
@@ -74,7 +73,7 @@ def examined(problem: Problem, *, seed: int = 0) -> Identifiability:
     sizes = {name: len(basis) for name, basis in bases.items()}
     moments = Moments.zeros(sizes)
     for views in problem.joint_views():
-        moments.add(joint_observations(some_of(views)), bases, rng, views[0].count)
+        moments.add_view(views, bases, rng)
     means = resolve(moments.mean, list(sizes.values()))
     covariances = resolve(moments.covariance, [half(r) for r in sizes.values()])
     lacking = {} if exact else moments.lacking(problem.sources)
