@@ -224,7 +224,7 @@ def _check(args: argparse.Namespace) -> None:
         print(text_table(header, body), end="\n\n")
     result = examined(problem)
     print(result.table(), end="\n\n")
-    for warning in advice(problem, stationary, result):
+    for warning in advice(problem, stationary, outliers=config.outliers, result=result):
         print(f"warning: {warning}")
     print(f"{args.problem} is a valid problem")
 

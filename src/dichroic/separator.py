@@ -138,7 +138,8 @@ class Separator:
             raise RunError(
                 "this separator was loaded without a problem, of which there is no advice"
             )
-        return advice(self.problem, self.config.mixture.stationary)
+        c = self.config
+        return advice(self.problem, c.mixture.stationary, outliers=c.outliers)
 
     def fit(
         self,

@@ -94,7 +94,7 @@ class Ddprism:
         about = self._about()
         state = State() if out is None else _open(Path(out), about, resume=resume)
         if not state.total:
-            warn(*advice(self.problem))
+            warn(*advice(self.problem, outliers="keep"))
         data = training_observations(self.problem)
         order = learning_order(data)
         while not state.done:

@@ -38,6 +38,7 @@ from dichroic.identify.result import Verdict as Verdict
 from dichroic.identify.scarcity import scarcity as scarcity
 from dichroic.identify.warnings import warnings_of
 from dichroic.problem import Problem
+from dichroic.screening import suspicions
 from dichroic.tracking import warn
 
 WEAK = 1e4  # condition number above which a source is weakly identified
@@ -102,10 +103,15 @@ def _result(name: str, mean: Part, covariance: Part, lacking: bool) -> SourceIde
 
 
 def advice(
-    problem: Problem, stationary: Collection[str] = (), result: Identifiability | None = None
+    problem: Problem,
+    stationary: Collection[str] = (),
+    *,
+    outliers: str = "exclude",
+    result: Identifiability | None = None,
 ) -> tuple[str, ...]:
     """All that there is to warn of before a fit, in which the sources `stationary` are.
 
-    `result` is that of `identifiability`, where it is known already.
+    `outliers` is what the fit does with them, `result` that of `identifiability`, where it is known already.
     """
-    return (*(result or examined(problem)).warnings, *scarcity(problem, stationary))
+    known = (result or examined(problem)).warnings
+    return (*known, *scarcity(problem, stationary), *suspicions(problem, outliers))

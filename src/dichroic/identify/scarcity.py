@@ -1,8 +1,8 @@
 """Whether there are observations enough for intervals that hold as much as they say.
 
-A source needs `ENOUGH` observations for each of its entries, in two ways: in all views that see it together, and in
-those that tell it from other sources. To find these, views with few observations are left out one after the other,
-the smallest first; what is then no longer identified depends on those that are left out.
+A source needs `ENOUGH` observations for each of its entries, in two ways: in all views that see it together, and
+in those that tell it from others. To find these, views with few observations are left out one after the other, the
+smallest first; what is then no longer identified depends on those that are left out.
 """
 
 import math
