@@ -29,8 +29,8 @@ _MANY = (
     0.1,
     np.log(1000),
 )  # a part of the observations, and how far apart more of them are worth a word
-_RANK = 128  # principal components
-_POWERS = 3  # of the covariance, to find them
+_RANK = 64  # principal components
+_POWERS = 2  # of the covariance, to find them
 _ROUNDS = 2  # of fitting to what the round before found to be no outliers
 _TINY = 1e-30
 
@@ -123,10 +123,11 @@ def learn(rows: Rows) -> Judge | None:
 
 def _median(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """The median of each column of what was observed, 0 where nothing was."""
+    columns = np.ascontiguousarray(values.T)  # four times as fast
     if np.all(seen > 0):
-        return np.median(values, axis=0)
+        return np.median(columns, axis=1)
     never = ~np.any(seen > 0, axis=0)
-    return np.nanmedian(np.where((seen > 0) | never, values, np.nan), axis=0)  # 0 where never
+    return np.nanmedian(np.where((seen > 0) | never, values, np.nan).T, axis=1)  # 0 where never
 
 
 def _residuals(
@@ -166,7 +167,7 @@ def _components(r: np.ndarray) -> Components:
 
 
 def _leading(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest eigenvalues of `rᵀ r / n`, falling, and their vectors: by subspace iteration where there are many.
+    """The largest eigenvalues of `rᵀ r / n`, falling, and their vectors: by subspace iteration if there are many.
 
     Source: Halko, Martinsson and Tropp, SIAM Review 53, 2011.
     """

@@ -17,11 +17,12 @@ from jaxtyping import Array, Float
 
 from dichroic import layout
 from dichroic.batching import param, split, take
+from dichroic.machine import in_threads
 from dichroic.noise import Noise
 from dichroic.observations import Observations
 from dichroic.outliers import LEAST, Judge, Rows, learn
 from dichroic.problem import Problem, joint_observations
-from dichroic.view import RUNS, SOME, SOME_BYTES, AnyView, numbering, spread
+from dichroic.view import RUNS, SOME, AnyView, numbering, spread
 
 BLOCK_BYTES = 16 * 2**20  # of the observations that are looked at at a time
 HASHED = 2**22  # observations that are compared with each other; of more, the sample
@@ -70,7 +71,8 @@ def screened(problem: Problem) -> tuple[Screened, ...]:
     Raises `DichroicError` where files hold what cannot be used.
     """
     if problem not in _FOUND:
-        _FOUND[problem] = tuple(map(_screened, problem.joint_views()))
+        with in_threads():  # each product in one: the same bits on machines with more
+            _FOUND[problem] = tuple(map(_screened, problem.joint_views()))
     return _FOUND[problem]
 
 
@@ -97,7 +99,7 @@ def _screened(views: Sequence[AnyView]) -> Screened:
     in_memory = all(head is view for head, view in zip(heads, views, strict=True))
     whole = _values(joint_observations(heads)) if in_memory else None
     count, size = views[0].count, sum(math.prod(v.shape) for v in views)
-    most = min(max(SOME_BYTES // (8 * size), RUNS), SOME)
+    most = min(max(BLOCK_BYTES // (8 * size), RUNS), SOME)
     sample = _rows(views, whole, spread(count, RUNS, most // RUNS))
     judge = learn(sample)
     few = in_memory or count <= HASHED
