@@ -54,10 +54,6 @@ class Rows:
         some = lambda a: a if len(a) == 1 else a[index]
         return Rows(self.y[index], some(self.seen), some(self.variance), self.number[index])
 
-    def seeing(self, seen: np.ndarray) -> "Rows":
-        """The same, of which `seen` is observed."""
-        return replace(self, seen=seen)
-
 
 @dataclass(frozen=True)
 class Components:
@@ -74,7 +70,7 @@ class Components:
         r = seen * (r - self.mean)
         u = seen * (r - ((r @ self.basis) * self.shrink) @ self.basis.T) / self.floor
         count = np.maximum(seen.sum(axis=1), 1)
-        return np.sqrt(np.maximum((r * u).sum(axis=1), 0) / count), np.abs(u) / self.root
+        return np.sqrt(np.maximum((r * u).sum(axis=1), 0) / count), u / self.root
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,19 @@ class Judge:
     many: Mapping[str, float]
 
     def scores(self, rows: Rows) -> tuple[Scores, np.ndarray]:
-        """The logarithms of the scores, and each entry given the others, `(n, M)`, in units of what is usual."""
+        """The logarithms of the scores, and each entry given the others, `(n, M)`, in standard deviations."""
         r, size = _residuals(rows, self.center, self.spread, self.noise)
         return _scores(r, size, rows, self.parts)
+
+    def mended(self, rows: Rows, entry: np.ndarray) -> Rows:
+        """The observations with one `entry` of each, `(n,)`, replaced by what its other entries say of it."""
+        _, given = self.scores(rows)
+        row = np.arange(len(entry))
+        root = np.stack([part.root for part in self.parts])[rows.number % 2, entry]
+        unit = np.broadcast_to(self.noise * _more_noise(rows, self.noise), given.shape)[row, entry]
+        y = rows.y.copy()
+        y[row, entry] -= given[row, entry] / root * unit
+        return replace(rows, y=y)
 
 
 def learn(rows: Rows) -> Judge | None:
@@ -134,10 +140,14 @@ def _residuals(
     rows: Rows, center: np.ndarray, spread: np.ndarray, noise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """`r` `(n, M)` in units of the noise, 0 where missing, less where an observation has more noise; and sizes."""
-    more = (spread**2 + rows.variance) / (spread**2 + noise**2)
-    r = rows.seen * (rows.y - center) / np.sqrt(np.maximum(more, 1))
+    r = rows.seen * (rows.y - center) / _more_noise(rows, noise)
     count = np.maximum(np.broadcast_to(rows.seen, r.shape).sum(axis=1), 1)
     return r / noise, np.sqrt(np.sum((r / spread) ** 2, axis=1) / count)
+
+
+def _more_noise(rows: Rows, noise: np.ndarray) -> np.ndarray:
+    """How many times as much noise as usual the entries of an observation have, at least once."""
+    return np.maximum(np.sqrt(rows.variance) / noise, 1)
 
 
 def _scores(
@@ -147,7 +157,7 @@ def _scores(
     seen = np.broadcast_to(rows.seen, r.shape)
     for part, those in zip(parts, (rows.number % 2 == 0, rows.number % 2 == 1), strict=True):
         distance[those], given[those] = part.scores(r[those], seen[those])
-    entry = given.max(axis=1, initial=0)
+    entry = np.abs(given).max(axis=1, initial=0)
     return {"size": _log(size), "distance": _log(distance), "entry": _log(entry)}, given
 
 

@@ -31,7 +31,7 @@ PART = 0.01  # of the entries, or of the observations, that is worth a word
 COPIES = 5  # observations,
 WIDE = 4  # of so many entries: copies of fewer can be chance
 _VALUES = 20  # equal values, ten times as many as other values have, of a hundred values or more
-_OFTEN, _DISTINCT = 10, 100
+_OFTEN, _DISTINCT, _FIRST = 10, 100, 10**5
 
 
 class Far(NamedTuple):
@@ -107,7 +107,7 @@ def _screened(views: Sequence[AnyView]) -> Screened:
     notes = (
         *_many_sentences(views, sample, judge),
         *_value_sentences(views, sample),
-        *_copy_sentences(views, hashes if few else _hashes(sample), size),
+        *_copy_sentences(views, sample, hashes if few else _hashes(sample)),
     )
     return Screened(tuple(views), far, notes)
 
@@ -174,11 +174,8 @@ def _far(rows: Rows | None, judge: Judge | None) -> Far:
         return Far(*(np.zeros(0, kind) for kind in (int, float, int, bool)))
     excess, times, given = _excess(rows, judge)
     bad = np.flatnonzero(excess > 0)
-    entry = given[bad].argmax(axis=1)
-    some = rows.take(bad)
-    without = np.array(np.broadcast_to(some.seen, some.y.shape))
-    without[np.arange(len(bad)), entry] = 0
-    alone = _excess(some.seeing(without), judge)[0] <= 0
+    entry = np.abs(given[bad]).argmax(axis=1)
+    alone = _excess(judge.mended(rows.take(bad), entry), judge)[0] <= 0
     return Far(rows.number[bad], times[bad], entry, alone)
 
 
@@ -278,11 +275,13 @@ def _hashes(rows: Rows) -> np.ndarray:
     return np.where(seen, (mixed ^ (mixed >> np.uint64(32))).sum(axis=1, dtype=np.uint64) | 1, 0)
 
 
-def _copy_sentences(views: Sequence[AnyView], hashes: np.ndarray, size: int) -> Iterator[str]:
-    """A sentence where many observations have the same values as another."""
+def _copy_sentences(views: Sequence[AnyView], sample: Rows, hashes: np.ndarray) -> Iterator[str]:
+    """A sentence where many observations have the same values as another, which could be others."""
+    if sample.y.shape[1] < WIDE or len(np.unique(sample.y.ravel()[:_FIRST])) < _DISTINCT:
+        return
     hashes = hashes[hashes > 0]
     copies = len(hashes) - len(np.unique(hashes))
-    if size >= WIDE and len(hashes) >= LEAST and copies >= max(COPIES, PART * len(hashes)):
+    if len(hashes) >= LEAST and copies >= max(COPIES, PART * len(hashes)):
         yield (
             f"{_label(views)}: {copies:,} of {len(hashes):,} observations are exact copies of another. Copies "
             "count as if they were measured anew, so intervals get too narrow, and held-out observations have "
