@@ -17,9 +17,10 @@ def half(size: int) -> int:
 
 
 def directions_of(
-    sources: Sequence[Source], rng: np.random.Generator, unknowns: int = UNKNOWNS
+    sources: Sequence[Source], rng: np.random.Generator, unknowns: int = 0
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """`({source: (r, *shape) orthonormal directions}, whether they are all)`, with at most so many `unknowns`."""
+    """`({source: (r, *shape) orthonormal directions}, whether they are all)`, with at most so many `unknowns` (0: `UNKNOWNS`)."""
+    unknowns = unknowns or UNKNOWNS
     sizes = [math.prod(s.shape) for s in sources]
     exact = sum(map(half, sizes)) <= unknowns
     most = min(PROBE, math.isqrt(2 * unknowns // len(sizes)) - 1)
