@@ -19,8 +19,8 @@ def half(size: int) -> int:
 def directions_of(
     sources: Sequence[Source], rng: np.random.Generator, unknowns: int = 0
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """`({source: (r, *shape) orthonormal directions}, whether they are all)`, with at most so many `unknowns` (0: `UNKNOWNS`)."""
-    unknowns = unknowns or UNKNOWNS
+    """`({source: (r, *shape) orthonormal directions}, whether they are all)`, of at most so many `unknowns`."""
+    unknowns = unknowns or UNKNOWNS  # by default
     sizes = [math.prod(s.shape) for s in sources]
     exact = sum(map(half, sizes)) <= unknowns
     most = min(PROBE, math.isqrt(2 * unknowns // len(sizes)) - 1)
