@@ -361,7 +361,7 @@ def test_the_seed_decides(rng):
 
 @pytest.mark.parametrize(("count", "few"), [(39, ["a", "b"]), (40, ["b"]), (79, ["b"]), (80, [])])
 def test_too_few_observations_for_the_numbers_of_a_source_are_said(count, few):
-    """Ten for each number; co-observed views count once."""
+    """Ten for each entry; co-observed views count once."""
     y = np.random.default_rng(0).normal(size=(count, 8))
     both = {"a": Identity((8,)), "b": Identity((8,))}
     views = [
@@ -370,6 +370,68 @@ def test_too_few_observations_for_the_numbers_of_a_source_are_said(count, few):
         View(y, both, 0.2, name="other", group="pair"),
     ]
     problem = Problem([Source("a", (8,)), Source("b", (8,))], views)
-    found = scarcity(problem)
+    found = [words for words in scarcity(problem) if words.startswith("source")]
     assert [words.split("'")[1] for words in found] == few
-    assert all(f"{count:,} observations for 8 numbers" in words for words in found[-1:])
+    assert all(f"{count:,} observations for 8 entries" in words for words in found[-1:])
+
+
+def seeing(n, operators, name, **kwargs):
+    return view({k: g * Identity((8,)) for k, g in operators.items()}, n=n, name=name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("views", "said"),
+    [
+        ([(12, {"a": 1}), (900, {"a": 1, "b": 1})], ["'a' is told from 'b' by view 'v0' only, which has 12 "]),
+        ([(80, {"a": 1}), (900, {"a": 1, "b": 1})], []),
+        # Views that tell the same count together.
+        ([(20, {"a": 1}), (25, {"a": 2}), (900, {"a": 1, "b": 1})], ["by views 'v0' and 'v1' only, which have 45 "]),
+        ([(40, {"a": 1}), (40, {"a": 2}), (900, {"a": 1, "b": 1})], []),
+        # One of two that are seen alone is enough.
+        ([(12, {"a": 1}), (900, {"b": 1}), (900, {"a": 1, "b": 1})], []),
+        # Weights that differ, in two views and in three.
+        ([(12, {"a": 1, "b": 0.1}), (900, {"a": 0.1, "b": 1})], ["'a' and 'b' are told apart by view 'v0' only"]),
+        ([(12, {"a": 1, "b": 0.1}), (900, {"a": 0.1, "b": 1}), (900, {"a": 1, "b": 1})], []),
+        # Source by source.
+        (
+            [(12, {"a": 1}), (20, {"a": 1, "b": 1}), (900, {"a": 1, "b": 1, "c": 1})],
+            ["'a' is told from 'b' by view 'v0'", "'a' and 'b' are told from 'c' by views 'v0' and 'v1' only"],
+        ),
+    ],
+)  # fmt: skip
+def test_few_observations_that_tell_sources_apart_are_said(views, said):
+    views = [seeing(n, operators, f"v{i}") for i, (n, operators) in enumerate(views)]
+    names = sorted({name for v in views for name in v.operators})
+    found = scarcity(problem(views, **dict.fromkeys(names, 8)))
+    assert len(found) == len(said)
+    assert all(text in words for text, words in zip(said, found))
+
+
+def test_few_co_observed_observations_that_tell_sources_apart_are_said():
+    pair = [
+        seeing(60, {"a": 1}, "one", group="g"),
+        seeing(60, {"a": 1, "b": 1}, "other", group="g"),
+    ]
+    (words,) = scarcity(problem([*pair, seeing(900, {"a": 1, "b": 1}, "mixed")], a=8, b=8))
+    assert "told apart by view 'one+other' only, which has 60 observations for 8 entries" in words
+
+
+def test_few_observations_of_what_other_views_do_not_see_are_said():
+    half_seen = seeing(900, {"a": 1}, "half", mask=np.arange(8) < 4)
+    (words,) = scarcity(problem([seeing(12, {"a": 1}, "whole"), half_seen], a=8))
+    assert words.startswith(
+        "source 'a': 26 dimensions of its covariance are seen by view 'whole' only"
+    )
+
+
+def test_a_stationary_source_needs_ten_observations_to_be_told_apart():
+    mixed = seeing(900, {"a": 1, "b": 1}, "mixed")
+    few, enough = (problem([seeing(n, {"a": 1}, "v"), mixed], a=8, b=8) for n in (9, 10))
+    (words,) = scarcity(few, ["a"])
+    assert "by view 'v' only, which has 9 observations; with fewer than 10 intervals" in words
+    assert scarcity(enough, ["a"]) == ()
+
+
+def test_many_views_of_one_observation_each_count_together(rng):
+    views = [view({"x": Dense(rng.normal(size=(6, 8)))}, n=1, name=f"v{i}") for i in range(90)]
+    assert scarcity(problem(views, x=8)) == ()

@@ -20,6 +20,7 @@ _WHERE = {
         "ConfigError",
         "DataError",
         "DichroicError",
+        "DichroicWarning",
         "FormatError",
         "RunError",
         "ShapeError",

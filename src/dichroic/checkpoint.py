@@ -9,7 +9,6 @@ leaves at least one of them.
 """
 
 import dataclasses
-import logging
 import math
 import os
 import tempfile
@@ -28,7 +27,7 @@ from dichroic.files import writing
 from dichroic.io import file_of_tensors, pack, read_tensors, unpack, write_tensors
 from dichroic.operators import Shape
 from dichroic.operators.learned import from_lists, to_lists
-from dichroic.tracking import event
+from dichroic.tracking import warn
 
 LATEST, PREVIOUS, DAMAGED = (f"{n}.safetensors" for n in ("latest", "previous", "damaged"))
 PHASES = ("mixture", "polish", "diffusion", "done")
@@ -143,9 +142,8 @@ def last_state(folder: Path, shapes: Mapping[str, Shape], order: Sequence[Sequen
             ) from None
         with writing(latest):
             os.replace(latest, folder / DAMAGED)
-        event(
+        warn(
             f"{error}; going on from the state before it, of lap {state.total}",
-            level=logging.WARNING,
             damaged=DAMAGED,
             laps=state.total,
         )

@@ -6,7 +6,9 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from dichroic import __version__
 from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig
-from dichroic.errors import ConfigError, DichroicError, LostError, WriteError
+from dichroic.errors import ConfigError, DichroicError, DichroicWarning, LostError, WriteError
 from dichroic.limits import within
 from dichroic.options import add_settings, ending, listed, numbers, parsed, positive
 from dichroic.programs import keep_programs
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_programs()
     _heed_termination()
     try:
-        with within(getattr(args, "memory", None)):
+        with _warnings_as_lines(), within(getattr(args, "memory", None)):
             status = args.run(args)
     except DichroicError as error:
         unwritten = isinstance(error, WriteError)
@@ -45,6 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted{_going_on(args, words)}", file=sys.stderr)
         return 130
     return status or 0
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print every `DichroicWarning` inside as a line on standard error, other warnings as ever."""
+
+    def show(message: Any, category: type, *rest: Any) -> None:
+        if not issubclass(category, DichroicWarning):
+            return others(message, category, *rest)
+        from tqdm import tqdm  # which keeps progress bars whole
+
+        return tqdm.write(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DichroicWarning)
+        others, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _heed_termination() -> None:
@@ -194,7 +213,7 @@ def _config(args: argparse.Namespace, section: dict[str, Any]) -> FitConfig:
 
 def _check(args: argparse.Namespace) -> None:
     from dichroic.data import stationary_axes
-    from dichroic.identify import identifiability, scarcity
+    from dichroic.identify import advice, examined
     from dichroic.statement import load_problem, summary_rows
     from dichroic.tables import text_table
 
@@ -203,9 +222,9 @@ def _check(args: argparse.Namespace) -> None:
     stationary = stationary_axes(problem, config)
     for header, *body in summary_rows(problem):
         print(text_table(header, body), end="\n\n")
-    result = identifiability(problem)
+    result = examined(problem)
     print(result.table(), end="\n\n")
-    for warning in (*result.warnings, *scarcity(problem, stationary)):
+    for warning in advice(problem, stationary, outliers=config.outliers, result=result):
         print(f"warning: {warning}")
     print(f"{args.problem} is a valid problem")
 
@@ -213,7 +232,6 @@ def _check(args: argparse.Namespace) -> None:
 def _fit(args: argparse.Namespace) -> None:
     from dichroic import layout
     from dichroic.data import check_memory
-    from dichroic.identify import advice
     from dichroic.problem import check_values
     from dichroic.report import write_report
     from dichroic.separator import Separator
@@ -235,14 +253,11 @@ def _fit(args: argparse.Namespace) -> None:
         separator.fit(args.out, progress=False, **options)
         layout.each(lambda: None)  # until its report is written
         return
-    warnings = advice(problem, config.mixture.stationary)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
     separator.fit(args.out, progress=[True, *trackers], **options)
     print(f"model: {args.out / 'best'}")
     if not args.no_report:
         page = write_report(
-            args.out, separator=separator, metrics=separator.metrics, warnings=warnings
+            args.out, separator=separator, metrics=separator.metrics, warnings=separator.advice
         )
         print(f"report: {page}")
     layout.each(lambda: None)
@@ -290,12 +305,6 @@ def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> Non
     from dichroic.stream import MEMORY, separate_to
     from dichroic.tracking import Console
 
-    console = Console()
-
-    def warn(text: str) -> None:
-        console.close()
-        print(f"warning: {text}", file=sys.stderr)
-
     separate_to(
         args.out,
         separator,
@@ -305,8 +314,7 @@ def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> Non
         memory=args.memory or MEMORY,
         chunk=args.chunk,
         shard=args.shard or (1, 1),
-        progress=partial(console.progress, "observations"),
-        warn=warn,
+        progress=partial(Console().progress, "observations"),
     )
     _print_status(args.out)
 
@@ -332,7 +340,6 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from dichroic.identify import advice
     from dichroic.report import write_report
     from dichroic.separator import Separator
     from dichroic.statement import problem_of
@@ -345,7 +352,7 @@ def _report(args: argparse.Namespace) -> None:
         separator=separator,
         metrics=read_metrics(args.run_folder / "metrics.jsonl"),
         n_draws=args.draws,
-        warnings=advice(problem, separator.config.mixture.stationary),
+        warnings=separator.advice,
     )
     print(f"report: {page}")
 

@@ -10,12 +10,13 @@ import numpy as np
 
 from dichroic.blocks import GRAIN
 from dichroic.config import FitConfig
-from dichroic.dataset import Numbers, rows_within, shared_out, stored_dataset
+from dichroic.dataset import Numbers, bits_of, rows_within, shared_out, stored_dataset
 from dichroic.errors import ConfigError
 from dichroic.limits import within
 from dichroic.observations import Observed
 from dichroic.operators.learned import Parameters
 from dichroic.problem import Problem, held_out_bits, holdout, joint_observations
+from dichroic.screening import left_out
 from dichroic.view import AnyView, View, bytes_each
 
 MOST_STATIONARY = 4096  # numbers of a source, whose covariances are D × D
@@ -58,7 +59,7 @@ def prepare(
     """Split each (joint) view into training and held-out observations, and choose the order.
 
     With `memory`, in bytes, training observations stay in the files that they are in, to be read block by block,
-    and draws are written below the folder `scratch`.
+    and draws are written below the folder `scratch`. Outliers are in neither part, unless they are to be kept.
     """
     stationary = stationary_axes(problem, config)
     for name in config.bounds:
@@ -66,14 +67,16 @@ def prepare(
     groups, train, test = problem.joint_views(), [], []
     if memory is not None:
         check_memory(problem, memory)
+    left = left_out(problem, config.outliers)
     for i, views in enumerate(groups):
         seed = config.seed + i
         if memory is None:
-            kept, held = holdout(views, config.holdout, seed)
+            kept, held = holdout(views, config.holdout, seed, left[i])
             train.append(joint_observations(kept))
         else:
             bits, n = held_out_bits(views, config.holdout, seed), views[0].count
-            rest, chosen = Numbers(bits, n, False), Numbers(bits, n)
+            usable = ~bits_of(left[i], n)
+            rest, chosen = Numbers(~bits & usable, n), Numbers(bits & usable, n)
             most = _scored(views, memory // len(groups))
             index = (chosen if chosen.count else rest).spread(most)
             kept = held = [v.select(index) for v in views]

@@ -101,6 +101,13 @@ class Dataset(_Shared):
         return Dataset(self.whole.at(operators))
 
 
+def bits_of(numbers: np.ndarray, n: int) -> np.ndarray:
+    """Bits of `n` observations, as `np.packbits` has them: 1 for those that have `numbers`."""
+    bits = np.zeros(-(-n // 8), np.uint8)
+    np.bitwise_or.at(bits, numbers // 8, (128 >> numbers % 8).astype(np.uint8))
+    return bits
+
+
 class Numbers:
     """The numbers of the observations, of `n`, whose bit is `value`, in order, without a list of them.
 

@@ -1,8 +1,12 @@
-"""Errors that say what is wrong, where, and what to do. All are `ValueError`s."""
+"""Errors that say what is wrong, where, and what to do, all `ValueError`s; and the category of warnings."""
 
 
 class DichroicError(ValueError):
     """Base of every error that dichroic raises on purpose."""
+
+
+class DichroicWarning(UserWarning):
+    """What may spoil a result, though nothing stops it: few observations, outliers, a step that failed."""
 
 
 class ShapeError(DichroicError):

@@ -5,7 +5,6 @@ network, posterior draws, and what a lap leaves behind.
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from dichroic.errors import DataError, RunError
 from dichroic.finite import finite
 from dichroic.observations import Observations
 from dichroic.sample import Draws, Progress
-from dichroic.tracking import event
+from dichroic.tracking import warn
 from dichroic.train import train_denoiser
 
 ADVICE = (
@@ -104,10 +103,9 @@ def trained(
         if math.isfinite(loss) and finite(new):
             return new, told
         told[f"diverged_{name}"] = times
-        event(
+        warn(
             f"the training of {name!r} diverged at a learning rate of {rate:g} (loss {loss:g}); "
             + ("once more with a tenth of it" if share == 1 else "the prior of before is kept"),
-            level=logging.WARNING,
         )
     return old, told
 
@@ -150,5 +148,5 @@ def usable(view: str, obs: Observations, draws: Draws, denoisers: Mapping[str, D
     """Whether the draws of the view `view` can be scored; says so where they cannot."""
     fault = _draws_fault(view, obs, draws, denoisers)
     if fault:
-        event(f"no scores of {fault}", level=logging.WARNING)
+        warn(f"no scores of {fault}")
     return fault is None

@@ -32,7 +32,6 @@ between components of two sources in X. Source by source, views that mix two sou
 (f, 1) would lose only a part `(1 − f)² / 2 (1 + f²)` of an error a step: 0.3% for f = 0.9.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -46,7 +45,7 @@ from dichroic.errors import DataError
 from dichroic.finite import finite
 from dichroic.mixture_sums import Statistics, Sums
 from dichroic.stationary import stationary_step, symmetric_power
-from dichroic.tracking import Clock, event
+from dichroic.tracking import Clock, warn
 
 Found = TypeVar("Found")
 Result = TypeVar("Result")
@@ -103,7 +102,7 @@ def ascend(
         return mixtures, known[1] if known else math.nan
     clock.count(LOST)
     what = "an EM step and a textbook step give" if known else "the evidence of mixtures has"
-    event(f"{what} numbers that are not finite: mixtures stay as they were", level=logging.WARNING)
+    warn(f"{what} numbers that are not finite: mixtures stay as they were")
     return known[:2] if known else (mixtures, math.nan)
 
 

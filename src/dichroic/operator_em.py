@@ -13,7 +13,6 @@ tried again, smaller.
 """
 
 import itertools
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
@@ -34,7 +33,7 @@ from dichroic.mixture_em import active_tuples
 from dichroic.mixture_sums import chunks
 from dichroic.observations import Observations, Observed, numbered
 from dichroic.operators.learned import Parameters, parameters, with_parameters
-from dichroic.tracking import event
+from dichroic.tracking import warn
 
 TRIALS = 4  # evaluations of the evidence and its scores in one M-step
 _SHRINK = 0.25  # of a step that lowers the evidence
@@ -87,7 +86,7 @@ def operator_lap(
         theta = best + step
     assert found is not None
     if not finite(found):
-        event("operators stay as they were: their scores are not finite", level=logging.WARNING)
+        warn("operators stay as they were: their scores are not finite")
     inverse = _inverse(found.information)
     errors = np.sqrt(np.diagonal(inverse @ found.scatter @ inverse))
     as_parameters = lambda x: unravel(jnp.asarray(x, flat.dtype))

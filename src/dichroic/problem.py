@@ -238,10 +238,17 @@ def check_values(
             raise _nothing_observed(view)
 
 
-def holdout(views: Sequence[AnyView], fraction: float, seed: int) -> tuple[list[View], list[View]]:
-    """Split the observations of (co-observed) `views`: `(training, held out)`, alike, by `held_out`."""
+def holdout(
+    views: Sequence[AnyView], fraction: float, seed: int, without: Sequence[int] | np.ndarray = ()
+) -> tuple[list[View], list[View]]:
+    """Split the observations of (co-observed) `views`: `(training, held out)`, alike, by `held_out`.
+
+    The observations `without`, by their numbers, are in neither.
+    """
     mask = held_out(views, fraction, seed)
-    train, test = np.flatnonzero(~mask), np.flatnonzero(mask)
+    kept = np.ones(len(mask), bool)
+    kept[np.asarray(without, int)] = False
+    train, test = np.flatnonzero(~mask & kept), np.flatnonzero(mask & kept)
     return [v.select(train) for v in views], [v.select(test) for v in views]
 
 

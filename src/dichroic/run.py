@@ -11,11 +11,10 @@ run.lock                held by the process that is fitting
 """
 
 import dataclasses
-import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +45,9 @@ from dichroic.tracking import (
     event,
     following,
     logged,
+    quiet,
     read_metrics,
+    warn,
 )
 
 FREE_SETTINGS = ("batch_size",)  # may differ when a run is resumed: they change no result
@@ -100,8 +101,11 @@ def fit(
     tracker: Tracker | None = None,
     memory: int | None = None,
     start: Start | None = None,
+    advice: Callable[[], Iterable[str]] = tuple,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Run all laps; the final state and the metrics of each lap. With a `start`, diffusion laps alone.
+
+    What `advice` gives is warned of where the fit begins, not where it goes on, by the first process alone.
 
     With `out`, the run is kept in that folder; `resume` goes on with what is there (and starts where
     nothing is). With `memory`, in bytes, training observations stay in their files, and draws are kept on disk.
@@ -115,6 +119,7 @@ def fit(
     _check_alike(problem, config)
     with following(tracker, stated(problem, config)), ExitStack() as held:
         held.enter_context(within(memory))
+        held.enter_context(quiet(when=not layout.is_first()))
         scratch = None if memory is None else held.enter_context(_scratch(out))
         data = prepare(problem, config, memory, scratch)
         first = State() if start is None else start.state(problem, data)
@@ -129,6 +134,8 @@ def fit(
 
         state, rows = agreed(begin), [row for folder in folders for row in folder.rows]
         record = folders[0].record if folders else lambda state, metrics: state
+        if layout.is_first() and not state.total:
+            warn(*advice())
         with layout.in_company():
             state, rows = _run(state, rows, data, config, tracker, record)
         if folders:
@@ -202,9 +209,8 @@ class RunFolder:
         self.path, self.state, self._problem, self._config = path, state, problem, config
         self._metrics = MetricsFile(path / "metrics.jsonl", length=state.metrics_length)
         if (kept := len(self.rows)) < state.total:
-            event(
+            warn(
                 f"{path / 'metrics.jsonl'} has lost laps: it has {kept} of {state.total}",
-                level=logging.WARNING,
             )
         self._saved = time.monotonic()
         self._pending: State | None = None

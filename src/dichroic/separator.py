@@ -4,6 +4,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from dichroic.denoise import Denoiser, Mixture
 from dichroic.drawing import draw, predictive_chi2
 from dichroic.errors import DataError, RunError, ShapeError
 from dichroic.files import write_atomic
+from dichroic.identify import advice
 from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists
 from dichroic.operators.units import check_units, from_units, named_units, without_units
@@ -129,6 +131,16 @@ class Separator:
         self.operators: Parameters = {}  # what was learned of operators, by name
         self.metrics: list[dict[str, Any]] = []
 
+    @cached_property
+    def advice(self) -> tuple[str, ...]:
+        """Sentences to warn of before a fit: what cannot be learned, and where there are few observations."""
+        if self.problem is None:
+            raise RunError(
+                "this separator was loaded without a problem, of which there is no advice"
+            )
+        c = self.config
+        return advice(self.problem, c.mixture.stationary, outliers=c.outliers)
+
     def fit(
         self,
         out: str | Path | None = None,
@@ -146,6 +158,8 @@ class Separator:
         with diffusion laps alone. Mixtures of one fit can so be where several fits of networks start, elsewhere
         or of other observations too.
 
+        What there is to warn of is warned of where the fit begins: a `DichroicWarning` each.
+
         `progress` follows the fit: `True` shows it on the terminal, a `Tracker` gets the metrics of
         every lap, and of a list all do: `[True, TensorBoard("logs")]`.
         """
@@ -157,7 +171,7 @@ class Separator:
         if start is not None:
             other = start if isinstance(start, Separator) else Separator.load(start)
             options["start"] = Start(other._fitted(), other.operators)
-        options["tracker"] = as_tracker(progress)
+        options |= {"tracker": as_tracker(progress), "advice": lambda: self.advice}
         state, self.metrics = fit(self.problem, self.config, **options)
         self.denoisers, self.operators = state.best, state.best_operators
         return self

@@ -30,6 +30,7 @@ from dichroic.store import (
     remove_leftovers,
     write_block,
 )
+from dichroic.tracking import warn
 
 MEMORY = 4 * 2**30
 _SAMPLED = 16  # observations that tell one view from another
@@ -47,12 +48,11 @@ def separate_to(
     chunk: int | None = None,
     shard: tuple[int, int] = (1, 1),
     progress: Progress | None = None,
-    warn: Callable[[str], None] | None = None,
 ) -> Blocks:
     """Separate the observations of `view` into the zarr store `path`; what is finished there is left as it is.
 
-    Finished blocks of this shard are read, and those that are damaged separated again. (In stores that earlier
-    releases began, chunks have no checksums, and only sizes are compared.)
+    Finished blocks of this shard are read, and those that are damaged separated again; a `DichroicWarning` says
+    which and how. (In stores that earlier releases began, chunks have no checksums, and only sizes are compared.)
 
     Args:
         path: a folder, made where it is not there.
@@ -65,7 +65,6 @@ def separate_to(
         shard: `(i, n)`: of `n` processes that share the work, this is number `i` (from 1), which does the blocks
             `i`, `i + n`, …
         progress: called with the observations that are done, or found to be, and those of this shard.
-        warn: called with a line that says which blocks are damaged and how.
 
     Returns:
         The blocks of all shards that are finished now, and those that are missing.
@@ -96,7 +95,7 @@ def separate_to(
         total = _size(job, mine)
         say = lambda done: progress(done, total) if progress else None
         todo, damaged = _unfinished(path, job, mine, say)
-        if damaged and warn:
+        if damaged:
             warn(f"{path}: damaged, so separated again: {named(damaged)}")
         remove_leftovers(path, job, todo)
         done = total - _size(job, todo)

@@ -29,6 +29,7 @@ from dichroic.config import FitConfig
 from dichroic.data import prepare
 from dichroic.drawing import predictive_chi2
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
+from dichroic.identify import advice
 from dichroic.io import read_tensors, write_tensors
 from dichroic.lanes import LANES, chunks, lanes_width, own_lanes
 from dichroic.observations import Observations
@@ -43,7 +44,7 @@ from dichroic.problem import (
 from dichroic.records import understanding
 from dichroic.sample import Draws, observation_keys
 from dichroic.separator import Separation
-from dichroic.tracking import Tracker, as_tracker
+from dichroic.tracking import Tracker, as_tracker, warn
 
 FILE = "clvm_vae.safetensors"
 MOST_LATENT = 16
@@ -232,6 +233,7 @@ class ClvmVae:
         return self
 
     def _train(self, problem: Problem, tracker: Tracker) -> None:
+        warn(*advice(problem))
         data, began = prepare(problem, FitConfig(seed=self.settings.seed)), time.perf_counter()
         views = dict(zip(data.names, data.train, strict=True))
         held_out = dict(zip(data.names, data.test, strict=True))

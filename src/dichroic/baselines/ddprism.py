@@ -41,6 +41,7 @@ from dichroic.denoise import Denoiser, Mixture
 from dichroic.drawing import Denoisers, predictive_chi2
 from dichroic.errors import DataError, FormatError, RunError
 from dichroic.files import writing
+from dichroic.identify import advice
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.observations import Observations
 from dichroic.problem import (
@@ -55,7 +56,7 @@ from dichroic.problem import (
 from dichroic.records import understanding
 from dichroic.sample import draw_prior
 from dichroic.separator import Separation
-from dichroic.tracking import Tracker, as_tracker
+from dichroic.tracking import Tracker, as_tracker, warn
 
 FILE = "ddprism.safetensors"
 FREE_SETTINGS = ("batch_size",)
@@ -92,6 +93,8 @@ class Ddprism:
         tracker = as_tracker(progress)
         about = self._about()
         state = State() if out is None else _open(Path(out), about, resume=resume)
+        if not state.total:
+            warn(*advice(self.problem, outliers="keep"))
         data = training_observations(self.problem)
         order = learning_order(data)
         while not state.done:

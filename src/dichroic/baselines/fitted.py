@@ -17,7 +17,7 @@ from dichroic.io import load_model, save_model
 from dichroic.problem import Problem, check_known
 from dichroic.records import understanding
 from dichroic.separator import Separator
-from dichroic.tracking import Tracker, as_tracker
+from dichroic.tracking import Tracker, as_tracker, warn
 
 
 class Fitted(Separator):
@@ -65,6 +65,7 @@ class Fitted(Separator):
         if out is not None and self._found(Path(out), resume):
             return self
         self.metrics, self.chosen = [], {}
+        warn(*self.advice)
         self.denoisers = self._learn(prepare(self.problem, self.config), tracker)
         if out is not None:
             self.save(out)

@@ -37,14 +37,15 @@ from dichroic.identify.result import SourceIdentifiability as SourceIdentifiabil
 from dichroic.identify.result import Verdict as Verdict
 from dichroic.identify.scarcity import scarcity as scarcity
 from dichroic.identify.warnings import warnings_of
-from dichroic.problem import Problem, joint_observations
-from dichroic.view import some_of
+from dichroic.problem import Problem
+from dichroic.screening import suspicions
+from dichroic.tracking import warn
 
 WEAK = 1e4  # condition number above which a source is weakly identified
 
 
 def identifiability(problem: Problem, *, seed: int = 0) -> Identifiability:
-    """Say which moments of each source the views of `problem` determine.
+    """Say which moments of each source the views of `problem` determine, and warn of what they do not.
 
     What is outside the kernels of `(C_β)_β ↦ (Σ_β A_iβ C_β A_iβᵀ)_i` and
     `(μ_β)_β ↦ (Σ_β A_iβ μ_β)_i`, where `i` runs over the observations of all views (a sample of
@@ -57,13 +58,23 @@ def identifiability(problem: Problem, *, seed: int = 0) -> Identifiability:
 
     Raises:
         DichroicError: if co-observed views do not fit together.
+
+    Warns:
+        DichroicWarning: of each of the `warnings` of the result.
     """
+    result = examined(problem, seed=seed)
+    warn(*result.warnings)
+    return result
+
+
+def examined(problem: Problem, *, seed: int = 0) -> Identifiability:
+    """What `identifiability` gives, without a word."""
     rng = np.random.default_rng(seed)
     bases, exact = directions_of(problem.sources, rng)
     sizes = {name: len(basis) for name, basis in bases.items()}
     moments = Moments.zeros(sizes)
     for views in problem.joint_views():
-        moments.add(joint_observations(some_of(views)), bases, rng, views[0].count)
+        moments.add_view(views, bases, rng)
     means = resolve(moments.mean, list(sizes.values()))
     covariances = resolve(moments.covariance, [half(r) for r in sizes.values()])
     lacking = {} if exact else moments.lacking(problem.sources)
@@ -91,6 +102,16 @@ def _result(name: str, mean: Part, covariance: Part, lacking: bool) -> SourceIde
     )
 
 
-def advice(problem: Problem, stationary: Collection[str] = ()) -> tuple[str, ...]:
-    """All that there is to warn of before a fit, in which the sources `stationary` are."""
-    return (*identifiability(problem).warnings, *scarcity(problem, stationary))
+def advice(
+    problem: Problem,
+    stationary: Collection[str] = (),
+    *,
+    outliers: str = "exclude",
+    result: Identifiability | None = None,
+) -> tuple[str, ...]:
+    """All that there is to warn of before a fit, in which the sources `stationary` are.
+
+    `outliers` is what the fit does with them, `result` that of `identifiability`, where it is known already.
+    """
+    known = (result or examined(problem)).warnings
+    return (*known, *scarcity(problem, stationary), *suspicions(problem, outliers))

@@ -21,7 +21,8 @@ from dichroic.batching import row_counts, split, take
 from dichroic.identify.probe import half
 from dichroic.noise import observed_entries
 from dichroic.observations import Observations
-from dichroic.problem import Source
+from dichroic.problem import Source, joint_observations
+from dichroic.view import AnyView, some_of
 
 _Blocks = dict[tuple[str, str], np.ndarray]
 
@@ -40,6 +41,12 @@ class Moments:
         """Those of no view; `sizes` are the numbers of directions of the sources."""
         r, p = sum(sizes.values()), sum(map(half, sizes.values()))
         return cls(sizes, np.zeros((r, r)), np.zeros((p, p)), [])
+
+    def add_view(
+        self, views: Sequence[AnyView], bases: dict[str, np.ndarray], rng: np.random.Generator
+    ) -> None:
+        """Add the equations of co-observed `views`, in the directions `bases` of the sources."""
+        self.add(joint_observations(some_of(views)), bases, rng, views[0].count)
 
     def add(
         self,

@@ -17,12 +17,13 @@ def half(size: int) -> int:
 
 
 def directions_of(
-    sources: Sequence[Source], rng: np.random.Generator
+    sources: Sequence[Source], rng: np.random.Generator, unknowns: int = 0
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """`({source: (r, *shape) orthonormal directions}, whether they are all)`."""
+    """`({source: (r, *shape) orthonormal directions}, whether they are all)`, of at most so many `unknowns`."""
+    unknowns = unknowns or UNKNOWNS  # by default
     sizes = [math.prod(s.shape) for s in sources]
-    exact = sum(map(half, sizes)) <= UNKNOWNS
-    most = min(PROBE, math.isqrt(2 * UNKNOWNS // len(sizes)) - 1)
+    exact = sum(map(half, sizes)) <= unknowns
+    most = min(PROBE, math.isqrt(2 * unknowns // len(sizes)) - 1)
     by_size: dict[int, np.ndarray] = {}
     for source, size in zip(sources, sizes, strict=True):
         if size not in by_size:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dichroic.dataset import Numbers
+from dichroic.dataset import Numbers, bits_of
 from dichroic.metrics import coverage, mean_chi2, psnr
 from dichroic.problem import Problem, View, held_out_bits
+from dichroic.screening import left_out
 from dichroic.separator import Separation, Separator
 
 CHI2_RANGE = (0.8, 1.25)  # beyond it, a warning
@@ -42,10 +43,12 @@ def separate_held_out(
 ) -> list[Held]:
     """Separate at most `most` held-out observations of each (joint) view, with `n_draws` draws."""
     out, config = [], separator.config
+    left = left_out(problem, config.outliers)
     for i, views in enumerate(problem.joint_views()):
         bits, n = held_out_bits(views, config.holdout, config.seed + i), views[0].count
-        fresh = Numbers(bits, n).count > 0
-        numbers = Numbers(bits, n, fresh)
+        usable = ~bits_of(left[i], n)
+        fresh = Numbers(bits & usable, n).count > 0
+        numbers = Numbers((bits if fresh else ~bits) & usable, n)
         index = numbers.between(0, min(most, numbers.count))
         some = [v.select(index) for v in views]
         truth = {

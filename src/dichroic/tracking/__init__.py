@@ -10,5 +10,7 @@ from dichroic.tracking.choose import parse_tracker as parse_tracker
 from dichroic.tracking.console import Console as Console
 from dichroic.tracking.events import event as event
 from dichroic.tracking.events import logged as logged
+from dichroic.tracking.events import quiet as quiet
+from dichroic.tracking.events import warn as warn
 from dichroic.tracking.metrics_file import MetricsFile as MetricsFile
 from dichroic.tracking.metrics_file import read_metrics as read_metrics

@@ -1,24 +1,54 @@
 """What happened to a run, as JSON lines in its folder: `log.jsonl`.
 
 One object per line: `time` (UTC), `level`, `event` and what belongs to it. Events are records of the loggers of
-`logging.getLogger("dichroic")`, where others can listen too; a warning is also written to standard error.
+`logging.getLogger("dichroic")`, where others can listen too. A warning is a `DichroicWarning` of Python too,
+at the line of the user's that led to it.
 """
 
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dichroic.errors import DichroicWarning
+
 ROOT = logging.getLogger("dichroic")
+ROOT.addHandler(logging.NullHandler())  # warnings reach standard error as such, not as records too
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def event(text: str, *, level: int = logging.INFO, **fields: Any) -> None:
     """Record that `text` happened, with `fields` (plain values)."""
     ROOT.log(level, "%s", text, extra={"fields": fields})
+
+
+def warn(*texts: str, **fields: Any) -> None:
+    """Warn of each of `texts`: with a `DichroicWarning` at the line of the user, and a record with `fields`."""
+    for text in texts:
+        event(text, level=logging.WARNING, **fields)
+        warnings.warn(text, DichroicWarning, stacklevel=_frames_of_the_package())
+
+
+def _frames_of_the_package() -> int:
+    """The `stacklevel`, in `warn`, of the innermost frame outside of this package, if there is one."""
+    frame, level = sys._getframe(1), 1  # of `warn`
+    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+@contextmanager
+def quiet(*, when: bool = True) -> Iterator[None]:
+    """Nothing inside is warned of `when` another process does that."""
+    with warnings.catch_warnings():
+        if when:
+            warnings.simplefilter("ignore", DichroicWarning)
+        yield
 
 
 class JsonLines(logging.Handler):
@@ -46,21 +76,14 @@ class JsonLines(logging.Handler):
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Write all events inside to the file `path`, and how it ended."""
-    handlers: list[logging.Handler] = [JsonLines(path)]
-    if not logging.getLogger().handlers:  # nobody listens: warnings go to the terminal
-        terminal = logging.StreamHandler(sys.stderr)
-        terminal.setLevel(logging.WARNING)
-        handlers.append(terminal)
-    before = ROOT.level
+    before, handler = ROOT.level, JsonLines(path)
     ROOT.setLevel(min(ROOT.getEffectiveLevel(), logging.INFO))
-    for handler in handlers:
-        ROOT.addHandler(handler)
+    ROOT.addHandler(handler)
     try:
         yield
     except BaseException as error:
         event("ended early", error=f"{type(error).__name__}: {error}"[:500])
         raise
     finally:
-        for handler in handlers:
-            ROOT.removeHandler(handler)
+        ROOT.removeHandler(handler)
         ROOT.setLevel(before)
