@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
         help="also send metrics to tensorboard:DIR, wandb:PROJECT or mlflow:URI; may be repeated",
     )
     add_settings(fit)
+    _add_probe(check, fit)
 
     moved = "the problem file that RUN was fitted to, if it has moved"
     separate = add("separate", _separate, "draw the sources of observations from their posterior")
@@ -115,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     )
     separate.add_argument("--draws", type=positive, default=32, help="draws per observation (32)")
     _add_scaling(separate)
+    _add_probe(separate)
     separate.add_argument(
         "--like", help="the view whose operators and noise a file without them has"
     )
@@ -137,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--draws", type=positive, default=32)
     report.add_argument("--problem", type=Path, metavar="FILE", help=moved)
+    _add_probe(report)
 
     bench = add("bench", _bench, "compare methods on problems whose answers are known")
     bench.add_argument(
@@ -160,6 +163,16 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--quick", action="store_true", help="a small version, in about a minute")
     return top
+
+
+def _add_probe(*commands: argparse.ArgumentParser) -> None:
+    for command in commands:
+        command.add_argument(
+            "--no-probe",
+            dest="probe",
+            action="store_false",
+            help="take operators at their word: that they are linear, and not zero for all observations",
+        )
 
 
 def _add_scaling(command: argparse.ArgumentParser) -> None:
@@ -194,18 +207,19 @@ def _config(args: argparse.Namespace, section: dict[str, Any]) -> FitConfig:
 
 def _check(args: argparse.Namespace) -> None:
     from dichroic.data import stationary_axes
-    from dichroic.identify import identifiability, scarcity
+    from dichroic.identify import identifiability, scarcity, zero_operators
     from dichroic.statement import load_problem, summary_rows
     from dichroic.tables import text_table
 
-    problem, section = load_problem(args.problem)
+    problem, section = load_problem(args.problem, probe=args.probe)
     config = FitConfig.from_dict(section, where=f"{args.problem}: fit")
     stationary = stationary_axes(problem, config)
     for header, *body in summary_rows(problem):
         print(text_table(header, body), end="\n\n")
     result = identifiability(problem)
     print(result.table(), end="\n\n")
-    for warning in (*result.warnings, *scarcity(problem, stationary)):
+    rest = (*scarcity(problem, stationary), *zero_operators(problem.views))
+    for warning in (*result.warnings, *rest):
         print(f"warning: {warning}")
     print(f"{args.problem} is a valid problem")
 
@@ -223,7 +237,7 @@ def _fit(args: argparse.Namespace) -> None:
     layout.join()
     trackers = [parse_tracker(text) for text in args.track if layout.is_first()]
     options = {"memory": args.memory, "start": args.start, "resume": args.resume}
-    problem, section = load_problem(args.problem, stored=args.memory is not None)
+    problem, section = load_problem(args.problem, stored=args.memory is not None, probe=args.probe)
     config = _config(args, section)
     if args.memory is not None:
         check_memory(problem, args.memory)
@@ -254,7 +268,9 @@ def _in_blocks(args: argparse.Namespace) -> bool:
 
 
 def _separate(args: argparse.Namespace) -> int:
+    from dichroic.identify import zero_operators
     from dichroic.metrics import mean_chi2
+    from dichroic.problem import named_views
     from dichroic.separator import Separator
     from dichroic.statement import open_view, problem_of
     from dichroic.tracking import Console
@@ -264,12 +280,14 @@ def _separate(args: argparse.Namespace) -> int:
         raise ConfigError("--memory, --chunk, --shard and --status are for --out FOLDER.zarr")
     if args.status:
         return _print_status(args.out)
-    problem = problem_of(args.run_folder, args.problem)
+    problem = problem_of(args.run_folder, args.problem, probe=args.probe)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
     if Path(view).exists() or view not in [v.name for v in problem.views]:
-        view = open_view(Path(view), problem, like=args.like)
+        view = open_view(Path(view), problem, like=args.like, probe=args.probe)
         view = view if blocks else view.read()
+    for warning in zero_operators(named_views(view, problem)):
+        print(f"warning: {warning}", file=sys.stderr)
     if blocks:
         _separate_blocks(args, separator, view)
         return 0
@@ -338,7 +356,7 @@ def _report(args: argparse.Namespace) -> None:
     from dichroic.statement import problem_of
     from dichroic.tracking import read_metrics
 
-    problem = problem_of(args.run_folder, args.problem)
+    problem = problem_of(args.run_folder, args.problem, probe=args.probe)
     separator = Separator.load(args.run_folder, problem=problem)
     page = write_report(
         args.run_folder,

@@ -31,6 +31,7 @@ import numpy as np
 
 from dichroic.identify.kernels import Part, resolve
 from dichroic.identify.moments import Moments
+from dichroic.identify.operators import zero_operators as zero_operators
 from dichroic.identify.probe import directions_of, half
 from dichroic.identify.result import Identifiability as Identifiability
 from dichroic.identify.result import SourceIdentifiability as SourceIdentifiability
@@ -93,4 +94,8 @@ def _result(name: str, mean: Part, covariance: Part, lacking: bool) -> SourceIde
 
 def advice(problem: Problem, stationary: Collection[str] = ()) -> tuple[str, ...]:
     """All that there is to warn of before a fit, in which the sources `stationary` are."""
-    return (*identifiability(problem).warnings, *scarcity(problem, stationary))
+    return (
+        *identifiability(problem).warnings,
+        *scarcity(problem, stationary),
+        *zero_operators(problem.views),
+    )
