@@ -187,7 +187,17 @@ def test_a_fit_is_that_with_the_matrix(shape, rng):
         ]
         separator = Separator(Problem([Source("x", shape)], views), settings).fit(progress=False)
         new = View(y[:5], {"x": op}, 0.1)
-        return separator.separate(new, n_draws=2).mean["x"]
+        whole = separator.separate(new, n_draws=2)
+        for first, part in separator.stream(new, n_draws=2, chunk=3):
+            assert np.array_equal(part.draws["x"], whole.draws["x"][:, first : first + 3])
+        twin = separator.with_sources({"twin": "x"})
+        assert np.array_equal(
+            twin.separate(View(y[:5], {"twin": op}, 0.1), n_draws=2).draws["twin"], whole.draws["x"]
+        )
+        clip = Function(lambda x: jnp.clip(x.ravel()[1:], 0, 1), in_shape=shape)
+        with pytest.raises(DataError, match="source 'twin': Function .*not linear"):
+            twin.separate(View(y[:5], {"twin": clip}, 0.1))
+        return whole.mean["x"]
 
     dense = mean(sparse.toarray())
     assert dense.shape == (5, *shape)
