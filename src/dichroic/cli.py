@@ -16,7 +16,7 @@ from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DichroicError, LostError, WriteError
 from dichroic.limits import within
-from dichroic.options import add_settings, ending, listed, numbers, parsed, positive
+from dichroic.options import add_probe, add_settings, ending, listed, numbers, parsed, positive
 from dichroic.programs import keep_programs
 
 
@@ -104,7 +104,8 @@ def parser() -> argparse.ArgumentParser:
         help="also send metrics to tensorboard:DIR, wandb:PROJECT or mlflow:URI; may be repeated",
     )
     add_settings(fit)
-    _add_probe(check, fit)
+    add_probe(check)
+    add_probe(fit)
 
     moved = "the problem file that RUN was fitted to, if it has moved"
     separate = add("separate", _separate, "draw the sources of observations from their posterior")
@@ -116,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     )
     separate.add_argument("--draws", type=positive, default=32, help="draws per observation (32)")
     _add_scaling(separate)
-    _add_probe(separate)
+    add_probe(separate)
     separate.add_argument(
         "--like", help="the view whose operators and noise a file without them has"
     )
@@ -139,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--draws", type=positive, default=32)
     report.add_argument("--problem", type=Path, metavar="FILE", help=moved)
-    _add_probe(report)
+    add_probe(report)
 
     bench = add("bench", _bench, "compare methods on problems whose answers are known")
     bench.add_argument(
@@ -163,16 +164,6 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--quick", action="store_true", help="a small version, in about a minute")
     return top
-
-
-def _add_probe(*commands: argparse.ArgumentParser) -> None:
-    for command in commands:
-        command.add_argument(
-            "--no-probe",
-            dest="probe",
-            action="store_false",
-            help="take operators at their word: that they are linear, and not zero for all observations",
-        )
 
 
 def _add_scaling(command: argparse.ArgumentParser) -> None:
