@@ -344,7 +344,7 @@ def test_row_counts_show_a_mismatch():
     assert row_counts(Sum((Identity(4), Identity(4)))) == set()
 
 
-ESTIMATED = {"function", "function-without-params", "compose", "sum"}
+ESTIMATED = {"external", "function", "function-without-params", "compose", "sum"}
 ESTIMATED |= {"function-rows", "sum-mixed", "compose-mixed", "nested"}
 
 
