@@ -257,7 +257,7 @@ def all_frequencies(rng, synchrotron):
 
 
 def test_a_reference_that_no_parameter_changes_settles_the_scale(rng):
-    mixture = {"components": 1, "gaussian_laps": 6, "laps": 0, "final_laps": 1}
+    mixture = {"components": 1, "gaussian_laps": 6, "laps": 1, "final_laps": 1}
     settings = {"mixture": mixture, "diffusion": {"laps": 0}}
     separator = Separator(all_frequencies(rng, spectrum()), settings).fit(progress=False)
     assert abs(float(separator.operators["beta"][0]) + 3) < 0.1
