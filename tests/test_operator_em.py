@@ -1,5 +1,6 @@
 """Semi-blind: operators that are learned, against maxima of the likelihood known in closed form."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from dichroic.em import State
 from dichroic.errors import DataError, FormatError
 from dichroic.io import read_tensors, write_tensors
 from dichroic.operator_em import observation_scores, operator_lap
-from dichroic.operators import Dense, Function, Identity, Learned, Scale
+from dichroic.operators import Dense, Function, Identity, Learned, Place, Scale
 from dichroic.operators.learned import from_lists, parameters, to_lists, with_parameters
 from dichroic.problem import Problem, Source, View
+from dichroic.slopes import check_slopes
 from dichroic.statement import load_problem, summary_rows
 
 CONFIG = MixtureConfig()
@@ -231,3 +233,85 @@ def test_a_state_written_before_operators_could_be_learned_is_read(tmp_path):
     counters = {k: v for k, v in meta["counters"].items() if "operators" not in k}
     write_tensors(path, arrays, {**meta, "counters": counters})
     assert load_state(path) == State(lap=3)
+
+
+NU = np.array([30.0, 44.0, 70.0, 100.0], np.float32) / 30  # the first is the reference
+
+
+def power(x, beta):
+    return NU[:, None] ** beta * x
+
+
+def spectrum(reference=0.0):
+    """A power law of a learned index, which is 1 at the first frequency, or nowhere."""
+    law = lambda x, beta: (NU[:, None] + reference) ** beta * x
+    return Learned(Function(law, in_shape=4, params=jnp.asarray(-2.5)), "beta")
+
+
+def all_frequencies(rng, synchrotron):
+    cmb, sync = rng.normal(size=(2, 300, 4))
+    y = cmb[:, None] + power(sync[:, None], -3.0) + 0.05 * rng.normal(size=(300, 4, 4))
+    flat = Function(lambda x: jnp.broadcast_to(x, (4, 4)), in_shape=4)
+    view = View(y, {"cmb": flat, "sync": synchrotron}, 0.05)
+    return Problem([Source("cmb", 4), Source("sync", 4)], [view])
+
+
+def test_a_reference_that_no_parameter_changes_settles_the_scale(rng):
+    mixture = {"components": 1, "gaussian_laps": 6, "laps": 1, "final_laps": 1}
+    settings = {"mixture": mixture, "diffusion": {"laps": 0}}
+    separator = Separator(all_frequencies(rng, spectrum()), settings).fit(progress=False)
+    assert abs(float(separator.operators["beta"][0]) + 3) < 0.1
+
+
+def test_without_a_reference_the_error_says_how_to_state_one(rng):
+    with pytest.raises(DataError, match="settles its scale.*a view for each output.*group=…"):
+        all_frequencies(rng, spectrum(reference=0.5))
+    unseen = np.ones((4, 4))
+    unseen[0] = 0
+    problem = all_frequencies(rng, spectrum())
+    with pytest.raises(DataError, match="settles its scale"):  # the reference is masked
+        Problem(problem.sources, [dataclasses.replace(problem.views[0], mask=unseen)])
+
+
+SLOPELESS = {
+    "offset": (
+        Place((8,), (8,), [4]),
+        "does not change with its parameter, .*Function, by the phases",
+    ),
+    "rounded": (
+        Function(
+            lambda x, t: jnp.roll(x, jnp.round(t).astype(int)), in_shape=8, params=jnp.asarray(2.0)
+        ),
+        "does not change with its parameter",
+    ),
+    "one-of-three": (
+        Function(lambda x, p: p[0] * x + p[2] * x[::-1], in_shape=8, params=jnp.ones(3)),
+        "1 of its 3 parameters .such as number 1",
+    ),
+    "at-its-start": (
+        Function(lambda x, g: g**2 * x, in_shape=8, params=jnp.asarray(0.0)),
+        "where they start: start them elsewhere",
+    ),
+    "root-at-0": (
+        Function(lambda x, g: jnp.sqrt(g) * x, in_shape=8, params=jnp.asarray(0.0)),
+        "is not finite where it starts",
+    ),
+}
+
+
+@pytest.mark.parametrize(("operator", "why"), SLOPELESS.values(), ids=SLOPELESS.keys())
+def test_a_parameter_without_a_slope_is_refused_with_what_works(operator, why):
+    y = np.ones((4, 8))
+    views = [View(y, {"s": Identity(8)}, 0.1), View(y, {"s": Learned(operator, "lag")}, 0.1)]
+    with pytest.raises(DataError, match=f"Learned 'lag': .*{why}"):
+        Problem([Source("s", 8)], views)
+
+
+def test_a_delay_by_the_phases_of_a_fourier_transform_has_a_slope():
+    phases = lambda t: jnp.exp(-2j * jnp.pi * jnp.fft.rfftfreq(8) * t)
+    late = Function(
+        lambda x, t: jnp.fft.irfft(jnp.fft.rfft(x) * phases(t), 8),
+        in_shape=8,
+        params=jnp.asarray(2.0),
+    )
+    check_slopes([{"s": Learned(late, "lag")}])

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import signal
+from scipy.sparse import csr_array
 
 from dichroic.batching import row_counts, split, take
 from dichroic.errors import ShapeError
@@ -14,11 +15,13 @@ from dichroic.operators import (
     Convolve,
     Dense,
     Diagonal,
+    External,
     Function,
     Identity,
     Learned,
     Place,
     Scale,
+    Sparse,
     Stack,
     Sum,
     Zero,
@@ -55,6 +58,8 @@ SHARED = {
     "identity-vector": lambda: Identity(4),
     "identity-image": lambda: Identity((2, 3)),
     "zero": lambda: Zero((2, 3), 4),
+    "sparse": lambda: Sparse(csr_array(normal(6, 8).clip(0)), in_shape=(2, 4), out_shape=(3, 2)),
+    "external": lambda: External(np.cumsum, lambda y: np.cumsum(y[::-1])[::-1], in_shape=5),
     "scale": lambda: Scale((2, 3), -1.5),
     "diagonal-vector": lambda: Diagonal(normal(5)),
     "diagonal-image": lambda: Diagonal(normal(2, 3)),
@@ -339,7 +344,7 @@ def test_row_counts_show_a_mismatch():
     assert row_counts(Sum((Identity(4), Identity(4)))) == set()
 
 
-ESTIMATED = {"function", "function-without-params", "compose", "sum"}
+ESTIMATED = {"external", "function", "function-without-params", "compose", "sum"}
 ESTIMATED |= {"function-rows", "sum-mixed", "compose-mixed", "nested"}
 
 

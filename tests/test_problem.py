@@ -67,9 +67,9 @@ def view(**changes):
         ([A], {"operators": {"a": Zero((2, 2), (2, 2))}}, DataError, "sees no source"),
         (
             [A],
-            {"operators": {"a": np.eye(4)}},
+            {"operators": {"a": "identity"}},
             DataError,
-            "source 'a': an operator of type ndarray",
+            "source 'a': an operator of type str",
         ),
         ([A], {"operators": {"a": FFT}}, DataError, "source 'a': the operator gives complex64"),
         (

@@ -18,6 +18,7 @@ import numpy as np
 from dichroic.batching import split, take
 from dichroic.errors import DataError, ShapeError
 from dichroic.finite import finite
+from dichroic.linearity import probe
 from dichroic.noise import (
     DenseNoise,
     DiagonalNoise,
@@ -29,6 +30,7 @@ from dichroic.noise import (
     StationaryNoise,
 )
 from dichroic.operators import Operator, Shape
+from dichroic.operators.base import traced
 
 
 def check_same_shape(
@@ -85,11 +87,13 @@ def _once(check: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
 def check_operator(op: Operator, label: str) -> None:
     """Raise a `DichroicError` unless `op` is finite, and gives real arrays of its `out_shape`."""
     check_finite(op, f"{label}: the operator")
-    x = jax.ShapeDtypeStruct(op.in_shape, jnp.zeros(()).dtype)
-    y = jax.eval_shape(take(op, 0).mv, x)
+    y = traced(take(op, 0).mv, op.in_shape, f"{label}: the operator")
     check_same_shape(y.shape, op.out_shape, f"{label}: mv of the operator gives arrays of")
-    if jnp.issubdtype(y.dtype, jnp.complexfloating):
+    if not jnp.issubdtype(y.dtype, jnp.floating):
         raise DataError(f"{label}: the operator gives {y.dtype}; expected real numbers")
+
+
+check_linear = _once(probe)
 
 
 def values_and_mask(

@@ -18,7 +18,7 @@ from dichroic.blocks import parse_bytes, parse_shard
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DichroicError, DichroicWarning, LostError, WriteError
 from dichroic.limits import within
-from dichroic.options import add_settings, ending, listed, numbers, parsed, positive
+from dichroic.options import add_probe, add_settings, ending, listed, numbers, parsed, positive
 from dichroic.programs import keep_programs
 
 
@@ -123,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
         help="also send metrics to tensorboard:DIR, wandb:PROJECT or mlflow:URI; may be repeated",
     )
     add_settings(fit)
+    add_probe(check)
+    add_probe(fit)
 
     moved = "the problem file that RUN was fitted to, if it has moved"
     separate = add("separate", _separate, "draw the sources of observations from their posterior")
@@ -134,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     )
     separate.add_argument("--draws", type=positive, default=32, help="draws per observation (32)")
     _add_scaling(separate)
+    add_probe(separate)
     separate.add_argument(
         "--like", help="the view whose operators and noise a file without them has"
     )
@@ -156,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--draws", type=positive, default=32)
     report.add_argument("--problem", type=Path, metavar="FILE", help=moved)
+    add_probe(report)
 
     bench = add("bench", _bench, "compare methods on problems whose answers are known")
     bench.add_argument(
@@ -217,7 +221,7 @@ def _check(args: argparse.Namespace) -> None:
     from dichroic.statement import load_problem, summary_rows
     from dichroic.tables import text_table
 
-    problem, section = load_problem(args.problem)
+    problem, section = load_problem(args.problem, probe=args.probe)
     config = FitConfig.from_dict(section, where=f"{args.problem}: fit")
     stationary = stationary_axes(problem, config)
     for header, *body in summary_rows(problem):
@@ -241,7 +245,7 @@ def _fit(args: argparse.Namespace) -> None:
     layout.join()
     trackers = [parse_tracker(text) for text in args.track if layout.is_first()]
     options = {"memory": args.memory, "start": args.start, "resume": args.resume}
-    problem, section = load_problem(args.problem, stored=args.memory is not None)
+    problem, section = load_problem(args.problem, stored=args.memory is not None, probe=args.probe)
     config = _config(args, section)
     if args.memory is not None:
         check_memory(problem, args.memory)
@@ -279,11 +283,11 @@ def _separate(args: argparse.Namespace) -> int:
         raise ConfigError("--memory, --chunk, --shard and --status are for --out FOLDER.zarr")
     if args.status:
         return _print_status(args.out)
-    problem = problem_of(args.run_folder, args.problem)
+    problem = problem_of(args.run_folder, args.problem, probe=args.probe)
     separator = Separator.load(args.run_folder, problem=problem)
     view: Any = args.view
     if Path(view).exists() or view not in [v.name for v in problem.views]:
-        view = open_view(Path(view), problem, like=args.like)
+        view = open_view(Path(view), problem, like=args.like, probe=args.probe)
         view = view if blocks else view.read()
     if blocks:
         _separate_blocks(args, separator, view)
@@ -345,7 +349,7 @@ def _report(args: argparse.Namespace) -> None:
     from dichroic.statement import problem_of
     from dichroic.tracking import read_metrics
 
-    problem = problem_of(args.run_folder, args.problem)
+    problem = problem_of(args.run_folder, args.problem, probe=args.probe)
     separator = Separator.load(args.run_folder, problem=problem)
     page = write_report(
         args.run_folder,

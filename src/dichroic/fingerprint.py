@@ -73,6 +73,8 @@ def _contents(value: Any) -> tuple[str, Iterable[Any]]:
             return name, (value.__code__, value.__defaults__, value.__kwdefaults__, closed)
         case functools.partial():
             return "partial", (value.func, value.args, value.keywords)
+    if hasattr(type(value), "fingerprint_parts"):  # what its fields do not tell
+        return type(value).__qualname__, value.fingerprint_parts()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = f"{type(value).__module__}.{type(value).__qualname__}"
         return name, [getattr(value, f.name) for f in dataclasses.fields(value)]

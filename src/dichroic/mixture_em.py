@@ -60,8 +60,8 @@ def em_lap(
     """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
 
     Returns all mixtures, and the mean log evidence before the last step. `shrinkage` is the strength of the prior
-    on the components of each source, in pseudo-observations (`dichroic.mixture_step`). Sources of low rank have an EM of
-    their own: `dichroic.lowrank_em`.
+    on the components of each source, in pseudo-observations (`dichroic.mixture_step`). Sources of low rank have an
+    EM of their own: `dichroic.lowrank_em`.
     """
     if any(is_low_rank(mixtures, obs) for obs in views):
         return low_rank_lap(mixtures, views, names, config, clock)

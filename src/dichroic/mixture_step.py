@@ -22,9 +22,11 @@ covariances,
 
     μ_k ~ N(m, T / κ),   C_k ~ inverse Wishart about C̄ of ν pseudo-observations,   κ = 0.3 ν,
 
-which adds `−κ T⁻¹ (μ_k − m)` and `κ T⁻¹` to the force and the information of each mean, and `ν C⁻¹ C̄ C⁻¹` and
-`ν C⁻¹` to the scatter and the information of each covariance. What observations say clearly they decide; what
-the other sources hide of a component, such as its mean along what they vary in most, is shared by all.
+which adds `−κ T⁻¹ (μ_k − m)` and `κ T⁻¹` to the force and the information of each mean. The pseudo-observations
+of covariances are of what is missing alone: with `L = C^½` and the part `R = L W L` of complete information that
+observations have, `ν (I − R)` is added to the information in units of `C`, and `ν H L⁻¹ C̄ L⁻¹ H` with
+`H = (I − R)^½` to the scatter. What observations say clearly they decide; what the other sources hide of a component, such as its
+mean along what they vary in most, is shared by all.
 
 Sources that are learned at once from the same views share their residuals: what one mean takes the others cannot.
 Then the first formula is that of all means of all sources together, with the information `Σ r A_aᵀ C_y⁻¹ A_b`
@@ -71,7 +73,7 @@ def ascend(
     """`steps` EM steps, and the evidence before the last.
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
-    the evidence, by more than a part `tolerance` of it (which may be infinite), or gives numbers that are not finite, is taken back for
+    the evidence, by more than a part `tolerance` of it, or gives numbers that are not finite, is taken back for
     a textbook step. Where that gives none either, it ends with the last mixtures whose evidence is finite, and
     `clock` counts a step that was `LOST`.
     """
@@ -222,8 +224,9 @@ def _covariance_step(c, s, w, weight, pooled):
     root = symmetric_power(c, 0.5)
     x, y = root @ w @ root + _UNSEEN * one, root @ s @ root + _UNSEEN * one
     if np.any(weight > 0):
-        inverse = symmetric_power(c, -0.5)
-        x, y = x + weight * one, y + weight * (inverse @ pooled @ inverse)
+        hidden = symmetric_power(one - x, 0.5)  # the part of complete observations that is missing
+        toward = hidden @ symmetric_power(c, -0.5)
+        x, y = x + weight * (one - x), y + weight * (toward @ pooled @ _t(toward))
     left = root @ symmetric_power(x, -0.5)
     return left @ y @ _t(left)
 

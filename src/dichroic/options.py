@@ -68,6 +68,16 @@ def ending(*endings: str) -> Callable[[str], Path]:
     return convert
 
 
+def add_probe(command: argparse.ArgumentParser) -> None:
+    """An option that leaves out the probe of operators, kept as `probe`."""
+    command.add_argument(
+        "--no-probe",
+        dest="probe",
+        action="store_false",
+        help="take operators at their word: that they are linear, and not zero for all observations",
+    )
+
+
 def add_settings(command: argparse.ArgumentParser) -> None:
     """An option for every setting of a fit, kept as `set:NAME`."""
     group = command.add_argument_group("settings (override the file's fit: section)")

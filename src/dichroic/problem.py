@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from dichroic import layout
+from dichroic.batching import row_counts, take
 from dichroic.errors import DataError, ShapeError
 from dichroic.fingerprint import fingerprint
 from dichroic.noise import JointNoise
@@ -20,13 +21,15 @@ from dichroic.observations import Observations
 from dichroic.operators import Shape, Stack, Zero
 from dichroic.operators.base import as_shape
 from dichroic.operators.learned import is_known, parameters
-from dichroic.view import AnyView, bytes_each, numbering
+from dichroic.slopes import check_slopes, fixed_entries
+from dichroic.view import AnyView, bytes_each, check_seen, numbering, with_operators
 from dichroic.view import View as View
 from dichroic.view import check_view as check_view
 from dichroic.view import missing_fraction as missing_fraction
 from dichroic.view import sees as sees
 
 SHUFFLED = 2**24  # observations that are held out by shuffling them; a multiple of 8
+SETTLING = 8  # observations whose own operators are asked whether they settle the scale of a source
 BLOCK_BYTES = 16 * 2**20  # of the observations that `check_values` reads at a time
 
 
@@ -71,8 +74,11 @@ class Problem:
         )
         object.__setattr__(self, "views", named)
         _check_names(self)
+        views = tuple(with_operators(v, self.shapes) for v in self.views)
+        object.__setattr__(self, "views", views)
         for view in self.views:
             check_view(view, self.shapes)
+            check_seen(view)
             if view.head.nothing_observed and view.head.count == view.count:
                 raise _nothing_observed(view)
         for group in self.joint_views():
@@ -138,15 +144,30 @@ def named_views(
 
 
 def _check_learned(problem: Problem) -> None:
-    """Operators to be learned agree, and every source has a view whose operator for it is known."""
+    """Operators to be learned agree and can be learned, and something settles the scale of every source."""
     learned = parameters([v.operators for v in problem.views])
-    for name in problem.names if learned else ():
-        seen = [v.operators[name] for v in problem.views if sees(v, name)]
-        if seen and not any(map(is_known, seen)):
+    if not learned:
+        return
+    check_slopes([v.operators for v in problem.views if v.probe])
+    for name in problem.names:
+        seeing = [v for v in problem.views if sees(v, name)]
+        if seeing and not any(is_known(v.operators[name]) or _settles(v, name) for v in seeing):
             raise DataError(
                 f"source {name!r} is seen only through operators that are to be learned, so nothing settles "
-                "its scale; give one view a known operator for it"
+                "its scale; give one view a known operator for it. Where one observation holds several "
+                "outputs, such as "
+                "all frequencies, either let the operator be 1 at a reference, whatever its parameters, or state "
+                "a view for each output, co-observed (group=…), with a known operator at the reference"
             )
+
+
+def _settles(view: AnyView, name: str) -> bool:
+    """Whether entries that are observed see the source `name` as they do whatever the parameters are."""
+    head = view.head
+    op = head.operators[name]
+    seen = head.observed()
+    rows = range(min(SETTLING, head.count)) if row_counts(op) else [0]
+    return any((fixed_entries(take(op, i)) & seen.any(axis=0)).any() for i in rows)
 
 
 def check_known(problem: Problem, what: str) -> None:

@@ -18,15 +18,15 @@ from dichroic.denoise import Denoiser, Mixture
 from dichroic.drawing import draw, predictive_chi2
 from dichroic.errors import DataError, RunError, ShapeError
 from dichroic.files import write_atomic
-from dichroic.identify import advice
+from dichroic.identify import advice, zero_operators
 from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists
 from dichroic.operators.units import check_units, from_units, named_units, without_units
 from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.run import Start, fit
 from dichroic.sample import draw_prior, make_sampler
-from dichroic.tracking import Tracker, as_tracker
-from dichroic.view import numbering
+from dichroic.tracking import Tracker, as_tracker, warn
+from dichroic.view import AnyView, check_seen, numbering, with_operators
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,13 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
 
 
 def selectable(
-    view: Selectable | str | Sequence[Selectable], problem: Problem | None
+    view: Selectable | str | Sequence[Selectable], separator: "Separator"
 ) -> list[Selectable]:
-    """The co-observed views that `view` stands for, as in `named_views`."""
+    """The co-observed views that `view` stands for, as in `named_views`; those in memory as `stated` has them."""
     if isinstance(view, str):
-        return list(named_views(view, problem))
-    return list(view) if isinstance(view, Sequence) else [view]
+        return list(named_views(view, separator.problem))
+    views = list(view) if isinstance(view, Sequence) else [view]
+    return [separator.stated(v) if isinstance(v, View) else v for v in views]
 
 
 def common_count(views: Sequence[Selectable]) -> int:
@@ -190,7 +191,30 @@ class Separator:
         `view` is a `View`, the name of a view of the problem, or a list of co-observed views. An
         observation's draws depend on `seed` and its number (from `first_index` on) only.
         """
-        views = named_views(view, self.problem)
+        views = [self.stated(v) for v in named_views(view, self.problem)]
+        return self._separate(
+            views, n_draws=n_draws, seed=seed, first_index=first_index, progress=progress
+        )
+
+    def stated(self, view: AnyView) -> AnyView:
+        """`view` with what stands for operators as operators of the sources.
+
+        Raises `DataError` if one is zero for all observations, and warns if one is for some.
+        """
+        view = with_operators(view, {k: d.shape for k, d in self._fitted().items()})
+        check_seen(view)
+        warn(*zero_operators([view]))
+        return view
+
+    def _separate(
+        self,
+        views: Sequence[AnyView],
+        *,
+        n_draws: int,
+        seed: int,
+        first_index: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Separation:
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
         observations = joint_observations(views).at(self.operators)
@@ -226,7 +250,7 @@ class Separator:
         >>> for first, part in separator.stream(open_view("new.yaml", problem), chunk=1000):  # doctest: +SKIP
         ...     np.save(f"mean-{first}.npy", part.mean["signal"])
         """
-        views = selectable(view, self.problem)
+        views = selectable(view, self)
         if chunk < 1:
             raise DataError(f"chunk {chunk}: at least one observation at a time")
         for start, stop in spans(common_count(views), chunk):
@@ -250,7 +274,7 @@ class Separator:
         """What `separate` gives of the observations from `start` up to `stop` of co-observed `views` alone."""
         with numbering(start, stop):
             some = [v.select(slice(start, stop)) for v in views]
-            return self.separate(some, n_draws=n_draws, seed=seed, first_index=first_index + start)
+            return self._separate(some, n_draws=n_draws, seed=seed, first_index=first_index + start)
 
     def sample_prior(self, source: str, n: int, *, seed: int = 0) -> np.ndarray:
         """`n` draws from the learned prior of `source`, `(n, *shape)`."""

@@ -75,7 +75,7 @@ def separate_to(
         DichroicError: what `Separator.separate` raises.
     """
     with within(memory) if chunk is None else nullcontext():
-        views = selectable(view, separator.problem)
+        views = selectable(view, separator)
         begun = read_job(path).block if Path(path).exists() else None
         job = job_of(
             separator,

@@ -6,7 +6,7 @@ all observations share (shapes, kinds of operators) is read off `head`, and what
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from dichroic.batching import row_counts, split, take
 from dichroic.checks import (
+    check_linear,
     check_noise,
     check_operator,
     check_real,
@@ -24,9 +25,10 @@ from dichroic.checks import (
     values_and_mask,
 )
 from dichroic.errors import DataError, DichroicError
+from dichroic.linearity import is_zero
 from dichroic.noise import Masked, Noise, observed_entries
 from dichroic.observations import Observations
-from dichroic.operators import Operator, Shape, Zero
+from dichroic.operators import Operator, Shape, Zero, as_operator
 
 SOME = 4096  # observations that are looked at where not all are in memory,
 RUNS = 64  # in runs of neighbours, evenly spread,
@@ -72,6 +74,11 @@ class AnyView(Protocol):
         ...
 
     @property
+    def probe(self) -> bool:
+        """Whether operators are probed: whether they are linear, with their adjoint, and other than zero."""
+        ...
+
+    @property
     def held_out(self) -> Any:
         """`(n,)`, true for the observations that are kept from training, where that is stated."""
         ...
@@ -106,7 +113,8 @@ class View:
 
     Args:
         observations: `(n, *shape)`, where `shape` is the output shape of the operators.
-        operators: one operator per source that this view sees, by the source's name.
+        operators: one operator per source that this view sees, by the source's name; also what
+            `as_operator` takes: matrices, SciPy sparse matrices, `LinearOperator`s, JAX functions.
         noise: a noise model, or a number: the standard deviation of isotropic noise.
         name: how reports call the view (`view1`, `view2`, … by default).
         mask: 1 where an entry was observed and 0 where it is missing, `shape` or `(n, *shape)`;
@@ -117,16 +125,19 @@ class View:
         held_out: `(n,)` booleans, true for the observations to be kept from training and used for
             stopping and scoring; a random fraction by default. Choose them where observations are
             not independent (the same object seen twice, neighbouring regions).
+        probe: false to take operators at their word: that they are linear, that their adjoint is that,
+            and that they are not zero everywhere.
     """
 
     observations: Any
-    operators: Mapping[str, Operator]
+    operators: Mapping[str, Any]
     noise: Noise | float
     name: str = ""
     mask: Any = None
     group: str | None = None
     truth: Mapping[str, Any] = field(default_factory=dict)
     held_out: Any = None
+    probe: bool = True
 
     @property
     def label(self) -> str:
@@ -195,6 +206,7 @@ class View:
             self.group,
             {k: _rows(x, index) for k, x in self.truth.items()},
             None,
+            self.probe and "_checked" not in self.__dict__,  # what was found good as a whole
         )
 
     def prepare(self) -> Observations:
@@ -214,6 +226,25 @@ def _rows(array: Any, index: Any) -> np.ndarray:
     return np.asarray(array[index]) if lazy else np.asarray(array)[index]
 
 
+def with_operators(view: AnyView, shapes: Mapping[str, Shape]) -> AnyView:
+    """`view`, with the operators that its matrices and functions stand for, on sources of the given `shapes`."""
+    if not isinstance(view, View) or all(
+        isinstance(op, Operator) for op in view.operators.values()
+    ):
+        return view
+    made = lambda k, op: _operator(op, view.label, k, shapes.get(k), view.shape)
+    return replace(view, operators={k: made(k, op) for k, op in view.operators.items()})
+
+
+def _operator(given: Any, label: str, name: str, in_shape: Shape | None, shape: Shape) -> Operator:
+    if isinstance(given, Operator):
+        return given
+    try:
+        return as_operator(given, in_shape=in_shape, out_shape=shape)
+    except DichroicError as error:
+        raise type(error)(f"{label}, source {name!r}: {error}") from error
+
+
 def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
     """Raise a `DichroicError` unless `view`, as far as it is in memory, fits sources of the given `shapes`."""
     head = view.head
@@ -224,11 +255,7 @@ def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
                 f"{view.label} has an operator for {name!r}, which is no source; "
                 f"the sources are {', '.join(shapes)}"
             )
-        if not isinstance(op, Operator):
-            raise DataError(
-                f"{view.label}, source {name!r}: an operator of type {type(op).__name__}; expected "
-                "one such as Dense(matrix)"
-            )
+        op = _operator(op, view.label, name, shapes[name], head.shape)
         check_same_shape(
             op.in_shape,
             shapes[name],
@@ -249,7 +276,8 @@ def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
 
 
 def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
-    operators = {k: op for k, op in view.operators.items() if not isinstance(op, Zero)}
+    known = {k: op for k, op in view.operators.items() if not isinstance(op, Zero)}
+    operators = {k: _operator(op, view.label, k, None, view.shape) for k, op in known.items()}
     if not operators:
         raise DataError(f"{view.label} sees no source; give it an operator for at least one")
     check_some(np.shape(view.observations), view.label, view.observations)
@@ -262,6 +290,8 @@ def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, O
         )
         check_rows(row_counts(op), view.count, f"{view.label}: the operator of source {name!r}")
         check_operator(op, f"{view.label}, source {name!r}")
+        if view.probe:
+            check_linear(op, f"{view.label}, source {name!r}")
     noise = view.noise_model
     check_rows(row_counts(noise), view.count, f"{view.label}: the noise")
     check_noise(noise, view.label)
@@ -271,6 +301,22 @@ def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, O
 def sees(view: AnyView, source: str) -> bool:
     """Whether `view` has an operator other than zero for `source`."""
     return source in view.operators and not isinstance(view.operators[source], Zero)
+
+
+def check_seen(view: AnyView) -> None:
+    """Raise a `DataError` where an operator is zero for all observations of `view`, if these are in memory.
+
+    `Zero`, which says so, may be; so may operators that are to be learned, where they start.
+    """
+    for name, op in view.operators.items() if view.probe else ():
+        counts = row_counts(op)
+        if isinstance(op, Zero) or (counts and view.head.count < view.count) or not is_zero(op):
+            continue
+        of_all = f" for all {view.count:,} observations: offsets outside of the scene?"
+        raise DataError(
+            f"{view.label}: the operator of {name!r} is zero{of_all if counts else ''}; give Zero, or none, "
+            "where a view does not see a source"
+        )
 
 
 def check_some(shape: Shape, label: str, stated: Any) -> None:

@@ -45,6 +45,7 @@ from dichroic.records import understanding
 from dichroic.sample import Draws, observation_keys
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker, as_tracker, warn
+from dichroic.view import with_operators
 
 FILE = "clvm_vae.safetensors"
 MOST_LATENT = 16
@@ -156,8 +157,10 @@ class ClvmVae:
         """
         views = named_views(view, self.problem, what="model")
         vae, name = self._fitted(), "+".join(v.name for v in views)
+        shapes = {k: d.shape for k, d in vae.decoders.items()}
+        views = [with_operators(v, shapes) for v in views]
         for v in views:
-            check_view(v, {k: d.shape for k, d in vae.decoders.items()})
+            check_view(v, shapes)
         obs = joint_observations(views)
         _check_encoder(vae.encoders, name, obs)
         x, key, own = [], jax.random.key(seed), own_lanes(obs.count, first_index)

@@ -57,6 +57,7 @@ from dichroic.records import understanding
 from dichroic.sample import draw_prior
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker, as_tracker, warn
+from dichroic.view import with_operators
 
 FILE = "ddprism.safetensors"
 FREE_SETTINGS = ("batch_size",)
@@ -119,8 +120,10 @@ class Ddprism:
         Draws beyond `±limit` are kept. Gibbs sampling starts from zero.
         """
         views = named_views(view, self.problem)
+        shapes = {k: d.shape for k, d in self._fitted().items()}
+        views = [with_operators(v, shapes) for v in views]
         for v in views:
-            check_view(v, {k: d.shape for k, d in self._fitted().items()})
+            check_view(v, shapes)
         obs = joint_observations(views)
         options = {"n_draws": n_draws, "first_index": first_index, "progress": progress}
         key = jax.random.key(seed)

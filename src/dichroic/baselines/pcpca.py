@@ -49,6 +49,7 @@ from dichroic.problem import Problem, View, check_view, joint_observations, name
 from dichroic.sample import Draws
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker
+from dichroic.view import with_operators
 
 CONTRASTS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)  # candidates of γ m / n
 _SEARCH: dict[str, Any] = {"iterations": 200, "tolerance": 1e-8}
@@ -193,8 +194,10 @@ class Pcpca(Fitted):
     ) -> Separation:
         """Posterior draws of every source of `view`, each by its own model; as `Separator.separate`."""
         views = named_views(view, self.problem)
+        shapes = {k: d.shape for k, d in self._fitted().items()}
+        views = [with_operators(v, shapes) for v in views]
         for v in views:
-            check_view(v, {k: d.shape for k, d in self._fitted().items()})
+            check_view(v, shapes)
         obs, names = joint_observations(views), list(self.denoisers)
         means = {k: np.asarray(d.location) for k, d in self.denoisers.items()}
         parts = []

@@ -31,6 +31,7 @@ import numpy as np
 
 from dichroic.identify.kernels import Part, resolve
 from dichroic.identify.moments import Moments
+from dichroic.identify.operators import zero_operators as zero_operators
 from dichroic.identify.probe import directions_of, half
 from dichroic.identify.result import Identifiability as Identifiability
 from dichroic.identify.result import SourceIdentifiability as SourceIdentifiability
@@ -113,5 +114,9 @@ def advice(
 
     `outliers` is what the fit does with them, `result` that of `identifiability`, where it is known already.
     """
-    known = (result or examined(problem)).warnings
-    return (*known, *scarcity(problem, stationary), *suspicions(problem, outliers))
+    return (
+        *(result or examined(problem)).warnings,
+        *scarcity(problem, stationary),
+        *zero_operators(problem.views),
+        *suspicions(problem, outliers),
+    )

@@ -10,6 +10,7 @@ parameter with one more axis than the constructor asks for is per observation (s
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -19,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dichroic.batching import split
-from dichroic.errors import ShapeError
+from dichroic.errors import DataError, DichroicError, ShapeError
 
 Shape = tuple[int, ...]
 _PROBES = 32
@@ -31,6 +32,33 @@ def as_shape(shape: int | tuple[int | float, ...] | list[int]) -> Shape:
     if any(d < 1 or d % 1 for d in dims):
         raise ShapeError(f"a shape needs positive integers, got {dims}")
     return tuple(int(d) for d in dims)
+
+
+def traced(function: Callable[[Array], Any], in_shape: Shape, what: str) -> jax.ShapeDtypeStruct:
+    """The shape and type of what `function` gives of an array of `in_shape`, by tracing it.
+
+    Raises `DataError` where JAX cannot trace `function`, or it gives something else than an array.
+    """
+    try:
+        y = jax.eval_shape(function, jax.ShapeDtypeStruct(in_shape, jnp.zeros(()).dtype))
+    except DichroicError:
+        raise
+    except jax.errors.JAXTypeError as error:
+        raise DataError(
+            f"{what} needs the values of its argument (by NumPy or SciPy, or an `if` on them), which are "
+            "not there while "
+            f"JAX traces it ({type(error).__name__}): write it with jax.numpy, or give its adjoint too: "
+            "as_operator(function, adjoint=…, in_shape=…)"
+        ) from error
+    except Exception as error:
+        raise DataError(
+            f"{what} cannot be traced by JAX on an array of shape {in_shape} ({type(error).__name__}: "
+            f"{error}); if it "
+            "works on NumPy arrays, give its adjoint too: as_operator(function, adjoint=…, in_shape=…)"
+        ) from error
+    if not hasattr(y, "dtype"):
+        raise DataError(f"{what} gives {type(y).__name__}; expected one array")
+    return y
 
 
 class Operator(eqx.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from dichroic.batching import as_float, as_jax, flagged, param
 from dichroic.errors import ShapeError
-from dichroic.operators.base import Operator, Shape, as_shape
+from dichroic.operators.base import Operator, Shape, as_shape, traced
 
 
 def shape_field() -> Any:
@@ -188,8 +188,13 @@ class Function(Operator):
         self.fn, self.in_shape, self.per_observation = fn, as_shape(in_shape), per_observation
         self.params = jax.tree.map(as_jax, params)
         one = jax.tree.map(lambda a: a[0], self.params) if per_observation else self.params
-        x = jax.ShapeDtypeStruct(self.in_shape, jnp.zeros(()).dtype)
-        self.out_shape = jax.eval_shape(lambda x: self._call(x, one), x).shape
+        call = lambda x: self._call(x, one)
+        self.out_shape = traced(call, self.in_shape, f"Function {self.label!r}").shape
+
+    @property
+    def label(self) -> str:
+        """The name of the function."""
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
 
     def _call(self, x: Array, params: PyTree) -> Array:
         return self.fn(x) if params is None else self.fn(x, params)

@@ -41,7 +41,7 @@ class Learned(Operator):
             raise DataError(
                 f"{label}: its arrays have one entry per observation; what is learned is shared by all"
             )
-        if any(True for _ in _nodes(self.operator)):
+        if any(True for _ in learned_parts(self.operator)):
             raise DataError(f"{label} holds another Learned operator; name them side by side")
 
     @property
@@ -69,7 +69,8 @@ def _is_learned(node: Any) -> bool:
     return isinstance(node, Learned)
 
 
-def _nodes(tree: Any) -> Iterator[Learned]:
+def learned_parts(tree: Any) -> Iterator[Learned]:
+    """The operators in `tree` that are to be learned."""
     return (n for n in jax.tree.leaves(tree, is_leaf=_is_learned) if _is_learned(n))
 
 
@@ -79,7 +80,7 @@ def _arrays(operator: Operator) -> tuple[Array, ...]:
 
 def is_known(tree: Any) -> bool:
     """Whether nothing in `tree` is to be learned."""
-    return not any(True for _ in _nodes(tree))
+    return not any(True for _ in learned_parts(tree))
 
 
 def parameters(tree: Any) -> Parameters:
@@ -89,7 +90,7 @@ def parameters(tree: Any) -> Parameters:
     start, or where there are too many numbers.
     """
     found: Parameters = {}
-    for node in _nodes(tree):
+    for node in learned_parts(tree):
         arrays = _arrays(node.operator)
         other = found.setdefault(node.name, arrays)
         if [a.shape for a in other] != [a.shape for a in arrays]:

@@ -33,7 +33,11 @@ class ViewFile(StoredView):
 
 
 def open_view(
-    path_or_spec: str | Path | Mapping[str, Any], problem: Problem, *, like: str | None = None
+    path_or_spec: str | Path | Mapping[str, Any],
+    problem: Problem,
+    *,
+    like: str | None = None,
+    probe: bool = True,
 ) -> ViewFile:
     """What `load_view` reads, before it is read: for observations that do not fit in memory.
 
@@ -44,11 +48,16 @@ def open_view(
     donor = problem.view(like) if like else max(problem.views, key=lambda v: _seen(v, problem))
     check_keys(table, VIEW_KEYS, str(spot))
     require(table, ("observations",), spot)
+    table = table if probe else {**table, "probe": False}
     return ViewFile(name, table, spot, problem.shapes, donor.head)
 
 
 def load_view(
-    path_or_spec: str | Path | Mapping[str, Any], problem: Problem, *, like: str | None = None
+    path_or_spec: str | Path | Mapping[str, Any],
+    problem: Problem,
+    *,
+    like: str | None = None,
+    probe: bool = True,
 ) -> View:
     """Read new observations that are to be separated into the sources of `problem`.
 
@@ -63,12 +72,13 @@ def load_view(
             that holds one view; or such a view as a mapping, where arrays may stand for references.
         problem: the problem whose sources were learned.
         like: the view that lends what is missing; by default the one that sees most sources.
+        probe: false to probe no operators, whatever the file says (see `View`).
 
     Raises:
         DichroicError: if the view is malformed, does not fit the sources, or lacks something that
             differs from observation to observation in the view `like`.
     """
-    return open_view(path_or_spec, problem, like=like).read()
+    return open_view(path_or_spec, problem, like=like, probe=probe).read()
 
 
 def _seen(view: AnyView, problem: Problem) -> int:

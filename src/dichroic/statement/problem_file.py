@@ -13,7 +13,9 @@ from dichroic.statement.values import parse_shape
 from dichroic.statement.view import VIEW_KEYS
 
 
-def load_problem(path: str | Path, *, stored: bool = False) -> tuple[Problem, dict[str, Any]]:
+def load_problem(
+    path: str | Path, *, stored: bool = False, probe: bool = True
+) -> tuple[Problem, dict[str, Any]]:
     """Read a problem from a YAML file.
 
     Args:
@@ -21,6 +23,7 @@ def load_problem(path: str | Path, *, stored: bool = False) -> tuple[Problem, di
         stored: leave the arrays in their files, for more observations than fit in memory: the views are
             `StoredView`s, checked as far as their statements and first observations go; `check_values` reads
             and checks the others.
+        probe: false to probe no operators, whatever the file says (see `View`).
 
     Returns:
         The problem, checked, and the `fit:` section as it stands (`FitConfig.from_dict` checks it).
@@ -35,7 +38,7 @@ def load_problem(path: str | Path, *, stored: bool = False) -> tuple[Problem, di
     shapes = {s.name: s.shape for s in sources}
     here = spot.at("views")
     specs = as_table(table["views"], here)
-    views = [_problem_view(k, v, shapes, here.at(k), stored) for k, v in specs.items()]
+    views = [_problem_view(k, v, shapes, here.at(k), stored, probe) for k, v in specs.items()]
     with naming(spot):
         problem = Problem(sources, views, str(Path(path).resolve()))
     section = table.get("fit")
@@ -56,9 +59,9 @@ def _sources(value: Any, spot: Spot) -> list[Source]:
 
 
 def _problem_view(
-    name: str, value: Any, shapes: Mapping[str, Shape], spot: Spot, stored: bool
+    name: str, value: Any, shapes: Mapping[str, Shape], spot: Spot, stored: bool, probe: bool
 ) -> View | StoredView:
-    table = as_table(value, spot)
+    table = as_table(value, spot) | ({} if probe else {"probe": False})
     check_keys(table, VIEW_KEYS, str(spot))
     require(table, ("observations", "operators", "noise"), spot)
     view = StoredView(name, table, spot, shapes)

@@ -8,8 +8,10 @@ from dichroic.records import read_record
 from dichroic.statement.problem_file import load_problem
 
 
-def problem_of(run: Path, file: Path | None = None) -> Problem:
+def problem_of(run: Path, file: Path | None = None, *, probe: bool = True) -> Problem:
     """The problem of the run folder `run`, its arrays left in their files; of `file`, where that is given.
+
+    Its operators are not probed unless `probe`.
 
     Raises `RunError` if `run` holds neither a run nor a model, or names no file that exists where none is given.
     """
@@ -26,7 +28,7 @@ def problem_of(run: Path, file: Path | None = None) -> Problem:
             f"{run} does not know the problem file that it was fitted to: say where it is (--problem), "
             "or use Separator.load from Python"
         )
-    return load_problem(file, stored=True)[0]
+    return load_problem(file, stored=True, probe=probe)[0]
 
 
 def check_saved(folder: Path) -> None:

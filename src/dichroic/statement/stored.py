@@ -13,7 +13,7 @@ from dichroic.observations import Observations
 from dichroic.operators import Operator, Shape
 from dichroic.statement.arrays import array_shape
 from dichroic.statement.spots import Rows, Spot, naming
-from dichroic.statement.view import build_view, group_of, held_out_of
+from dichroic.statement.view import build_view, group_of, held_out_of, probe_of
 from dichroic.view import View, check_some, check_view, numbering, spread
 
 HEAD = 64  # observations
@@ -58,6 +58,11 @@ class StoredView:
     def group(self) -> str | None:
         """Views of one group are co-observed."""
         return group_of(self.table)
+
+    @property
+    def probe(self) -> bool:
+        """Whether operators are probed."""
+        return probe_of(self.table, self.spot)
 
     @cached_property
     def held_out(self) -> np.ndarray | None:

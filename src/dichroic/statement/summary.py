@@ -67,7 +67,7 @@ def _kind_name(op: Any) -> str:
     if isinstance(op, ops.Learned):
         return f"learned {op.name} ({_kind_name(op.operator)})"
     if isinstance(op, ops.Function):
-        return f"function {getattr(op.fn, '__name__', '')}".strip()
+        return f"function {op.label}"
     return _snake(type(op).__name__)
 
 

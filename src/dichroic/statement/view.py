@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from dichroic.checks import flat_noise
+from dichroic.errors import ConfigError
 from dichroic.noise import Noise
 from dichroic.operators import Shape
 from dichroic.problem import View
 from dichroic.statement.parts import build_noise, build_operator
 from dichroic.statement.spots import Spot, known_table, naming
+from dichroic.statement.values import short
 
-VIEW_KEYS = ("observations", "operators", "noise", "mask", "group", "truth", "held_out")
+VIEW_KEYS = ("observations", "operators", "noise", "mask", "group", "truth", "held_out", "probe")
 
 
 def build_view(
@@ -43,6 +45,7 @@ def build_view(
         group_of(table),
         {k: spot.at("truth").at(k).array(v, _never) for k, v in truth.items()},
         held_out_of(table, spot) if spot.rows is None else None,
+        probe_of(table, spot),
     )
 
 
@@ -63,6 +66,14 @@ def _noise(name: str, spec: Any, shape: Shape, spot: Spot) -> Noise | float:
 def group_of(table: Mapping[str, Any]) -> str | None:
     """The name of the group that `table` states."""
     return None if table.get("group") is None else str(table["group"])
+
+
+def probe_of(table: Mapping[str, Any], spot: Spot) -> bool:
+    """Whether the operators of the view that `table` states are probed: `probe`, true by default."""
+    probe = table.get("probe", True)
+    if not isinstance(probe, bool):
+        raise ConfigError(f"{spot.at('probe')}: expected true or false, got {short(probe)}")
+    return probe
 
 
 def held_out_of(table: Mapping[str, Any], spot: Spot) -> np.ndarray | None:
