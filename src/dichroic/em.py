@@ -46,7 +46,7 @@ from dichroic.mixture_em import (
     mean_log_evidence,
     split_components,
 )
-from dichroic.mixture_step import LOST
+from dichroic.mixture_step import LOST, Shrinkage
 from dichroic.observations import Observations, Observed, numbered
 from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
@@ -57,13 +57,12 @@ from dichroic.tracking import Clock, Tracker
 from dichroic.train import evidence_gain, is_gain, with_network
 
 Metrics = dict[str, Any]
-SHRINKAGE = (
-    10.0  # pseudo-observations of the prior on components, to begin with where none is given,
+# The prior on components where none is stated: each is weaker than that before, which stands where held-out
+# observations do not clearly ask for less.
+LADDER = tuple(
+    Shrinkage(*pair)
+    for pair in ((10, 10), (2.5, 10), (0.6, 10), (0, 10), (0, 2.5), (0, 0.6), (0, 0))
 )
-WEAKER = (
-    0.25  # and what it is multiplied with as long as that explains held-out observations better,
-)
-LEAST_SHRINKAGE = 0.1  # down to this, below which it is none
 SURE = 3.0  # standard errors of a gain that counts
 EACH = 10  # observations for each component, at least
 
@@ -82,7 +81,7 @@ class State:
     metrics_length: int = 0
     current: Denoisers = dataclasses.field(default_factory=dict)
     best: Denoisers = dataclasses.field(default_factory=dict)
-    shrinkage: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of each source
+    shrinkage: Mapping[str, int] = dataclasses.field(default_factory=dict)  # place in the `LADDER`
     operators: Parameters = dataclasses.field(default_factory=dict)  # learned, with `current`
     best_operators: Parameters = dataclasses.field(default_factory=dict)
 
@@ -137,8 +136,8 @@ def _mixture_lap(
     if names[0] not in current:
         rank = min(LEAST_RANK, c.rank) if is_large(data.train) else None
         current = {**current, **initial_gaussians(names, train, current, rank, data.stationary)}
-    shrinkage = {**dict.fromkeys(names, _first_shrinkage(c)), **state.shrinkage}
-    current, evidence = em_lap(current, train, names, c, clock, shrinkage)
+    shrinkage = {**dict.fromkeys(names, 0), **state.shrinkage}
+    current, evidence = em_lap(current, train, names, c, clock, _priors(shrinkage, c))
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, train, c)
     size = _components(current, names)
@@ -160,12 +159,13 @@ def _mixture_lap(
     if size > 1 and c.shrinkage is None and not low:
         train = [obs for obs in data.train if relevant(obs)]
         current, shrinkage = _with_less(current, shrinkage, train, held_out, names, c, clock)
-        metrics["shrinkage"] = shrinkage[names[0]]
+        chosen = LADDER[shrinkage[names[0]]]
+        metrics |= {"shrinkage": chosen.whole, "shrinkage_hidden": chosen.hidden}
     state = dataclasses.replace(state, shrinkage=shrinkage)
     with clock.during("scoring"):
         score = mean_log_evidence(current, held_out, max_tuples=c.max_tuples)
         better = score > state.score  # false for NaN
-        if not better and size > 1 and shrinkage[names[0]] and not low:
+        if not better and size > 1 and _priors(shrinkage, c)[names[0]] and not low:
             gain, error = gain_in_evidence(state.best, current, held_out, max_tuples=c.max_tuples)
             no_worse = gain > -error
         else:
@@ -210,28 +210,30 @@ def _mixture_lap(
     return _next_group(state, best, data, config), metrics
 
 
-def _first_shrinkage(config: MixtureConfig) -> float:
-    return SHRINKAGE if config.shrinkage is None else config.shrinkage
+def _priors(places: Mapping[str, int], config: MixtureConfig) -> dict[str, Shrinkage]:
+    """The prior on the components of each source, of its place in the `LADDER` or as it is stated."""
+    stated = config.shrinkage
+    at = lambda i: LADDER[i] if stated is None else Shrinkage(stated, stated)
+    return {name: at(i) for name, i in places.items()}
 
 
 def _with_less(
     current: Mixtures,
-    shrinkage: Mapping[str, float],
+    shrinkage: Mapping[str, int],
     train: Sequence[Observed],
     held_out: Sequence[Observed],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock,
-) -> tuple[Mixtures, dict[str, float]]:
-    """The mixtures with as little shrinkage as held-out observations ask for, and that of each source.
+) -> tuple[Mixtures, dict[str, int]]:
+    """The mixtures with as little shrinkage as held-out observations ask for, and its place for each source.
 
     It is lowered where a lap with less raises their evidence by more than three standard errors.
     """
     kept = dict(shrinkage)
-    while kept[names[0]] > 0:
-        less = WEAKER * kept[names[0]]
-        lower = {**kept, **dict.fromkeys(names, less if less >= LEAST_SHRINKAGE else 0.0)}
-        trial, _ = em_lap(current, train, names, config, clock, lower)
+    while kept[names[0]] + 1 < len(LADDER):
+        lower = {**kept, **dict.fromkeys(names, kept[names[0]] + 1)}
+        trial, _ = em_lap(current, train, names, config, clock, _priors(lower, config))
         with clock.during("scoring"):
             gain, error = gain_in_evidence(current, trial, held_out, max_tuples=config.max_tuples)
         if not gain > SURE * error:
@@ -299,7 +301,12 @@ def _polish_lap(state: State, data: Data, config: FitConfig, clock: Clock) -> tu
     with clock.during("scoring"):
         score = evaluate(state.current, data.test) if state.lap == 0 else state.score
     current, evidence = em_lap(
-        state.current, data.train, names, config.mixture, clock, state.shrinkage
+        state.current,
+        data.train,
+        names,
+        config.mixture,
+        clock,
+        _priors(state.shrinkage, config.mixture),
     )
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, data.train, config.mixture)
