@@ -385,7 +385,7 @@ MISTAKES = [
         "noise: 1e-2",
         "noise: {isotropic: .nan}",
         DataError,
-        "problem.yaml: views.noise_only: view 'noise_only': the noise contains NaN",
+        "problem.yaml: views.noise_only: view 'noise_only': the noise standard deviation is nan",
         "",
     ),
     ("noise: 1e-2", "noise: true", ConfigError, "problem.yaml: views.noise_only.noise", "True"),
@@ -790,7 +790,7 @@ def test_a_new_view_in_yaml_or_a_mapping(tmp_path, arrays):
         (
             {"noise/diagonal": np.full(4, np.nan)},
             None,
-            r"^new.npz: view 'new': the noise contains NaN",
+            r"^new.npz: view 'new': the noise variance is nan at entry",
         ),
         (
             {"operator/a": np.eye(4) * 1j},

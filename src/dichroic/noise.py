@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dichroic.batching import as_float, param, split
+from dichroic.batching import as_float, as_float_or_nan, param, split
 from dichroic.errors import ShapeError
 from dichroic.linalg import psd_factor
 
@@ -44,7 +44,7 @@ class Noise(eqx.Module):
 class Isotropic(Noise):
     """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation."""
 
-    std: Float[Array, "*n"] = param(0)
+    std: Float[Array, "*n"] = param(0, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.std**2 * v
@@ -59,7 +59,7 @@ class Isotropic(Noise):
 class DiagonalNoise(Noise):
     """`Σ = diag(variance)`; `variance` is `(M,)`, or `(n, M)` for one per observation."""
 
-    variance: Float[Array, "*n obs"] = param(1)
+    variance: Float[Array, "*n obs"] = param(1, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.variance * v
@@ -74,8 +74,8 @@ class DiagonalNoise(Noise):
 class LowRankNoise(Noise):
     """`Σ = U Uᵀ + diag(variance)`; `factor` `U` is `(M, R)` or `(n, M, R)`, `variance` as above."""
 
-    factor: Float[Array, "... obs rank"] = param(2)
-    variance: Float[Array, "... obs"] = param(1)
+    factor: Float[Array, "... obs rank"] = param(2, converter=as_float_or_nan)
+    variance: Float[Array, "... obs"] = param(1, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.factor @ (self.factor.T @ v) + self.variance * v
@@ -92,7 +92,7 @@ class LowRankNoise(Noise):
 class DenseNoise(Noise):
     """`Σ = covariance`, `(M, M)`, or `(n, M, M)` for one per observation."""
 
-    covariance: Float[Array, "*n obs obs"] = param(2)
+    covariance: Float[Array, "*n obs obs"] = param(2, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.covariance @ v
@@ -136,6 +136,22 @@ class StationaryNoise(Noise):
             raise ShapeError(
                 f"StationaryNoise: lags along {self.ndim} axes, but an observation of shape {self.shape}"
             )
+
+    def on(self, shape: tuple[int, ...], label: str) -> "StationaryNoise":
+        """The noise over observations of `shape`; an error calls the view `label`."""
+        if self.shape not in ((), shape):
+            raise ShapeError(
+                f"{label}: a noise on a grid of shape {self.shape}, but observations of shape {shape}"
+            )
+        return StationaryNoise(self.covariance, shape=shape, ndim=self.ndim)
+
+    def white_unless(self, some: Any) -> "StationaryNoise":
+        """White noise of variance 1 in place of that of the observations where `some` `(n,)` is false."""
+        lags = self.covariance.shape[-self.ndim :]
+        white = jnp.zeros(lags).at[tuple(n // 2 for n in lags)].set(1)
+        kept = jnp.asarray(some).reshape(-1, *(1 for _ in lags))
+        covariance = jnp.where(kept, self.covariance, white)
+        return StationaryNoise(covariance, shape=self.shape, ndim=self.ndim)
 
     def _grid(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The correlated axes, the size of a torus on which no lag wraps, and the radii."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from dichroic.batching import split
 from dichroic.errors import ShapeError
+from dichroic.masked import unmasked
 
 Shape = tuple[int, ...]
 _PROBES = 32
@@ -62,7 +63,7 @@ class Operator(eqx.Module):
 
         So what a source looks like in a view: `view.operators["galaxy"].each(result.draws["galaxy"])`.
         """
-        x = np.asarray(x)
+        x = np.asarray(unmasked(x, "the sources that an operator takes"))
         if x.ndim - len(self.in_shape) == 2:
             return np.stack([self.each(draw) for draw in x])
         if x.ndim - len(self.in_shape) != 1 or x.shape[1:] != self.in_shape:
