@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dichroic import precision as precision  # before anything is compiled
+from dichroic.arrays import nan_where_masked, unmasked
 from dichroic.errors import DataError
-from dichroic.masked import nan_where_masked, unmasked
 
 Tree = TypeVar("Tree")
 

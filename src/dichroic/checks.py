@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dichroic.arrays import as_booleans, check_real, hidden_entries, split_mask
 from dichroic.batching import take
 from dichroic.errors import DataError, ShapeError
 from dichroic.finite import finite
-from dichroic.masked import hidden_entries, split_mask
 from dichroic.operators import Operator, Shape
 
 
@@ -52,13 +52,6 @@ def check_finite(tree: Any, what: str) -> None:
     """Raise a `DataError` if an array in `tree` holds NaN or infinity."""
     if not finite(eqx.filter(tree, eqx.is_array)):
         raise DataError(f"{what} contains NaN or infinite values")
-
-
-def check_real(array: Any, what: str) -> None:
-    """Raise a `DataError` unless `array` holds real numbers (or booleans)."""
-    dtype = np.asarray(array).dtype
-    if dtype.kind not in "biuf":
-        raise DataError(f"{what} of type {dtype}; expected real numbers")
 
 
 def once(check: Callable[..., None]) -> Callable[..., None]:
@@ -156,35 +149,20 @@ _FLAGS = (
 )
 
 
-def as_booleans(values: Any, what: str, meaning: str, otherwise: str = "") -> np.ndarray:
-    """`values`, booleans or 0 and 1, as booleans.
-
-    Raises `DataError` with the values found where there are others, what 0 and 1 mean, and what to do `otherwise`.
-    """
-    values = np.asarray(values)
-    check_real(values, what)
-    if values.dtype == bool:
-        return values
-    if missing := int(np.count_nonzero(np.isnan(values))) if values.dtype.kind == "f" else 0:
-        raise DataError(f"{what} with {missing} NaN; expected {meaning}")
-    good = values == 1
-    if not np.all(good | (values == 0)):
-        found = np.unique(values)
-        listed = ", ".join(f"{v:.10g}" for v in found[:6]) + (", …" if len(found) > 6 else "")
-        way = f"; {otherwise}" if otherwise else ""
-        raise DataError(f"{what} with values {listed}; expected {meaning}{way}")
-    return good
-
-
-def plain_observations(observations: Any, mask: Any, label: str) -> tuple[Any, Any]:
+def plain_observations(
+    observations: Any, mask: Any, label: str, seen: np.ndarray | None = None
+) -> tuple[Any, Any]:
     """`(observations, mask)` where the observations are a plain array; what was masked in them is in the mask.
 
-    Lists become arrays; what is read by slicing stays as it is.
+    So is what is not `seen`, true where an entry was observed, if that is given. Lists become arrays; what is read
+    by slicing stays as it is.
     """
     what = f"{label}: the observations"
     y, hidden = split_mask(observations, what)
     if hidden_entries(mask) is not None:
         mask = _mask_array(mask, np.shape(y), label)
+    if seen is not None:
+        hidden = ~seen if hidden is None else hidden | ~seen
     if hidden is None:
         return y, mask
     if mask is None:

@@ -42,7 +42,7 @@ class Noise(eqx.Module):
 
 
 class Isotropic(Noise):
-    """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation."""
+    """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation (per channel: `DiagonalNoise`)."""
 
     std: Float[Array, "*n"] = param(0, converter=as_float_or_nan)
 
@@ -57,7 +57,11 @@ class Isotropic(Noise):
 
 
 class DiagonalNoise(Noise):
-    """`Σ = diag(variance)`; `variance` is `(M,)`, or `(n, M)` for one per observation."""
+    """`Σ = diag(variance)`; `variance` is `(M,)`, or `(n, M)` for one per observation.
+
+    In a `View` it may also have the shape of its observations, or one that broadcasts to that, with all axes:
+    `(C, 1, 1)` for one variance per channel of observations `(C, H, W)`, `(n, C, 1, 1)` per channel and observation.
+    """
 
     variance: Float[Array, "*n obs"] = param(1, converter=as_float_or_nan)
 
@@ -109,18 +113,22 @@ class StationaryNoise(Noise):
 
     `covariance` at the lags `−r … r` along `k` axes: odd lengths, lag 0 (the variance) in the middle, 0
     beyond; `(n, …)` with `ndim = k` for one per observation. The last `k` axes of an observation of shape `shape`
-    are correlated, others (channels) independent. A view gives the shape if it is left out.
+    are correlated, others (channels) independent. A view gives the shape if it is left out. Lags along three axes,
+    or as many along the first of two as observations have channels, need `ndim`: they could be one set per channel
+    or observation.
     """
 
     covariance: Float[Array, "..."] = param(lambda noise: noise.ndim)
     shape: tuple[int, ...] = eqx.field(static=True)
     ndim: int = eqx.field(static=True)
+    stated: bool = eqx.field(static=True)  # is `ndim`?
 
     def __init__(
         self, covariance: Any, *, shape: tuple[int, ...] | None = None, ndim: int | None = None
     ):
         self.covariance = as_float(covariance)
         self.ndim = self.covariance.ndim if ndim is None else ndim
+        self.stated = ndim is not None
         self.shape = () if shape is None else tuple(shape)
         lags = self.covariance.shape[-self.ndim :] if self.ndim else ()
         if (
@@ -132,9 +140,21 @@ class StationaryNoise(Noise):
                 f"StationaryNoise: a covariance of shape {self.covariance.shape}; expected odd numbers of "
                 "lags along each axis, lag 0 in the middle (with ndim=k: of the last k axes)"
             )
+        if not self.stated:
+            self._check_read()
         if self.shape and len(self.shape) < self.ndim:
             raise ShapeError(
                 f"StationaryNoise: lags along {self.ndim} axes, but an observation of shape {self.shape}"
+            )
+
+    def _check_read(self) -> None:
+        """Raise a `ShapeError` where sizes leave open along how many axes there are lags."""
+        got, shape = self.covariance.shape, self.shape
+        channels = len(got) == len(shape) == 2 and got[0] == shape[0] and got[1] < shape[1]
+        if len(got) > 2 or channels:
+            raise ShapeError(
+                f"StationaryNoise: a covariance of shape {got}: say along how many axes it has lags, ndim={len(got)} "
+                f"(all, so that channels are correlated), or ndim={len(got) - 1} for one per observation, (n, …)"
             )
 
     def on(self, shape: tuple[int, ...], label: str) -> "StationaryNoise":
@@ -143,7 +163,8 @@ class StationaryNoise(Noise):
             raise ShapeError(
                 f"{label}: a noise on a grid of shape {self.shape}, but observations of shape {shape}"
             )
-        return StationaryNoise(self.covariance, shape=shape, ndim=self.ndim)
+        ndim = self.ndim if self.stated else None
+        return StationaryNoise(self.covariance, shape=shape, ndim=ndim)
 
     def white_unless(self, some: Any) -> "StationaryNoise":
         """White noise of variance 1 in place of that of the observations where `some` `(n,)` is false."""

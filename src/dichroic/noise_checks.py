@@ -1,4 +1,4 @@
-"""Noise as a view states it: over the flattened observation, without what is masked, and checked where something was observed."""
+"""Noise as a view states it: flattened, without what is stated of missing entries, and checked where observed."""
 
 import math
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from dichroic.noise import (
     observed_entries,
 )
 from dichroic.operators import Shape
+from dichroic.operators.base import broadcasts
 
 _LARGEST = 1e36  # variance of noise, and inverse of the smallest
 _AXES: dict[type[Noise], dict[str, str]] = {  # of every parameter, for one observation of M entries
@@ -88,12 +89,6 @@ def _flat(array: Any, axes: str, shape: Shape, what: str, count: int | None) -> 
     raise ShapeError(f"{what} has shape {got}; {_expected(axes, shape)}")
 
 
-def broadcasts(got: Shape, shape: Shape) -> bool:
-    """Whether an array has all axes of `shape`, each of its length or of 1, and at most one more before them."""
-    rows = len(got) - len(shape)
-    return rows in (0, 1) and all(g in (1, d) for g, d in zip(got[rows:], shape, strict=True))
-
-
 def _check_reading(got: Shape, shape: Shape, what: str, count: int | None) -> None:
     """`(C, 1)` of C observations of C channels: one per channel, or one per observation?"""
     if len(got) == len(shape) == 2 and got == (count, 1):
@@ -143,8 +138,8 @@ def _nodes(noise: Noise) -> list[Noise]:
 def without_masked(noise: Noise, seen: np.ndarray) -> Noise:
     """`noise` with independent noise of variance 1 where `seen` is false, `(M,)` or `(n, M)`.
 
-    So nothing that is stated of missing entries, such as an infinite or unknown variance, is computed with. What all
-    observations share is replaced where none has the entry.
+    So nothing that is stated of missing entries, such as an infinite or unknown variance, is computed with. What
+    all observations share is replaced where none has the entry.
     """
     if isinstance(noise, Masked):
         inner = without_masked(noise.noise, seen & (np.asarray(noise.mask) > 0))
@@ -160,9 +155,7 @@ def without_masked(noise: Noise, seen: np.ndarray) -> Noise:
         return DiagonalNoise(np.where(_of(seen, noise.variance.ndim - 1), noise.variance, 1))
     if isinstance(noise, LowRankNoise):
         factor = np.where(_of(seen, noise.factor.ndim - 2)[..., None], noise.factor, 0)
-        return LowRankNoise(
-            factor, np.where(_of(seen, noise.variance.ndim - 1), noise.variance, 1)
-        )
+        return LowRankNoise(factor, np.where(_of(seen, noise.variance.ndim - 1), noise.variance, 1))
     if isinstance(noise, DenseNoise):
         some = _of(seen, noise.covariance.ndim - 2)
         both = some[..., :, None] & some[..., None, :]
@@ -174,7 +167,7 @@ def without_masked(noise: Noise, seen: np.ndarray) -> Noise:
 
 
 def _of(seen: np.ndarray, rows: int) -> np.ndarray:
-    """`seen` for a parameter with `rows` (0 or 1) axes of observations: of a shared one, what any observation has."""
+    """`seen` for a parameter with `rows` (0 or 1) axes of observations; for a shared one, what any has."""
     return seen.any(axis=0) if seen.ndim == 2 and not rows else seen
 
 
@@ -202,7 +195,7 @@ def _is_good(noise: Noise, label: str, shape: Shape) -> bool:
 
 @once
 def check_noise(noise: Noise, label: str, shape: Shape) -> None:
-    """Raise a `DataError` unless the covariance of `noise`, over an observation of `shape`, is positive definite."""
+    """Raise a `DataError` unless `noise`, over an observation of `shape`, has a positive definite covariance."""
     if isinstance(noise, JointNoise):
         for part, size in zip(noise.noises, noise.sizes, strict=True):
             check_noise(part, label, (size,))
@@ -211,7 +204,9 @@ def check_noise(noise: Noise, label: str, shape: Shape) -> None:
     elif isinstance(noise, Isotropic):
         std = np.asarray(noise.std, np.float64)
         fine = np.isfinite(std) & (std > 0)
-        _check_each(std, fine, 0, (), f"{label}: the noise standard deviation", "it must be positive")
+        _check_each(
+            std, fine, 0, (), f"{label}: the noise standard deviation", "it must be positive"
+        )
         _check_units(std**2, 0, (), label)
     elif isinstance(noise, (DiagonalNoise, LowRankNoise)):
         if isinstance(noise, LowRankNoise):
@@ -243,7 +238,9 @@ def _check_each(
     first = np.argwhere(~fine)[0]
     count = int((~fine).sum())
     more = f" ({count:,} such)" if count > 1 else ""
-    raise DataError(f"{what} is {values[tuple(first)]:.3g}{_place(first, axes, shape)}{more}; {advice}")
+    raise DataError(
+        f"{what} is {values[tuple(first)]:.3g}{_place(first, axes, shape)}{more}; {advice}"
+    )
 
 
 def _place(index: Any, axes: int, shape: Shape) -> str:

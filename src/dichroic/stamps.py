@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from dichroic.arrays import split_mask
 from dichroic.errors import DataError, ShapeError
-from dichroic.masked import split_mask
 
 
 def pad_stamps(
@@ -17,8 +17,8 @@ def pad_stamps(
     Args:
         stamps: arrays with the same number of axes; entries that are masked in them stay masked.
         shape: that of every observation; by default the largest size along each axis.
-        centre: whether pixel `size // 2` of a stamp comes to lie at pixel `shape // 2`, along each axis (the centre
-            of `Convolve` and `numpy.fft.fftshift`); otherwise pixel 0 at pixel 0.
+        centre: whether pixel `size // 2` of a stamp comes to lie at pixel `shape // 2`, along each axis (the
+            centre of `Convolve` and `numpy.fft.fftshift`); otherwise pixel 0 at pixel 0.
 
     Returns:
         `(n, *shape)`, 0 and masked outside the stamps: `View(pad_stamps(stamps), …)` takes it as it is. Padded
@@ -52,7 +52,7 @@ def _window(
 ) -> tuple[slice, ...]:
     """Where a stamp of `size` lies in `room`."""
     starts = [r // 2 - s // 2 if centre else 0 for s, r in zip(size, room, strict=False)]
-    fits = [0 <= a and a + s <= r for a, s, r in zip(starts, size, room, strict=False)]
+    fits = [a >= 0 and a + s <= r for a, s, r in zip(starts, size, room, strict=False)]
     if len(size) != len(room) or not all(fits):
         raise ShapeError(
             f"pad_stamps: stamp {i} of shape {size} does not fit into {room}"

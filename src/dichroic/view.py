@@ -14,18 +14,16 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from dichroic.arrays import as_booleans, check_real, unmasked
 from dichroic.batching import row_counts, split, take
 from dichroic.checks import (
-    as_booleans,
     check_operator,
-    check_real,
     check_rows,
     check_same_shape,
     plain_observations,
     values_and_mask,
 )
 from dichroic.errors import DataError, DichroicError
-from dichroic.masked import unmasked
 from dichroic.noise import Masked, Noise, observed_entries
 from dichroic.noise_checks import checked_noise, flat_noise, own_mask
 from dichroic.observations import Observations

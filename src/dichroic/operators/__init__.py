@@ -2,6 +2,7 @@
 
 from dichroic.operators.base import Operator as Operator
 from dichroic.operators.base import Shape as Shape
+from dichroic.operators.convolve import Convolve as Convolve
 from dichroic.operators.elementary import Dense as Dense
 from dichroic.operators.elementary import Diagonal as Diagonal
 from dichroic.operators.elementary import Function as Function
@@ -10,7 +11,6 @@ from dichroic.operators.elementary import Scale as Scale
 from dichroic.operators.elementary import Zero as Zero
 from dichroic.operators.image import BlockAverage as BlockAverage
 from dichroic.operators.image import BlockProject as BlockProject
-from dichroic.operators.image import Convolve as Convolve
 from dichroic.operators.image import Place as Place
 from dichroic.operators.learned import Learned as Learned
 from dichroic.operators.structure import Compose as Compose

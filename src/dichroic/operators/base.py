@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dichroic.arrays import unmasked
 from dichroic.batching import split
 from dichroic.errors import ShapeError
-from dichroic.masked import unmasked
 
 Shape = tuple[int, ...]
 _PROBES = 32
@@ -32,6 +32,12 @@ def as_shape(shape: int | tuple[int | float, ...] | list[int]) -> Shape:
     if any(d < 1 or d % 1 for d in dims):
         raise ShapeError(f"a shape needs positive integers, got {dims}")
     return tuple(int(d) for d in dims)
+
+
+def broadcasts(got: Shape, shape: Shape) -> bool:
+    """Whether an array has all axes of `shape`, each of its length or of 1, and at most one more before them."""
+    rows = len(got) - len(shape)
+    return rows in (0, 1) and all(g in (1, d) for g, d in zip(got[rows:], shape, strict=True))
 
 
 class Operator(eqx.Module):

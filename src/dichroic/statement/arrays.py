@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dichroic.arrays import PAD, hidden_entries, stacked, with_mask
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
 from dichroic.limits import check_room
@@ -58,8 +59,8 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
             holds something other than real numbers.
         ConfigError: if `reference` is none of these forms.
     """
-    if isinstance(reference, (np.ndarray, np.generic, jax.Array)):
-        array = np.asarray(reference)
+    if _holds_arrays(reference):
+        array = np.asanyarray(with_mask(reference, "the array"))
         return _numeric(array[part(array.shape)], "the array")
     if isinstance(reference, Mapping):
         reference = _joined(reference)
@@ -77,6 +78,13 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
         )
     path, kind, key = Path(base_dir) / match["file"], match["kind"].lower(), match["key"]
     return _stacked(path, kind, key, part) if "*" in path.name else _read(path, kind, key, part)
+
+
+def _holds_arrays(reference: Any) -> bool:
+    """Whether `reference` is an array already, masked or not, or a list of some."""
+    kinds = (np.ndarray, np.generic, jax.Array)
+    parts = reference if isinstance(reference, (list, tuple)) else [reference]
+    return any(isinstance(p, kinds) or hidden_entries(p) is not None for p in parts)
 
 
 def array_shape(reference: Any, base_dir: str | Path) -> Shape:
@@ -104,9 +112,9 @@ def _stacked(pattern: Path, kind: str, key: str | None, part: Part) -> np.ndarra
         if array.shape != first.shape:
             raise ShapeError(
                 f"{path.name!r} has shape {array.shape} and {paths[0].name!r} {first.shape}: files "
-                "that are stacked need the same"
+                f"that are stacked need the same. {PAD}; save that as one file, and its mask"
             )
-    return np.stack(arrays) if arrays else np.empty((0, *first.shape), first.dtype)
+    return stacked(arrays, str(pattern)) if arrays else np.empty((0, *first.shape), first.dtype)
 
 
 def no_file(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Flags of surveys, integers whose bits say what is wrong with an entry, as a problem file states a mask by them."""
+"""A mask stated by the flags of a survey: integers whose bits say what is wrong with an entry."""
 
 from typing import Any
 

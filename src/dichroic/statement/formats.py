@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dichroic.arrays import stacked
 from dichroic.errors import DataError, ShapeError
 from dichroic.limits import VARIABLE, check_array, most_bytes
 from dichroic.optional import library
@@ -104,7 +105,7 @@ def _unit(unit: str, names: list[str], path: Path) -> int:
 
 def _native(data: Any) -> np.ndarray:
     """With the byte order of the machine: FITS is big-endian."""
-    array = np.asarray(data)
+    array = np.asanyarray(data)
     return array.astype(array.dtype.newbyteorder("="))
 
 
@@ -171,7 +172,7 @@ def read_seismogram(path: Path, key: str | None) -> np.ndarray:
             f"the {len(stream)} traces of {path.name!r} have {lengths[0]:,} to {lengths[-1]:,} samples: cut "
             "them to the same span, and fill gaps, first (obspy's trim and merge)"
         )
-    return np.stack([np.asarray(t.data) for t in stream])
+    return stacked([t.data for t in stream], path.name)
 
 
 def _no_key(path: Path, key: str | None) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dichroic.checks import as_booleans
-from dichroic.masked import split_mask, unmasked
+from dichroic.arrays import as_booleans, split_mask, unmasked
 from dichroic.noise import Noise
 from dichroic.noise_checks import flat_noise
 from dichroic.operators import Shape

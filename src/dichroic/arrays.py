@@ -1,8 +1,8 @@
 """Arrays as users have them: lists of arrays, and arrays that carry a mask of what is missing.
 
-NumPy drops masks silently wherever it makes a plain array (`np.asarray`), so that saturated or absent values pass for
-observed ones. Here they are taken apart first, or refused. A mask is that of `numpy.ma` and of whatever else has a
-boolean `mask`, true where an entry is *not* to be used, such as astropy's masked arrays and columns.
+NumPy drops masks silently wherever it makes a plain array (`np.asarray`), so that saturated or absent values pass
+for observed ones. Here they are taken apart first, or refused. A mask is that of `numpy.ma` and of whatever else
+has a boolean `mask`, true where an entry is *not* to be used, such as astropy's masked arrays and columns.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,12 @@ def split_mask(value: Any, what: str) -> tuple[Any, np.ndarray | None]:
     if hidden is not None or isinstance(value, np.ma.MaskedArray):
         value = np.asarray(value)
     return value, hidden
+
+
+def with_mask(value: Any, what: str) -> Any:
+    """`value` as one array, in `numpy.ma` with its mask where entries are masked; raises as `split_mask`."""
+    array, hidden = split_mask(value, what)
+    return array if hidden is None else np.ma.MaskedArray(array, hidden)
 
 
 def hidden_entries(value: Any) -> np.ndarray | None:
@@ -65,7 +71,9 @@ def stacked(arrays: Sequence[Any], what: str) -> np.ndarray:
                 f"{what}: number {i} has shape {np.shape(array)}, and number 0 {first}: all need one shape. "
                 f"{PAD}"
             )
-    parts = [split_mask(array, what) for array in arrays]
+    parts = [
+        split_mask(array, what) for array in arrays
+    ]  # np.ma.stack looks at numpy's masks alone
     values = np.stack([array for array, _ in parts])
     if all(hidden is None for _, hidden in parts):
         return values
@@ -95,3 +103,30 @@ def nan_where_masked(value: Any) -> Any:
     """`value` without a mask, NaN where entries are masked."""
     array, hidden = split_mask(value, "an array")
     return array if hidden is None else np.where(hidden, np.nan, array)
+
+
+def check_real(array: Any, what: str) -> None:
+    """Raise a `DataError` unless `array` holds real numbers (or booleans)."""
+    dtype = np.asarray(array).dtype
+    if dtype.kind not in "biuf":
+        raise DataError(f"{what} of type {dtype}; expected real numbers")
+
+
+def as_booleans(values: Any, what: str, meaning: str, otherwise: str = "") -> np.ndarray:
+    """`values`, booleans or 0 and 1, as booleans.
+
+    Raises `DataError` with the values found where there are others, what 0 and 1 mean, and what to do `otherwise`.
+    """
+    values = np.asarray(values)
+    check_real(values, what)
+    if values.dtype == bool:
+        return values
+    if missing := int(np.count_nonzero(np.isnan(values))) if values.dtype.kind == "f" else 0:
+        raise DataError(f"{what} with {missing} NaN; expected {meaning}")
+    good = values == 1
+    if not np.all(good | (values == 0)):
+        found = np.unique(values)
+        listed = ", ".join(f"{v:.10g}" for v in found[:6]) + (", …" if len(found) > 6 else "")
+        way = f"; {otherwise}" if otherwise else ""
+        raise DataError(f"{what} with values {listed}; expected {meaning}{way}")
+    return good
