@@ -21,7 +21,9 @@ def variances(noise, count=7, shape=SHAPE):
 @pytest.mark.parametrize("count", [C, 7])
 def test_noise_per_channel_and_per_observation(count):
     per_channel = np.broadcast_to(VARIANCE[:, None, None], (count, *SHAPE))
-    np.testing.assert_array_equal(variances(DiagonalNoise(VARIANCE[:, None, None]), count), per_channel)
+    np.testing.assert_array_equal(
+        variances(DiagonalNoise(VARIANCE[:, None, None]), count), per_channel
+    )
     own = np.arange(1.0, count + 1)[:, None, None, None]
     both = own * VARIANCE[:, None, None]
     np.testing.assert_array_equal(variances(DiagonalNoise(both), count), both * np.ones(SHAPE))

@@ -57,9 +57,13 @@ def data(rng):
 @pytest.mark.parametrize("values", [[0, 2, 8, 256], [0, 0.3, 1], [0, 1, -1]])
 def test_a_mask_of_other_values_than_0_and_1_is_refused(values, rng):
     y, mask = rng.normal(size=(N, *SHAPE)), rng.choice(values, size=(N, *SHAPE))
-    with pytest.raises(DataError, match=rf"a mask with values .*{max(values)}.*\(flags & BAD\) == 0"):
+    with pytest.raises(
+        DataError, match=rf"a mask with values .*{max(values)}.*\(flags & BAD\) == 0"
+    ):
         problem(view(y, mask=mask))
-    with pytest.raises(DataError, match=r"held_out with values .*; expected 1 for what is held out"):
+    with pytest.raises(
+        DataError, match=r"held_out with values .*; expected 1 for what is held out"
+    ):
         problem(view(y, held_out=mask[:, 0, 0]))
     with pytest.raises(DataError, match="a mask with values"):
         predictive_chi2(y, y, variance=1.0, mask=mask)
@@ -131,7 +135,9 @@ def noises(good, bad):
         "low-rank": LowRankNoise(factor, variance),
         "low-rank-shared": LowRankNoise(np.where(never, bad, 0.5)[:, None], shared),
         "masked-noise": Masked(DiagonalNoise(variance), flat),
-        "joint": JointNoise((DiagonalNoise(variance[:, :2]), DiagonalNoise(shared[2:])), (2, m - 2)),
+        "joint": JointNoise(
+            (DiagonalNoise(variance[:, :2]), DiagonalNoise(shared[2:])), (2, m - 2)
+        ),
     }
 
 
@@ -224,7 +230,11 @@ def files(tmp_path, data):
 def test_flags_in_a_problem_file(files, stored):
     folder, load, arrays = files
     plain = view(arrays["y"], DiagonalNoise(arrays["variance"]), mask=arrays["good"])
-    for mask in ("{flags: flags.npy, bad: [1, 8]}", "{flags: {file: flags.npy}, bad: 9}", "good.npy"):
+    for mask in (
+        "{flags: flags.npy, bad: [1, 8]}",
+        "{flags: {file: flags.npy}, bad: 9}",
+        "good.npy",
+    ):
         found = load(mask, stored=stored).views[0]
         same(found.select(slice(0, N)), plain)
         some = np.array([1, 5, 6])
@@ -292,7 +302,9 @@ def test_ragged_observations_say_what_to_do():
     objects = np.empty(2, object)
     objects[:] = stamps
     for y in (stamps, objects, tuple(stamps)):
-        with pytest.raises(DataError, match=r"number 1 has shape \(6, 6\), and number 0 \(5, 5\).*pad_stamps"):
+        with pytest.raises(
+            DataError, match=r"number 1 has shape \(6, 6\), and number 0 \(5, 5\).*pad_stamps"
+        ):
             View(y, {"x": Identity((6, 6))}, 0.1)
     objects[0] = np.zeros((6, 6))
     assert View(objects, {"x": Identity((6, 6))}, 0.1).shape == (6, 6)
@@ -308,7 +320,9 @@ def test_stamps_are_padded_around_their_centres():
     assert padded.mask[1, 0, 0]
     assert pad_stamps(stamps, (6, 7))[0, 3, 3] == 5
     assert pad_stamps(stamps, centre=False)[0, 0, 0] == 1
-    found = View(padded, {"x": Identity((4, 5))}, DiagonalNoise(pad_stamps([s * 0 + 2 for s in stamps])))
+    found = View(
+        padded, {"x": Identity((4, 5))}, DiagonalNoise(pad_stamps([s * 0 + 2 for s in stamps]))
+    )
     np.testing.assert_array_equal(found.observed(), ~padded.mask)
     assert found.prepare().count == 2
 
@@ -344,7 +358,10 @@ def test_a_survey_cube_is_separated_whatever_lies_under_its_flags(count, rng):
     for value, variance in ((65535, 0), (np.nan, np.nan), (-3, 1e3)):
         noise = DiagonalNoise(np.where(good, 0.01, variance))
         seen = View(np.where(good, y, value), {"x": blur}, noise, "v", mask=good)
-        settings = {"mixture": {"components": 1, "gaussian_laps": 2, "laps": 1, "final_laps": 1}, "diffusion": {"laps": 0}}
+        settings = {
+            "mixture": {"components": 1, "gaussian_laps": 2, "laps": 1, "final_laps": 1},
+            "diffusion": {"laps": 0},
+        }
         separator = Separator(Problem([Source("x", shape)], [seen]), settings)
         result = separator.fit(progress=False).separate("v", n_draws=2)
         found.append((result.mean["x"], result.draws["x"]))

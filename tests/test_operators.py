@@ -203,7 +203,14 @@ def test_parameters_are_differentiable(name, rng):
 
 @pytest.mark.parametrize(
     ("kernel", "shape"),
-    [((3,), (8,)), ((9,), (4,)), ((3, 5), (7, 6)), ((1, 1), (3, 3)), ((4, 2), (5, 6)), ((3, 3, 5), (4, 5, 6))],
+    [
+        ((3,), (8,)),
+        ((9,), (4,)),
+        ((3, 5), (7, 6)),
+        ((1, 1), (3, 3)),
+        ((4, 2), (5, 6)),
+        ((3, 3, 5), (4, 5, 6)),
+    ],
 )
 def test_convolution_is_that_of_scipy(kernel, shape, rng):
     k, x = rng.normal(size=kernel), rng.normal(size=shape)
@@ -251,7 +258,9 @@ def test_a_delta_at_the_centre_is_the_identity(size, rng):
     ],
 )
 def test_what_sizes_leave_open_is_to_be_stated(kernel, shape, settings):
-    with pytest.raises(ShapeError, match=r"Convolve: is a kernel of shape .* channels='each'.*ndim="):
+    with pytest.raises(
+        ShapeError, match=r"Convolve: is a kernel of shape .* channels='each'.*ndim="
+    ):
         Convolve(np.ones(kernel), shape=shape, **settings)
 
 
