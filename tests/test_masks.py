@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dichroic import Problem, Separator, Source, View, load_problem, load_view, pad_stamps
-from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
+from dichroic.errors import ConfigError, DataError, ShapeError
 from dichroic.metrics import predictive_chi2
 from dichroic.noise import (
     DenseNoise,

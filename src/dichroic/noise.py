@@ -60,7 +60,7 @@ class DiagonalNoise(Noise):
     """`Σ = diag(variance)`; `variance` is `(M,)`, or `(n, M)` for one per observation.
 
     In a `View` it may also have the shape of its observations, or one that broadcasts to that, with all axes:
-    `(C, 1, 1)` for one variance per channel of observations `(C, H, W)`, `(n, C, 1, 1)` per channel and observation.
+    `(C, 1, 1)` for one variance per channel of observations `(C, H, W)`, `(n, C, 1, 1)` per observation, too.
     """
 
     variance: Float[Array, "*n obs"] = param(1, converter=as_float_or_nan)
@@ -153,8 +153,8 @@ class StationaryNoise(Noise):
         channels = len(got) == len(shape) == 2 and got[0] == shape[0] and got[1] < shape[1]
         if len(got) > 2 or channels:
             raise ShapeError(
-                f"StationaryNoise: a covariance of shape {got}: say along how many axes it has lags, ndim={len(got)} "
-                f"(all, so that channels are correlated), or ndim={len(got) - 1} for one per observation, (n, …)"
+                f"StationaryNoise: a covariance of shape {got}: say along how many axes it has lags, "
+                f"ndim={len(got)} (all, so that channels are correlated), or ndim={len(got) - 1} for one per observation, (n, …)"
             )
 
     def on(self, shape: tuple[int, ...], label: str) -> "StationaryNoise":

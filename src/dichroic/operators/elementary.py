@@ -97,8 +97,8 @@ class Scale(Square):
 class Diagonal(Square):
     """`A x = diagonal ∘ x`; a mask is a diagonal of zeros and ones.
 
-    `diagonal` has the source's shape; for one per observation, `(n, *shape)` with `shape` given. With `shape`, axes
-    may have length 1: `(C, 1, 1)` for one factor per channel, `(n, C, 1, 1)` per channel and observation.
+    `diagonal` has the source's shape; for one per observation, `(n, *shape)` with `shape` given. With `shape`,
+    axes may have length 1: `(C, 1, 1)` for one factor per channel, `(n, C, 1, 1)` per channel and observation.
     """
 
     shape: Shape = eqx.field(static=True)
