@@ -154,7 +154,8 @@ class StationaryNoise(Noise):
         if len(got) > 2 or channels:
             raise ShapeError(
                 f"StationaryNoise: a covariance of shape {got}: say along how many axes it has lags, "
-                f"ndim={len(got)} (all, so that channels are correlated), or ndim={len(got) - 1} for one per observation, (n, …)"
+                f"ndim={len(got)} (all, so that channels are correlated), or ndim={len(got) - 1} for one per "
+                "observation, (n, …)"
             )
 
     def on(self, shape: tuple[int, ...], label: str) -> "StationaryNoise":
