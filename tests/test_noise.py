@@ -234,10 +234,14 @@ def stationary_view(covariance):
 
 
 def test_the_grid_of_stationary_noise_is_that_of_the_view():
-    found = stationary_view(GRID_LAGS).prepare().noise
+    found = (
+        View(np.zeros((2, 3, 4)), {"a": Identity((3, 4))}, StationaryNoise(GRID_LAGS, ndim=2))
+        .prepare()
+        .noise
+    )
     assert found.shape == (3, 4)
     with pytest.raises(ShapeError, match=r"grid of shape \(4, 3\)"):
-        noise = StationaryNoise(GRID_LAGS, shape=(4, 3))
+        noise = StationaryNoise(GRID_LAGS, shape=(4, 3), ndim=2)
         View(np.zeros((2, 3, 4)), {"a": Identity((3, 4))}, noise).prepare()
 
 
@@ -265,11 +269,11 @@ def test_stationary_noise_from_a_file(tmp_path):
     (tmp_path / "p.yaml").write_text(
         "sources: {a: [3, 4]}\nviews:\n  sky:\n    observations: data.npz:y\n"
         "    operators: {a: {block_project: {factor: 2, axes: [1]}}}\n"
-        "    noise: {stationary: data.npz:lags}\n"
+        "    noise: {stationary: {covariance: data.npz:lags, ndim: 2}}\n"
     )
     view = load_problem(tmp_path / "p.yaml")[0].views[0]
     np.testing.assert_allclose(
         view.noise_model.as_matrix(12),
-        StationaryNoise(GRID_LAGS, shape=(3, 4)).as_matrix(12),
+        StationaryNoise(GRID_LAGS, shape=(3, 4), ndim=2).as_matrix(12),
     )
     assert isinstance(view.operators["a"], BlockProject)

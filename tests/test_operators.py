@@ -7,7 +7,7 @@ from scipy import signal
 from scipy.sparse import csr_array
 
 from dichroic.batching import row_counts, split, take
-from dichroic.errors import ShapeError
+from dichroic.errors import DataError, ShapeError
 from dichroic.operators import (
     BlockAverage,
     BlockProject,
@@ -79,6 +79,11 @@ SHARED = {
     "convolve-longer-than-source": lambda: Convolve(normal(9), shape=4),
     "convolve-image": lambda: Convolve(normal(3, 5), shape=(6, 5)),
     "convolve-channels": lambda: Convolve(normal(5, 3), shape=(2, 6, 5), ndim=2),
+    "convolve-even": lambda: Convolve(normal(4, 6), shape=(5, 7)),
+    "convolve-off-centre": lambda: Convolve(normal(4, 5), shape=(5, 7), centre=(0, 4)),
+    "convolve-each-channel": lambda: Convolve(normal(2, 3, 4), shape=(2, 5, 6), channels="each"),
+    "convolve-each-channel-1d": lambda: Convolve(normal(2, 4), shape=(2, 6), channels="each"),
+    "diagonal-channels": lambda: Diagonal(normal(2, 1, 1), shape=(2, 3, 4)),
     "convolve-last-axis": lambda: Convolve(normal(3), shape=(4, 6), ndim=1),
     "place": lambda: Place((3, 4), (8, 9), (2, 5)),
     "place-partly-outside": lambda: Place((3, 4), (8, 9), (-2, 7)),
@@ -94,6 +99,14 @@ PER_OBSERVATION = {
     "convolve-rows-1d": lambda: Convolve(normal(N, 3), shape=6),
     "convolve-rows-image": lambda: Convolve(normal(N, 3, 3), shape=(5, 4)),
     "convolve-rows-channels": lambda: Convolve(normal(N, 3, 3), shape=(2, 5, 4), ndim=2),
+    "convolve-rows-even-1d": lambda: Convolve(normal(N, 4), shape=5),
+    "convolve-rows-each-channel": lambda: Convolve(
+        normal(N, 2, 3, 4), shape=(2, 5, 6), channels="each"
+    ),
+    "convolve-rows-of-as-many-channels": lambda: Convolve(
+        normal(N, 3, 2), shape=(N, 5, 4), channels="all"
+    ),
+    "diagonal-rows-channels": lambda: Diagonal(normal(N, 2, 1), shape=(2, 3)),
     "compose-mixed": lambda: Dense(normal(3, 4)) @ Diagonal(normal(N, 4), shape=4),
     "sum-mixed": lambda: Dense(normal(N, 4, 4)) + Identity(4),
     "stack-mixed": lambda: Stack((Scale((4,), normal(N)), Dense(normal(2, 4)))),
@@ -195,14 +208,101 @@ def test_parameters_are_differentiable(name, rng):
 
 @pytest.mark.parametrize(
     ("kernel", "shape"),
-    [((3,), (8,)), ((9,), (4,)), ((3, 5), (7, 6)), ((1, 1), (3, 3)), ((3, 3, 5), (4, 5, 6))],
+    [
+        ((3,), (8,)),
+        ((9,), (4,)),
+        ((3, 5), (7, 6)),
+        ((1, 1), (3, 3)),
+        ((4, 2), (5, 6)),
+        ((3, 3, 5), (4, 5, 6)),
+    ],
 )
 def test_convolution_is_that_of_scipy(kernel, shape, rng):
     k, x = rng.normal(size=kernel), rng.normal(size=shape)
     full = signal.convolve(x, k, mode="full", method="direct")
     centred = full[tuple(slice(m // 2, m // 2 + d) for m, d in zip(kernel, shape, strict=True))]
-    result = Convolve(k, shape=shape).mv(jnp.asarray(x, jnp.float32))
+    result = Convolve(k, shape=shape, ndim=len(shape)).mv(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(result, centred, atol=1e-5)
+
+
+def test_a_kernel_per_channel_blurs_each_with_its_own(rng):
+    k, x = rng.normal(size=(3, 4, 3)), rng.normal(size=(3, 6, 7))
+    crop = (slice(2, 8), slice(1, 8))
+    expect = [signal.convolve(a, b, mode="full")[crop] for a, b in zip(x, k, strict=True)]
+    op = Convolve(k, shape=(3, 6, 7), channels="each")
+    np.testing.assert_allclose(op.mv(jnp.asarray(x, jnp.float32)), expect, atol=1e-5)
+    rows = rng.normal(size=(3, 3, 4, 3))  # as many observations as channels
+    each = Convolve(rows, shape=(3, 6, 7), channels="each").each(np.stack([x] * 3))
+    for y, own in zip(each, rows, strict=True):
+        want = Convolve(own, shape=(3, 6, 7), channels="each").mv(jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1,), (4,), (5,), (4, 4), (3, 6), (7, 2)])
+def test_a_delta_at_the_centre_is_the_identity(size, rng):
+    x = rng.normal(size=(8, 9)[: len(size)]).astype(np.float32)
+    for centre in (None, 0, tuple(n - 1 for n in size)):
+        kernel = np.zeros(size)
+        at = tuple(n // 2 for n in size) if centre is None else np.broadcast_to(centre, len(size))
+        kernel[tuple(at)] = 1
+        op = Convolve(kernel, shape=x.shape, centre=centre)
+        np.testing.assert_allclose(op.mv(jnp.asarray(x)), x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "settings"),
+    [
+        ((5, 3, 3), (5, 8, 8), {}),
+        ((3, 3, 3), (5, 8, 8), {}),
+        ((4, 3, 3, 3), (3, 8, 8), {}),
+        ((5, 3, 3), (5, 8, 8), {"ndim": 2}),
+        ((3, 5), (3, 40), {}),
+        ((3, 3), (3, 40), {}),
+        ((9, 3, 5), (3, 40), {}),
+        ((3, 5), (3, 40), {"ndim": 1}),
+    ],
+)
+def test_what_sizes_leave_open_is_to_be_stated(kernel, shape, settings):
+    with pytest.raises(
+        ShapeError, match=r"Convolve: is a kernel of shape .* channels='each'.*ndim="
+    ):
+        Convolve(np.ones(kernel), shape=shape, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape"), [((15, 15), (15, 15)), ((17, 17), (15, 15)), ((4, 15, 15), (15, 15))]
+)
+def test_a_kernel_as_large_as_an_image_is_one_of_images(kernel, shape):
+    assert Convolve(np.ones(kernel), shape=shape).axes.convolved == 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "settings", "message"),
+    [
+        ((4, 3, 3), (5, 8, 8), {"channels": "each"}, r"\(5, …, …\), or \(n, 5, …, …\)"),
+        ((3, 3), (5, 8, 8), {"channels": "each"}, "not one for each channel"),
+        ((3,), (8,), {"channels": "all"}, "no 0 axes"),
+        ((3, 3), (8, 8), {"channels": "each", "ndim": 2}, "beside those of channels"),
+        ((3, 3), (8, 8), {"channels": "every"}, "expected 'each' or 'all'"),
+        ((3, 3), (8, 8), {"centre": (1,)}, "one integer per axis"),
+    ],
+)
+def test_a_kernel_that_is_not_as_stated_is_refused(kernel, shape, settings, message):
+    with pytest.raises(ShapeError, match=message):
+        Convolve(np.ones(kernel), shape=shape, **settings)
+
+
+def test_a_masked_entry_of_a_parameter_is_refused():
+    holed = np.ma.masked_array(np.eye(3), np.eye(3) == 0)
+    for make in (Dense, Diagonal, lambda a: Convolve(a, shape=(5, 5))):
+        with pytest.raises(DataError, match=r"6 entries are masked, the first at \(0, 1\)"):
+            make(holed)
+    with pytest.raises(DataError, match="an operator takes"):
+        Identity(3).each(holed)
+    whole = np.ma.masked_array(np.eye(3), np.zeros((3, 3), bool))
+    np.testing.assert_array_equal(Dense(whole).matrix, np.eye(3))
+    with pytest.raises(DataError, match=r"number 1 has shape \(1,\)"):
+        Dense([[1, 2], [3]])
 
 
 def test_convolution_carries_the_channels_along(rng):
@@ -285,7 +385,7 @@ def test_an_array_of_factors_is_one_per_observation(array):
         (lambda: BlockAverage((4, 5), 2), r"BlockAverage: axis 1 of \(4, 5\).*multiple of 2"),
         (lambda: BlockAverage((4, 4), 0), r"BlockAverage: factor must be positive, got 0"),
         (lambda: BlockAverage((4, 4), 2, axes=(2,)), r"BlockAverage: no axis 2 in \(4, 4\)"),
-        (lambda: Convolve(np.ones(4), shape=6), r"Convolve: kernel sizes must be odd.*\(4,\)"),
+        (lambda: Convolve(np.ones(4), shape=6, centre=4), r"centre=4; expected an entry .*\(4,\)"),
         (lambda: Convolve(np.ones(3), shape=(2, 6)), r"Convolve: .*\(3,\).*\(2, 6\); give ndim="),
         (lambda: Convolve(np.ones((3, 3)), shape=6, ndim=2), r"Convolve: .*2 axes"),
         (lambda: Identity(3) @ Dense(np.ones((2, 3))), r"Compose: Identity takes \(3,\) but Dense"),

@@ -149,7 +149,7 @@ def test_operator_kinds(tmp_path, arrays):
     views:
       zero:
         observations: y.npy
-        operators: {x: {sum: [{scale: 0.5}, {diagonal: d.npy}, zero, {mask: d.npy}]}}
+        operators: {x: {sum: [{scale: 0.5}, {diagonal: d.npy}, zero, {mask: e.npy}]}}
         noise: {isotropic: std.npy}
       stack:
         observations: s.npy
@@ -176,6 +176,7 @@ def test_operator_kinds(tmp_path, arrays):
     a = {
         "y": rng.normal(size=(N, 8, 8)),
         "d": rng.uniform(size=(N, 8, 8)),
+        "e": np.indices((8, 8)).sum(0) % 2,
         "std": np.full(N, 0.3),
         "s": rng.normal(size=(N, 82)),
         "u": rng.normal(size=(82, 2)),
@@ -189,7 +190,7 @@ def test_operator_kinds(tmp_path, arrays):
         np.save(tmp_path / f"{name}.npy", value)
     problem, fit = load_problem(write(tmp_path, text))
     s, diagonal = (8, 8), Diagonal(a["d"], shape=(8, 8))
-    total = Sum((Scale(s, 0.5), diagonal, Zero(s, s), diagonal))
+    total = Sum((Scale(s, 0.5), diagonal, Zero(s, s), Diagonal(a["e"], shape=s)))
     stack = Stack((Identity(s), BlockAverage(s, 4, axes=(0,)), Zero(s, (2,))))
     dense = Compose((Dense(a["m"], in_shape=s, out_shape=(2, 1)), Convolve(a["k"], shape=s)))
     line = Convolve([0.25, 0.5, 0.25], shape=s, ndim=1)
@@ -385,7 +386,7 @@ MISTAKES = [
         "noise: 1e-2",
         "noise: {isotropic: .nan}",
         DataError,
-        "problem.yaml: views.noise_only: view 'noise_only': the noise contains NaN",
+        "problem.yaml: views.noise_only: view 'noise_only': the noise standard deviation is nan",
         "",
     ),
     ("noise: 1e-2", "noise: true", ConfigError, "problem.yaml: views.noise_only.noise", "True"),
@@ -587,8 +588,8 @@ def test_yaml_cannot_construct_python_objects(tmp_path):
         ({"operators": "{x: {sum: []}}"}, r"operators.x.sum: expected a list"),
         ({"operators": "{x: {convolve: {ndim: 1}}}"}, r"operators.x.convolve: 'kernel' is missing"),
         (
-            {"operators": "{x: {convolve: [[1, 2], [1, 2]]}}"},
-            r"operators.x.convolve: Convolve: kernel",
+            {"operators": "{x: {convolve: [[[[1, 2]]]]}}"},
+            r"operators.x.convolve: Convolve: a kernel of shape",
         ),
         ({"operators": "{x: {block_average: 0}}"}, r"operators.x.block_average: factor: expected"),
         ({"operators": "{x: 3}"}, r"operators.x: expected one"),
@@ -790,7 +791,7 @@ def test_a_new_view_in_yaml_or_a_mapping(tmp_path, arrays):
         (
             {"noise/diagonal": np.full(4, np.nan)},
             None,
-            r"^new.npz: view 'new': the noise contains NaN",
+            r"^new.npz: view 'new': the noise variance is nan at entry",
         ),
         (
             {"operator/a": np.eye(4) * 1j},

@@ -60,6 +60,7 @@ _WHERE = {
     ],
     "schedule": ["Geometric", "Karras"],
     "separator": ["Separation", "Separator"],
+    "stamps": ["pad_stamps"],
     "statement": ["load_problem", "load_view", "open_view"],
     "store": ["finished_blocks"],
     "stream": ["separate_to"],

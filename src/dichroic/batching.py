@@ -21,13 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dichroic import precision as precision  # before anything is compiled
+from dichroic.arrays import nan_where_masked, unmasked
 from dichroic.errors import DataError
 
 Tree = TypeVar("Tree")
 
 
 def as_jax(value: Any) -> jax.Array:
-    """`value` as a JAX array, whatever its byte order; raises `DataError` if it holds no numbers."""
+    """`value` as a JAX array, whatever its byte order.
+
+    Raises `DataError` if it holds no numbers, if some are masked, or if it is a list of arrays of unequal shapes.
+    """
+    if not _is_jax(value):
+        value = unmasked(value, "an array")
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "OSUMm":
             raise DataError(f"an array of type {value.dtype}; expected numbers")
@@ -43,9 +49,21 @@ def as_float(value: Any) -> jax.Array:
     return array.astype(float)
 
 
-def param(ndim: int | Callable[[Any], int], **kwargs: Any) -> Any:
+def as_float_or_nan(value: Any) -> jax.Array:
+    """As `as_float`, NaN where `value` is masked: for parameters that do not count where nothing was observed."""
+    return as_float(value if _is_jax(value) else nan_where_masked(value))
+
+
+def _is_jax(value: Any) -> bool:
+    """Whether `value` is an array of JAX, or a list with some."""
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+
+
+def param(
+    ndim: int | Callable[[Any], int], *, converter: Callable[[Any], jax.Array] = as_float
+) -> Any:
     """A field for an array that has `ndim` axes (or `ndim(module)`) for one observation."""
-    return eqx.field(converter=as_float, metadata={"ndim": ndim}, **kwargs)
+    return eqx.field(converter=converter, metadata={"ndim": ndim})
 
 
 def flagged(flag: str, **kwargs: Any) -> Any:

@@ -22,9 +22,10 @@ of Classification 24, 2007). With the mean and covariance `m`, `T` of the mixtur
     μ_k ~ N(m, T / κ),   C_k ~ inverse Wishart about C̄ of ν pseudo-observations,
 
 which adds `−κ T⁻¹ (μ_k − m)` and `κ T⁻¹` to the force and the information of each mean, and `ν L⁻¹ C̄ L⁻¹` and
-`ν I` to the scatter and the information of each covariance, in units of `C = L L`. Further `ν'` pseudo-observations
-are of what is missing alone: of the part `I − R`, `R = L W L`, that observations lack of complete information. What
-they show clearly they decide; what other sources hide of a component, and the evidence hardly tells, all share.
+`ν I` to the scatter and the information of each covariance, in units of `C = L L`. Further `ν'`
+pseudo-observations are of what is missing alone: of the part `I − R`, `R = L W L`, that observations lack of
+complete information. What they show clearly they decide; what other sources hide of a component, and the evidence
+hardly tells, all share.
 
 Sources that are learned at once from the same views share their residuals: what one mean takes the others cannot.
 Then the first formula is that of all means of all sources together, with the information `Σ r A_aᵀ C_y⁻¹ A_b`

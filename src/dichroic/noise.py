@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dichroic.batching import as_float, param, split
+from dichroic.batching import as_float, as_float_or_nan, param, split
 from dichroic.errors import ShapeError
 from dichroic.linalg import psd_factor
 
@@ -42,9 +42,9 @@ class Noise(eqx.Module):
 
 
 class Isotropic(Noise):
-    """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation."""
+    """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation (per channel: `DiagonalNoise`)."""
 
-    std: Float[Array, "*n"] = param(0)
+    std: Float[Array, "*n"] = param(0, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.std**2 * v
@@ -57,9 +57,13 @@ class Isotropic(Noise):
 
 
 class DiagonalNoise(Noise):
-    """`Σ = diag(variance)`; `variance` is `(M,)`, or `(n, M)` for one per observation."""
+    """`Σ = diag(variance)`; `variance` is `(M,)`, or `(n, M)` for one per observation.
 
-    variance: Float[Array, "*n obs"] = param(1)
+    In a `View` it may also have the shape of its observations, or one that broadcasts to that, with all axes:
+    `(C, 1, 1)` for one variance per channel of observations `(C, H, W)`, `(n, C, 1, 1)` per observation, too.
+    """
+
+    variance: Float[Array, "*n obs"] = param(1, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.variance * v
@@ -74,8 +78,8 @@ class DiagonalNoise(Noise):
 class LowRankNoise(Noise):
     """`Σ = U Uᵀ + diag(variance)`; `factor` `U` is `(M, R)` or `(n, M, R)`, `variance` as above."""
 
-    factor: Float[Array, "... obs rank"] = param(2)
-    variance: Float[Array, "... obs"] = param(1)
+    factor: Float[Array, "... obs rank"] = param(2, converter=as_float_or_nan)
+    variance: Float[Array, "... obs"] = param(1, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.factor @ (self.factor.T @ v) + self.variance * v
@@ -92,7 +96,7 @@ class LowRankNoise(Noise):
 class DenseNoise(Noise):
     """`Σ = covariance`, `(M, M)`, or `(n, M, M)` for one per observation."""
 
-    covariance: Float[Array, "*n obs obs"] = param(2)
+    covariance: Float[Array, "*n obs obs"] = param(2, converter=as_float_or_nan)
 
     def mv(self, v: Array) -> Array:
         return self.covariance @ v
@@ -109,18 +113,22 @@ class StationaryNoise(Noise):
 
     `covariance` at the lags `−r … r` along `k` axes: odd lengths, lag 0 (the variance) in the middle, 0
     beyond; `(n, …)` with `ndim = k` for one per observation. The last `k` axes of an observation of shape `shape`
-    are correlated, others (channels) independent. A view gives the shape if it is left out.
+    are correlated, others (channels) independent. A view gives the shape if it is left out. Lags along three axes,
+    or as many along the first of two as observations have channels, need `ndim`: they could be one set per channel
+    or observation.
     """
 
     covariance: Float[Array, "..."] = param(lambda noise: noise.ndim)
     shape: tuple[int, ...] = eqx.field(static=True)
     ndim: int = eqx.field(static=True)
+    stated: bool = eqx.field(static=True)  # is `ndim`?
 
     def __init__(
         self, covariance: Any, *, shape: tuple[int, ...] | None = None, ndim: int | None = None
     ):
         self.covariance = as_float(covariance)
         self.ndim = self.covariance.ndim if ndim is None else ndim
+        self.stated = ndim is not None
         self.shape = () if shape is None else tuple(shape)
         lags = self.covariance.shape[-self.ndim :] if self.ndim else ()
         if (
@@ -132,10 +140,40 @@ class StationaryNoise(Noise):
                 f"StationaryNoise: a covariance of shape {self.covariance.shape}; expected odd numbers of "
                 "lags along each axis, lag 0 in the middle (with ndim=k: of the last k axes)"
             )
+        if not self.stated:
+            self._check_read()
         if self.shape and len(self.shape) < self.ndim:
             raise ShapeError(
                 f"StationaryNoise: lags along {self.ndim} axes, but an observation of shape {self.shape}"
             )
+
+    def _check_read(self) -> None:
+        """Raise a `ShapeError` where sizes leave open along how many axes there are lags."""
+        got, shape = self.covariance.shape, self.shape
+        channels = len(got) == len(shape) == 2 and got[0] == shape[0] and got[1] < shape[1]
+        if len(got) > 2 or channels:
+            raise ShapeError(
+                f"StationaryNoise: a covariance of shape {got}: say along how many axes it has lags, "
+                f"ndim={len(got)} (all, so that channels are correlated), or ndim={len(got) - 1} for one per "
+                "observation, (n, …)"
+            )
+
+    def on(self, shape: tuple[int, ...], label: str) -> "StationaryNoise":
+        """The noise over observations of `shape`; an error calls the view `label`."""
+        if self.shape not in ((), shape):
+            raise ShapeError(
+                f"{label}: a noise on a grid of shape {self.shape}, but observations of shape {shape}"
+            )
+        ndim = self.ndim if self.stated else None
+        return StationaryNoise(self.covariance, shape=shape, ndim=ndim)
+
+    def white_unless(self, some: Any) -> "StationaryNoise":
+        """White noise of variance 1 in place of that of the observations where `some` `(n,)` is false."""
+        lags = self.covariance.shape[-self.ndim :]
+        white = jnp.zeros(lags).at[tuple(n // 2 for n in lags)].set(1)
+        kept = jnp.asarray(some).reshape(-1, *(1 for _ in lags))
+        covariance = jnp.where(kept, self.covariance, white)
+        return StationaryNoise(covariance, shape=self.shape, ndim=self.ndim)
 
     def _grid(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The correlated axes, the size of a torus on which no lag wraps, and the radii."""

@@ -4,6 +4,7 @@ A view is in memory (`View`) or stays in its files (`statement.StoredView`); `An
 all observations share (shapes, kinds of operators) is read off `head`, and what is to be estimated off `some_of`.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,20 +14,20 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from dichroic.arrays import as_booleans, check_real, unmasked
 from dichroic.batching import row_counts, split, take
 from dichroic.checks import (
     check_linear,
-    check_noise,
     check_operator,
-    check_real,
     check_rows,
     check_same_shape,
-    flat_noise,
+    plain_observations,
     values_and_mask,
 )
 from dichroic.errors import DataError, DichroicError
 from dichroic.linearity import is_zero
 from dichroic.noise import Masked, Noise, observed_entries
+from dichroic.noise_checks import checked_noise, flat_noise, own_mask
 from dichroic.observations import Observations
 from dichroic.operators import Operator, Shape, Zero, as_operator
 
@@ -112,13 +113,15 @@ class View:
     """Observations of one kind of mixture.
 
     Args:
-        observations: `(n, *shape)`, where `shape` is the output shape of the operators.
-        operators: one operator per source that this view sees, by the source's name; also what
-            `as_operator` takes: matrices, SciPy sparse matrices, `LinearOperator`s, JAX functions.
+        observations: `(n, *shape)`, where `shape` is the output shape of the operators. What is masked in a
+            masked array (`numpy.ma`, astropy) is missing; stamps of unequal sizes become one by `pad_stamps`.
+        operators: one operator per source that this view sees, by the source's name; also what `as_operator`
+            takes: matrices, SciPy sparse matrices, `LinearOperator`s, JAX functions.
         noise: a noise model, or a number: the standard deviation of isotropic noise.
         name: how reports call the view (`view1`, `view2`, … by default).
-        mask: 1 where an entry was observed and 0 where it is missing, `shape` or `(n, *shape)`;
-            or `"nan"`: entries that are NaN are missing.
+        mask: 1 (or true) where an entry was observed and 0 where it is missing, `shape` or `(n, *shape)`;
+            or `"nan"`: entries that are NaN are missing. Of flags, `(flags & BAD) == 0`. What is missing is not
+            looked at: its values and variances may be anything.
         group: views with the same group are *co-observed*: observation `i` of each is of the same
             draw of the sources.
         truth: true sources by name, `(n, *source shape)`; only ever used to score.
@@ -139,6 +142,14 @@ class View:
     held_out: Any = None
     probe: bool = True
 
+    def __post_init__(self):
+        y, mask = plain_observations(self.observations, self.mask, self.label)
+        known = lambda k: unmasked(self.truth[k], f"{self.label}, source {k!r}: the truth")
+        fields = {"observations": y, "mask": mask, "truth": {k: known(k) for k in self.truth}}
+        fields["held_out"] = unmasked(self.held_out, f"{self.label}: held_out")
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
     @property
     def label(self) -> str:
         """How messages call the view."""
@@ -157,7 +168,7 @@ class View:
     @property
     def noise_model(self) -> Noise:
         """The noise model, over the flattened observation."""
-        return flat_noise(self.noise, self.shape, self.label)
+        return flat_noise(self.noise, self.shape, self.label, self.count)
 
     @property
     def head(self) -> "View":
@@ -270,6 +281,7 @@ def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
     if view.held_out is not None:
         check_real(view.held_out, f"{view.label}: held_out")
         check_same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
+        as_booleans(view.held_out, f"{view.label}: held_out", "1 for what is held out, else 0")
         if np.all(view.held_out):
             raise DataError(f"{view.label}: held_out leaves no observation to learn from")
     _ = head._checked
@@ -288,14 +300,18 @@ def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, O
             f"{view.label}, source {name!r}: the operator gives arrays of",
             "the observations have",
         )
-        check_rows(row_counts(op), view.count, f"{view.label}: the operator of source {name!r}")
+        what = f"{view.label}: the operator of source {name!r}"
+        check_rows(row_counts(op), view.count, what, op.out_shape)
         check_operator(op, f"{view.label}, source {name!r}")
         if view.probe:
             check_linear(op, f"{view.label}, source {name!r}")
     noise = view.noise_model
-    check_rows(row_counts(noise), view.count, f"{view.label}: the noise")
-    check_noise(noise, view.label)
-    return *values_and_mask(view.observations, view.mask, view.label), operators, noise
+    check_rows(row_counts(noise), view.count, f"{view.label}: the noise", view.shape)
+    also = own_mask(noise, math.prod(view.shape), view.label)
+    y, mask = values_and_mask(view.observations, view.mask, view.label, also)
+    masks = [m for m in (mask, also) if m is not None]
+    seen = np.logical_and(masks[0], masks[-1]) if masks else None
+    return y, mask, operators, checked_noise(noise, seen, view.shape, view.label)
 
 
 def sees(view: AnyView, source: str) -> bool:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from dichroic.arrays import unmasked
 from dichroic.batching import as_float
 from dichroic.denoise.base import Denoiser
 from dichroic.denoise.moments import Moments, strongest
@@ -61,9 +62,12 @@ class Mixture(Denoiser):
         eigenvalues as a floor (probabilistic PCA). Raises `DataError` if a number is not finite, a
         weight negative or all of them zero, or a covariance not PSD.
         """
-        weights, means = np.asarray(weights, float), np.asarray(means, float)
+        weights, means = (
+            np.asarray(unmasked(a, f"Mixture: {what}"), float)
+            for what, a in (("weights", weights), ("means", means))
+        )
         shape = means.shape[1:] if shape is None else shape
-        covariances = np.asarray(covariances, float)
+        covariances = np.asarray(unmasked(covariances, "Mixture: covariances"), float)
         for what, a in (("weight", weights), ("mean", means), ("covariance", covariances)):
             if not np.all(np.isfinite(a)):
                 raise DataError(f"Mixture: a {what} is not finite")
@@ -245,5 +249,6 @@ def gaussian(mean: Any, covariance: Any, *, rank: int | None = None) -> Mixture:
 
     `mean` has the source's shape and `covariance` is `(D, D)` over the flattened source.
     """
-    mean, covariance = np.asarray(mean, float), np.asarray(covariance, float)
+    parts = {"mean": mean, "covariance": covariance}
+    mean, covariance = (np.asarray(unmasked(a, f"gaussian: {k}"), float) for k, a in parts.items())
     return Mixture.from_moments([1.0], mean[None], covariance[None], rank=rank)

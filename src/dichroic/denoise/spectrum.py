@@ -14,12 +14,13 @@ import numpy as np
 from jax.scipy.fft import dctn, idctn
 from jaxtyping import Array, Float
 
+from dichroic.arrays import unmasked
 from dichroic.denoise.moments import Moments, strongest
 
 
 def spectrum_of(samples: Float[np.ndarray, "n *shape"]) -> Float[np.ndarray, "*shape"]:
     """The variances of `samples` in the transform over all of their axes but the first."""
-    x = jnp.asarray(samples, float)
+    x = jnp.asarray(unmasked(samples, "spectrum_of: samples"), float)
     transformed = dctn(x - x.mean(axis=0), axes=tuple(range(1, x.ndim)), norm="ortho")
     return np.asarray(jnp.mean(transformed**2, axis=0))
 

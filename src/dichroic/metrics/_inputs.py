@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
+from dichroic.arrays import unmasked
 from dichroic.errors import DataError, ShapeError
 
 
@@ -15,7 +16,7 @@ def positive(where: str, **values: float) -> None:
 
 def finite(where: str, name: str, values: ArrayLike) -> Float[np.ndarray, "..."]:
     """`values` as a floating NumPy array, or a `DataError` if one of them is NaN or infinite."""
-    array = np.asarray(values)
+    array = np.asarray(unmasked(values, f"{where}: {name}"))
     if not np.issubdtype(array.dtype, np.floating):
         array = array.astype(float)
     bad = ~np.isfinite(array)

@@ -35,6 +35,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Real
 from scipy import stats
 
+from dichroic.arrays import as_booleans, nan_where_masked, split_mask, unmasked
 from dichroic.errors import DataError, ShapeError
 from dichroic.metrics._inputs import finite, same_shape
 
@@ -182,10 +183,14 @@ def predictive_chi2(
     Reference: Gelman, Meng and Stern, Statistica Sinica 6, 1996, "Posterior predictive assessment".
     """
     where = "predictive_chi2"
-    data, model = np.asarray(y), np.asarray(predicted)
+    data, hidden = split_mask(y, f"{where}: y")
+    data, model = np.asarray(data), np.asarray(unmasked(predicted, f"{where}: predicted"))
     same_shape(where, y=data, predicted=model)
-    observed = _broadcast(where, "mask", True if mask is None else mask, data.shape) != 0
-    sigma2 = _broadcast(where, "variance", variance, data.shape)
+    given = unmasked(True if mask is None else mask, f"{where}: mask")
+    given = as_booleans(given, f"{where}: a mask", "1 where y was observed, else 0")
+    observed = _broadcast(where, "mask", given, data.shape)
+    observed = observed if hidden is None else observed & ~hidden
+    sigma2 = _broadcast(where, "variance", nan_where_masked(variance), data.shape)
     residual = finite(where, "the observed part of y", np.where(observed, data, 0.0))
     residual = residual - finite(where, "predicted", np.where(observed, model, 0.0))
     sigma2 = finite(where, "variance", np.where(observed, sigma2, 1.0))

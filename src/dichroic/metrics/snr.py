@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
+from dichroic.arrays import unmasked
 from dichroic.metrics._inputs import same_shape
 
 
@@ -10,7 +11,8 @@ def output_snr(
     estimate: Float[ArrayLike, " n *shape"], truth: Float[ArrayLike, " n *shape"]
 ) -> Float[np.ndarray, " n"]:
     """`10 log₁₀ ‖x‖² / ‖x̂ − x‖²` in dB of every estimate, `(n,)`."""
-    x, y = np.asarray(truth, float), np.asarray(estimate, float)
+    parts = {"truth": truth, "estimate": estimate}
+    x, y = (np.asarray(unmasked(a, f"output_snr: {k}"), float) for k, a in parts.items())
     same_shape("output_snr", estimate=y, truth=x)
     power = lambda a: np.sum(a.reshape(len(a), -1) ** 2, axis=1)
     return 10 * np.log10(power(x) / power(y - x))

@@ -3,6 +3,7 @@
 from dichroic.operators.adapt import as_operator as as_operator
 from dichroic.operators.base import Operator as Operator
 from dichroic.operators.base import Shape as Shape
+from dichroic.operators.convolve import Convolve as Convolve
 from dichroic.operators.elementary import Dense as Dense
 from dichroic.operators.elementary import Diagonal as Diagonal
 from dichroic.operators.elementary import Function as Function
@@ -12,7 +13,6 @@ from dichroic.operators.elementary import Zero as Zero
 from dichroic.operators.external import External as External
 from dichroic.operators.image import BlockAverage as BlockAverage
 from dichroic.operators.image import BlockProject as BlockProject
-from dichroic.operators.image import Convolve as Convolve
 from dichroic.operators.image import Place as Place
 from dichroic.operators.learned import Learned as Learned
 from dichroic.operators.sparse import Sparse as Sparse

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dichroic.arrays import unmasked
 from dichroic.batching import split
 from dichroic.errors import DataError, DichroicError, ShapeError
 
@@ -61,6 +62,12 @@ def traced(function: Callable[[Array], Any], in_shape: Shape, what: str) -> jax.
     return y
 
 
+def broadcasts(got: Shape, shape: Shape) -> bool:
+    """Whether an array has all axes of `shape`, each of its length or of 1, and at most one more before them."""
+    rows = len(got) - len(shape)
+    return rows in (0, 1) and all(g in (1, d) for g, d in zip(got[rows:], shape, strict=True))
+
+
 class Operator(eqx.Module):
     """A linear map; subclasses define `in_shape`, `out_shape` and `mv`."""
 
@@ -90,7 +97,7 @@ class Operator(eqx.Module):
 
         So what a source looks like in a view: `view.operators["galaxy"].each(result.draws["galaxy"])`.
         """
-        x = np.asarray(x)
+        x = np.asarray(unmasked(x, "the sources that an operator takes"))
         if x.ndim - len(self.in_shape) == 2:
             return np.stack([self.each(draw) for draw in x])
         if x.ndim - len(self.in_shape) != 1 or x.shape[1:] != self.in_shape:

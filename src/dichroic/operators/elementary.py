@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from dichroic.batching import as_float, as_jax, flagged, param
 from dichroic.errors import ShapeError
-from dichroic.operators.base import Operator, Shape, as_shape, traced
+from dichroic.operators.base import Operator, Shape, as_shape, broadcasts, traced
 
 
 def shape_field() -> Any:
@@ -97,21 +97,24 @@ class Scale(Square):
 class Diagonal(Square):
     """`A x = diagonal ∘ x`; a mask is a diagonal of zeros and ones.
 
-    `diagonal` has the source's shape; for one per observation, `(n, *shape)` with `shape` given.
+    `diagonal` has the source's shape; for one per observation, `(n, *shape)` with `shape` given. With `shape`,
+    axes may have length 1: `(C, 1, 1)` for one factor per channel, `(n, C, 1, 1)` per channel and observation.
     """
 
     shape: Shape = eqx.field(static=True)
     diagonal: Float[Array, "..."] = param(lambda op: len(op.shape))
 
     def __init__(self, diagonal: Any, *, shape: int | tuple[int, ...] | None = None):
-        self.diagonal = as_float(diagonal)
-        self.shape = self.diagonal.shape if shape is None else as_shape(shape)
-        rows = self.diagonal.ndim - len(self.shape)
-        if rows not in (0, 1) or self.diagonal.shape[rows:] != self.shape:
+        array = as_float(diagonal)
+        self.shape = array.shape if shape is None else as_shape(shape)
+        if not broadcasts(array.shape, self.shape):
+            ones = (self.shape[:1] + (1,) * len(self.shape))[: len(self.shape)]
             raise ShapeError(
-                f"Diagonal: an array of shape {self.diagonal.shape} is neither {self.shape} "
-                f"nor (n, *{self.shape})"
+                f"Diagonal: an array of shape {array.shape} is neither {self.shape} nor (n, *{self.shape})"
+                + (f"; one factor per channel has shape {ones}" if len(ones) > 1 else "")
             )
+        rows = array.shape[: array.ndim - len(self.shape)]
+        self.diagonal = jnp.broadcast_to(array, (*rows, *self.shape))
 
     def mv(self, x: Array) -> Array:
         return self.diagonal * x

@@ -1,4 +1,4 @@
-"""Operators of imaging and time series: block averaging, convolution by FFT, a patch in a scene."""
+"""Operators of imaging: block averaging, a patch in a scene."""
 
 from typing import Any
 
@@ -105,60 +105,6 @@ class BlockProject(Operator):
 
     def row_squares(self) -> Array:
         return jnp.full(self.out_shape, 1 / self.average.factor ** len(self.average.axes))
-
-
-class Convolve(Operator):
-    """Convolution with `kernel` over the last axes of the source, zero outside it, same size out.
-
-    `kernel` has `k` axes of odd length (a point-spread function, centred), or `(n, …)` with one
-    kernel per observation; the source's last `k` axes are convolved, by FFT, and the others, such as
-    channels, are carried along. `k` is the number of axes of the source unless `ndim` says otherwise.
-    """
-
-    shape: Shape = eqx.field(static=True)
-    ndim: int = eqx.field(static=True)
-    kernel: Float[Array, "..."] = param(lambda op: op.ndim)
-
-    def __init__(self, kernel: Any, *, shape: int | tuple[int, ...], ndim: int | None = None):
-        self.shape, self.kernel = as_shape(shape), as_float(kernel)
-        self.ndim = len(self.shape) if ndim is None else ndim
-        if self.ndim > len(self.shape) or self.kernel.ndim not in (self.ndim, self.ndim + 1):
-            raise ShapeError(
-                f"Convolve: a kernel of shape {self.kernel.shape} does not fit {self.ndim} axes "
-                f"of a source of shape {self.shape}; give ndim="
-            )
-        if any(size % 2 == 0 for size in self._kernel_shape):
-            raise ShapeError(f"Convolve: kernel sizes must be odd, got {self._kernel_shape}")
-
-    @property
-    def in_shape(self) -> Shape:
-        return self.shape
-
-    @property
-    def out_shape(self) -> Shape:
-        return self.shape
-
-    @property
-    def _kernel_shape(self) -> Shape:
-        return self.kernel.shape[-self.ndim :]
-
-    def mv(self, x: Array) -> Array:
-        return self._filter(x, self.kernel)
-
-    def rmv(self, y: Array) -> Array:
-        return self._filter(y, jnp.flip(self.kernel, range(self.ndim)))
-
-    def row_squares(self) -> Array:
-        return jnp.maximum(self._filter(jnp.ones(self.shape), self.kernel**2), 0)
-
-    def _filter(self, x: Array, kernel: Array) -> Array:
-        axes = tuple(range(x.ndim - self.ndim, x.ndim))
-        dims = self.shape[-self.ndim :]
-        size = [d + k - 1 for d, k in zip(dims, self._kernel_shape, strict=True)]
-        spectrum = jnp.fft.rfftn(x, size, axes=axes) * jnp.fft.rfftn(kernel, size)
-        full = jnp.fft.irfftn(spectrum, size, axes=axes)
-        crop = [slice(k // 2, k // 2 + d) for d, k in zip(dims, self._kernel_shape, strict=True)]
-        return full[(..., *crop)]
 
 
 class Place(Operator):

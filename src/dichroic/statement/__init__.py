@@ -12,7 +12,7 @@
           background: {dense: data.npz:A}
           signal: {compose: [{block_average: {factor: 2}}, {convolve: psf.npy}]}
         noise: {diagonal: data.h5:/variance}    # Σ; a number is the std of isotropic noise
-        mask: data.zarr:mask                    # or "nan"
+        mask: data.zarr:mask                    # or "nan", or {flags: data.npz:flags, bad: [1, 8]}
         group: pair                             # views of one group are of the same draws
         truth: {signal: data.npz:x}
         held_out: data.npz:test                 # 1 for observations that are kept from training

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dichroic.arrays import PAD, hidden_entries, stacked, with_mask
 from dichroic.errors import DataError, DichroicError, ShapeError
 from dichroic.limits import check_room
 from dichroic.operators import Shape
@@ -62,8 +63,8 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
             holds something other than real numbers.
         ConfigError: if `reference` is none of these forms.
     """
-    if isinstance(reference, (np.ndarray, np.generic, jax.Array)):
-        array = np.asarray(reference)
+    if _holds_arrays(reference):
+        array = np.asanyarray(with_mask(reference, "the array"))
         return _numeric(array[part(array.shape)], "the array")
     number = as_number(reference)
     if number is not None or isinstance(reference, (list, tuple)):
@@ -71,6 +72,13 @@ def load_array(reference: Any, base_dir: str | Path, part: Part = all_rows) -> n
         return array[part(array.shape)]
     found = locate(reference, base_dir)
     return _stacked(found, part) if found.several else _read(found.path, found, part).array
+
+
+def _holds_arrays(reference: Any) -> bool:
+    """Whether `reference` is an array already, masked or not, or a list of some."""
+    kinds = (np.ndarray, np.generic, jax.Array)
+    parts = reference if isinstance(reference, (list, tuple)) else [reference]
+    return any(isinstance(p, kinds) or hidden_entries(p) is not None for p in parts)
 
 
 def array_shape(reference: Any, base_dir: str | Path) -> Shape:
@@ -99,7 +107,11 @@ def _stacked(found: Reference, part: Part) -> np.ndarray:
         other = first if path is paths[0] else _read(path, found)
         _check_alike(other, path, first, paths[0])
         arrays.append(other.array)
-    return np.stack(arrays) if arrays else np.empty((0, *first.array.shape), first.array.dtype)
+    return (
+        stacked(arrays, str(found.path))
+        if arrays
+        else np.empty((0, *first.array.shape), first.array.dtype)
+    )
 
 
 def _check_alike(other: Recorded, path: Path, first: Recorded, like: Path) -> None:
@@ -113,7 +125,7 @@ def _check_alike(other: Recorded, path: Path, first: Recorded, like: Path) -> No
     if other.array.shape != first.array.shape:
         raise ShapeError(
             f"{path.name!r} has shape {other.array.shape} and {like.name!r} {first.array.shape}: files "
-            "that are stacked need the same"
+            f"that are stacked need the same. {PAD}; save that as one file, and its mask"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dichroic.batching import row_counts
+from dichroic.checks import plain_observations
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError
 from dichroic.noise import Noise
@@ -141,7 +142,9 @@ def _complete(view: View, table: Mapping[str, Any], donor: View) -> View:
     for name, op in lent.items():
         _check_shared(op, f"operator for source {name!r}", donor, f"'operator/{name}' in an .npz")
     noise = _donor_noise(donor) if table.get("noise") is None else view.noise
-    mask = _donor_mask(donor) if view.mask is None and lent else view.mask
+    mask = view.mask
+    if lent and table.get("mask") is None:
+        _, mask = plain_observations(view.observations, _donor_mask(donor), view.label, mask)
     return replace(view, operators={**lent, **view.operators}, noise=noise, mask=mask)
 
 

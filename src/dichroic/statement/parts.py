@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from dichroic import operators
-from dichroic.batching import as_float
+from dichroic.arrays import as_booleans, unmasked
+from dichroic.batching import as_float_or_nan
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, ShapeError
 from dichroic.noise import (
@@ -20,6 +21,8 @@ from dichroic.noise import (
     StationaryNoise,
 )
 from dichroic.operators import Operator, Shape
+from dichroic.operators.base import broadcasts
+from dichroic.operators.convolve import check_stated, kernel_axes
 from dichroic.statement.references import is_reference
 from dichroic.statement.spots import Spot, known_table, naming, require
 from dichroic.statement.values import as_number, is_integer, parse_count, parse_shape, short
@@ -131,6 +134,14 @@ def _diagonal(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -
     return ops.Diagonal(spot.array(args, axes(len(in_shape))), shape=in_shape)
 
 
+def _mask(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+    array = unmasked(spot.array(args, axes(len(in_shape))), "a mask")
+    as_booleans(
+        array, "a mask", "1 for what is seen and 0 for what is not", "weights are a diagonal"
+    )
+    return ops.Diagonal(array, shape=in_shape)
+
+
 def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
     values = _arguments(args, "matrix", ("out_shape",), spot)
     matrix = spot.array(values["matrix"], axes(2))
@@ -160,11 +171,22 @@ def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Spot) -> Operator:
 
 
 def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
-    values = _arguments(args, "kernel", ("ndim",), spot)
-    ndim = values.get("ndim")
+    values = _arguments(args, "kernel", ("ndim", "channels", "centre"), spot)
+    ndim, channels = values.get("ndim"), values.get("channels")
     ndim = None if ndim is None else parse_count(ndim, "ndim")
-    kernel = spot.array(values["kernel"], *([] if ndim is None else [axes(ndim)]))
-    return ops.Convolve(kernel, shape=in_shape, ndim=ndim)
+    centre = values.get("centre")
+    if centre is not None and not all(map(is_integer, np.atleast_1d(centre).tolist())):
+        raise ConfigError(f"centre: expected an integer or a list of them, got {short(centre)}")
+
+    def shared(found: Shape) -> bool:
+        check_stated(found, in_shape, ndim, channels)
+        return len(found) == kernel_axes(found, in_shape, ndim, channels).one
+
+    kernel = spot.array(values["kernel"], shared)
+    if spot.rows is not None:  # as stated of all rows, whatever the sizes of these
+        read = kernel_axes(kernel.shape, in_shape, ndim, channels)
+        ndim, channels = read.convolved, read.channels if read.convolved < len(in_shape) else None
+    return ops.Convolve(kernel, shape=in_shape, ndim=ndim, channels=channels, centre=centre)
 
 
 def _place(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
@@ -212,7 +234,7 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
     "zero": _zero,
     "scale": _scale,
     "diagonal": _diagonal,
-    "mask": _diagonal,
+    "mask": _mask,
     "dense": _dense,
     "block_average": _block_average,
     "block_project": _block_project,
@@ -229,14 +251,69 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
 
 
 def _isotropic(args: Any, shape: Shape, spot: Spot) -> Noise:
-    return Isotropic(_axes(args, (0, 1), "a number or (n,)", axes(0), spot))
+    def shared(found: Shape) -> bool:
+        count = None if spot.rows is None else spot.rows.count
+        if count is not None and len(shape) > 1 and found == (shape[0],) != (count,):
+            raise ShapeError(
+                f"an array of shape {found}, one standard deviation per observation, but there are {count}; "
+                "for one per channel, {diagonal: {std: …, per: channel}}"
+            )
+        return not found
+
+    return Isotropic(_axes(args, (0, 1), "a number or (n,)", shared, spot))
 
 
 def _diagonal_noise(args: Any, shape: Shape, spot: Spot) -> Noise:
-    array = as_float(spot.array(args, _entries(shape)))
+    table = dict(args) if isinstance(args, Mapping) and "file" not in args else {"variance": args}
+    check_keys(table, ("variance", "std", "per"), str(spot))
+    given = [k for k in ("variance", "std") if table.get(k) is not None]
+    per = table.get("per", "entry")
+    if len(given) != 1 or per not in _PER:
+        raise ConfigError(
+            f"expected {{variance: …, per: …}}, or std in place of variance, per one of {', '.join(_PER)}; "
+            f"got {short(args)}"
+        )
+    shared, shaped = _PER[per]
+    array = as_float_or_nan(spot.array(table[given[0]], lambda found: shared(found, shape)))
+    array = shaped(array, shape)
+    return DiagonalNoise(array**2 if given[0] == "std" else array)
+
+
+def _per_entry(array: jax.Array, shape: Shape) -> jax.Array:
     if array.ndim == 0:
         raise ShapeError("expected one variance per entry; a number alone is a standard deviation")
-    return DiagonalNoise(array)
+    return array
+
+
+def _per_channel(array: jax.Array, shape: Shape) -> jax.Array:
+    if len(shape) < 2 or array.ndim not in (1, 2) or array.shape[-1] != shape[0]:
+        raise ShapeError(
+            f"an array of shape {array.shape}, but one per channel of observations of shape {shape} has "
+            + (
+                f"({shape[0]},) or (n, {shape[0]})"
+                if len(shape) > 1
+                else "no meaning: it has one axis"
+            )
+        )
+    return array.reshape(*array.shape, *(1 for _ in shape[1:]))
+
+
+def _per_observation(array: jax.Array, shape: Shape) -> jax.Array:
+    if array.ndim != 1:
+        raise ShapeError(f"an array of shape {array.shape}; one per observation has (n,)")
+    return array.reshape(-1, *(1 for _ in shape))
+
+
+_PER = {  # whether all observations share an array of some shape; the array against an observation's shape
+    "entry": (
+        lambda found, shape: (
+            found == (math.prod(shape),) or (len(found) == len(shape) and broadcasts(found, shape))
+        ),
+        _per_entry,
+    ),
+    "channel": (lambda found, shape: len(found) == 1, _per_channel),
+    "observation": (lambda found, shape: False, _per_observation),
+}
 
 
 def _low_rank(args: Any, shape: Shape, spot: Spot) -> Noise:
@@ -263,7 +340,7 @@ def _axes(
     spot: Spot,
 ) -> jax.Array:
     """The array of `reference`, which must have one of the numbers of axes `ndims`."""
-    array = as_float(spot.array(reference, shared))
+    array = as_float_or_nan(spot.array(reference, shared))
     if array.ndim not in ndims:
         raise ShapeError(f"{spot}: expected {expected}, got an array of shape {array.shape}")
     return array

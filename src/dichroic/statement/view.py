@@ -1,19 +1,21 @@
 """One view as a table states it, in a problem file or alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from dichroic.checks import flat_noise
+from dichroic.arrays import as_booleans, split_mask, unmasked
 from dichroic.errors import ConfigError
 from dichroic.noise import Noise
+from dichroic.noise_checks import flat_noise
 from dichroic.operators import Shape
 from dichroic.problem import View
+from dichroic.statement.flags import bad_bits, flag_bits
 from dichroic.statement.parts import build_noise, build_operator
-from dichroic.statement.spots import Spot, known_table, naming
+from dichroic.statement.spots import Spot, known_table, naming, require
 from dichroic.statement.values import short
 
 VIEW_KEYS = ("observations", "operators", "noise", "mask", "group", "truth", "held_out", "probe")
@@ -36,17 +38,12 @@ def build_view(
         operators[k] = at.keep(partial(build_operator, spec, shapes[k], shape, at))
     noise = math.nan if table.get("noise") is None else _noise(name, table["noise"], shape, spot)
     truth = known_table(table.get("truth"), shapes, spot.at("truth"))
-    return View(
-        y,
-        operators,
-        noise,
-        name,
-        _mask(table.get("mask"), shape, spot.at("mask")),
-        group_of(table),
-        {k: spot.at("truth").at(k).array(v, _never) for k, v in truth.items()},
-        held_out_of(table, spot) if spot.rows is None else None,
-        probe_of(table, spot),
-    )
+    mask = _mask(table.get("mask"), shape, spot.at("mask"))
+    known = {k: spot.at("truth").at(k).array(v, _never) for k, v in truth.items()}
+    held_out = held_out_of(table, spot) if spot.rows is None else None
+    probe = probe_of(table, spot)
+    with naming(spot):
+        return View(y, operators, noise, name, mask, group_of(table), known, held_out, probe)
 
 
 def _noise(name: str, spec: Any, shape: Shape, spot: Spot) -> Noise | float:
@@ -58,7 +55,7 @@ def _noise(name: str, spec: Any, shape: Shape, spot: Spot) -> Noise | float:
         if spot.rows is None or isinstance(noise, float):
             return noise
         with naming(spot):
-            return flat_noise(noise, shape, f"view {name!r}")
+            return flat_noise(noise, shape, f"view {name!r}", spot.rows.count)
 
     return here.keep(built)
 
@@ -78,8 +75,12 @@ def probe_of(table: Mapping[str, Any], spot: Spot) -> bool:
 
 def held_out_of(table: Mapping[str, Any], spot: Spot) -> np.ndarray | None:
     """`(n,)` booleans of the `held_out` that `table` states, if it does."""
-    held_out = table.get("held_out")
-    return None if held_out is None else spot.at("held_out").array(held_out) > 0
+    if table.get("held_out") is None:
+        return None
+    here = spot.at("held_out")
+    with naming(here):
+        chosen = unmasked(here.array(table["held_out"]), "held_out")
+        return as_booleans(chosen, "held_out", "1 for what is held out, else 0")
 
 
 def _never(shape: Shape) -> bool:
@@ -88,7 +89,20 @@ def _never(shape: Shape) -> bool:
 
 
 def _mask(spec: Any, shape: Shape, spot: Spot) -> Any:
+    shared = lambda found: found == shape
     if spec is None:
         return None
+    if isinstance(spec, Mapping) and "file" not in spec:
+        return _unflagged(spec, shared, spot)
     missing = not isinstance(spec, (list, tuple)) and np.ndim(spec) == 0 and str(spec) == "nan"
-    return "nan" if missing else spot.array(spec, lambda found: found == shape)
+    return "nan" if missing else spot.array(spec, shared)
+
+
+def _unflagged(spec: Mapping[str, Any], shared: Callable[[Shape], bool], spot: Spot) -> np.ndarray:
+    """True where none of the bits `bad` of flags is set, or none at all; what is masked in them is missing."""
+    table = known_table(spec, ("flags", "bad"), spot)
+    require(table, ("flags",), spot)
+    flags, hidden = split_mask(spot.at("flags").array(table["flags"], shared), "flags")
+    bits = flag_bits(flags, isinstance(table["flags"], (list, tuple)), spot.at("flags"))
+    good = bits & bad_bits(table.get("bad"), bits.dtype, spot.at("bad")) == 0
+    return good if hidden is None else good & ~hidden
