@@ -5,8 +5,8 @@ Of the sources' means `μ` and covariances `C`, observations with known operator
     E[y_i] = Σ_β A_β μ_β,   E[r_i r_iᵀ] = Σ_i + Σ_β A_β C_β A_βᵀ,   r_i = y_i − Σ_β A_β μ_β.
 
 Both are solved by least squares over all observations and views, with missing entries left out, weighted by the
-inverse `P_i` of the covariance that observation `i` would have with `C_β = τ² I` for every source (`τ²` is the mean
-power of a source's entry):
+inverse `P_i` of the covariance that observation `i` would have with `C_β = τ² I` for every source (`τ²` is the
+mean power of a source's entry):
 
     Σ_i A_βᵀ P_i (Σ_γ A_γ μ_γ) = Σ_i A_βᵀ P_i y_i,
     Σ_i f A_βᵀ P_i (Σ_γ A_γ Δ_γ A_γᵀ) P_i A_β = Σ_i A_βᵀ (P_i r_i r_iᵀ P_i − f P_i) A_β,   C_β = τ² I + Δ_β,
@@ -15,9 +15,9 @@ with `f = 1 − 1/n` in a view of `n` observations, as in an unbiased sample cov
 `μ = 0` and `Δ = 0`, so a source has mean 0 and covariance `τ² I` in directions that no observation sees. Negative
 eigenvalues of `C_β` are set to 0.
 
-With the views `y₁ = a + η` and `y₂ = a + b + η` this gives `mean(y₂) − mean(y₁)` and `cov(y₂) − cov(y₁)` for `b`, and
-its posterior mean is `μ_b + C_b (C_b + cov(y₁))⁻¹ (y₂ − mean(y₂))`, the filter that is often written down for a
-signal in a background that is also seen alone, but for eigenvalues of `cov(y₁)` below those of the noise.
+With the views `y₁ = a + η` and `y₂ = a + b + η` this gives `mean(y₂) − mean(y₁)` and `cov(y₂) − cov(y₁)` for `b`.
+Its posterior mean is then `μ_b + C_b (C_b + cov(y₁))⁻¹ (y₂ − mean(y₂))`, the filter that is often written down for a
+signal in a background that is also seen alone, unless an eigenvalue of `cov(y₁)` is below the noise's.
 """
 
 import math
