@@ -1,13 +1,15 @@
 """How well sources are told apart that were learned from few observations.
 
-`intervals`: two sources of `D` entries, Gaussian along 4 random directions each; one view sees the first, one
-both, with noise. Of 400 new observations of both, how many entries of the sources the 90% intervals of 64 draws hold.
+`intervals`: two sources of `D` entries, Gaussian along 4 random directions each; one view sees the first,
+one both, with noise. Of 400 new observations of both, how many entries of the sources the 90% intervals of
+64 draws hold.
 
-`pulses`: a sine wave of any phase and a short pulse at 8 times, with noise of 0.05; one view sees the wave alone, one
-both. Of 1,000 new observations of both, the signal-to-noise ratio of the pulse's posterior mean, `10 log₁₀ (Σ x² /
-Σ (x̂ − x)²)`, and how many of its entries are in the 90% intervals of 64 draws: of the Wiener filter with the
-covariances of the same data, and of mixtures with default settings, or with so many `--components` at most. `--counts`
-are observations of each view, or MIXED/ALONE. Means and standard deviations over seeds.
+`pulses`: a sine wave of any phase and a short pulse at 8 times, with noise of 0.05; one view sees the wave
+alone, one both. Of 1,000 new observations of both, the signal-to-noise ratio of the pulse's posterior mean,
+`10 log₁₀ (Σ x² / Σ (x̂ − x)²)`, and how many of its entries are in the 90% intervals of 64 draws: of the
+Wiener filter with the covariances of the same data, and of mixtures with default settings, or with so many
+`--components` at most. `--counts` are observations of each view, or MIXED/ALONE. Means and standard
+deviations over seeds.
 
 Run: python benchmarks/few_observations.py intervals [--sizes 10 200] [--each 0.5 1.5 5 10 20 50] [--seeds 3]
      python benchmarks/few_observations.py pulses [--counts 300 1500 12000 1500/40] [--methods wiener dichroic]

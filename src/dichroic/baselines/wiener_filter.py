@@ -15,9 +15,10 @@ with `f = 1 − 1/n` in a view of `n` observations, as in an unbiased sample cov
 `μ = 0` and `Δ = 0`, so a source has mean 0 and covariance `τ² I` in directions that no observation sees. Negative
 eigenvalues of `C_β` are set to 0.
 
-With the views `y₁ = a + η` and `y₂ = a + b + η` this gives `mean(y₂) − mean(y₁)` and `cov(y₂) − cov(y₁)` for `b`.
-Its posterior mean is then `μ_b + C_b (C_b + cov(y₁))⁻¹ (y₂ − mean(y₂))`, the filter that is often written down for a
-signal in a background that is also seen alone, unless an eigenvalue of `cov(y₁)` is below the noise's.
+With the views `y₁ = a + η` and `y₂ = a + b + η` this gives `mean(y₂) − mean(y₁)` and `cov(y₂) − cov(y₁)`
+for `b`. Its posterior mean is then `μ_b + C_b (C_b + cov(y₁))⁻¹ (y₂ − mean(y₂))`, the filter that is often
+written down for a signal in a background that is also seen alone, unless an eigenvalue of `cov(y₁)` is
+below the noise's.
 """
 
 import math
