@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dichroic import Separator
-from dichroic.baselines import ClvmLinear, ClvmVae, Ddprism
+from dichroic.baselines import ClvmLinear, ClvmVae, Ddprism, WienerFilter
 from dichroic.checkpoint import load_state, save_state
 from dichroic.config import FitConfig, MixtureConfig
 from dichroic.denoise import Mixture, gaussian
@@ -202,7 +202,7 @@ def test_what_cannot_be_learned_is_said():
         Problem([Source("a", 3)], [View(np.ones((4, 3)), {"a": Learned(Scale(3, 1.0), "f")}, 0.1)])
 
 
-@pytest.mark.parametrize("kind", [ClvmLinear, ClvmVae, Ddprism])
+@pytest.mark.parametrize("kind", [ClvmLinear, ClvmVae, Ddprism, WienerFilter])
 def test_baselines_need_known_operators(kind):
     with pytest.raises(DataError, match="f of this problem are to be learned"):
         kind(problem(0.4, start=0.5, n=10)).fit(progress=False)

@@ -9,3 +9,4 @@ from dichroic.baselines.linear import least_squares as least_squares
 from dichroic.baselines.linear import second_moments as second_moments
 from dichroic.baselines.linear import wiener as wiener
 from dichroic.baselines.pcpca import Pcpca as Pcpca
+from dichroic.baselines.wiener_filter import WienerFilter as WienerFilter

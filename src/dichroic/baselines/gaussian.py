@@ -141,6 +141,11 @@ class Rows:
         """`S` and `J` of every source."""
         return add_curvatures([_curvature(white, means, factors, s) for white in self.chunks()])
 
+    def response(self, factors: Arrays, changes: Arrays) -> Arrays:
+        """What symmetric `changes` of the sources' covariances add to the expectation of every `S`."""
+        parts = [_response(white.matrices, factors, changes) for white in self.chunks()]
+        return {k: np.sum([part[k] for part in parts], axis=0) for k in self.dims}
+
     def normal(self) -> Normal:
         """The least-squares problem of the means."""
         h, g, power = 0.0, 0.0, 0.0
@@ -204,12 +209,19 @@ class Moments:
             out[k] = Curvature(n * pa.T @ covariance @ pa, n * _product(a.T, pa))
         return out
 
+    def response(self, factors: Arrays, changes: Arrays) -> Arrays:
+        """What symmetric `changes` of the sources' covariances add to the expectation of every `S`."""
+        whole = {k: a[None] for k, a in self._whole().items()}
+        return {k: self.count * x for k, x in _response(whole, factors, changes).items()}
+
+    def _whole(self) -> Arrays:
+        """The operators as matrices, multiples of the identity too."""
+        eye = np.eye(self._mean.size)
+        return {k: a * eye if a.ndim == 0 else a for k, a in self.operators.items()}
+
     def normal(self) -> Normal:
         """The least-squares problem of the means."""
-        eye = np.eye(self._mean.size)
-        a = np.concatenate(
-            [_product(m, eye) if m.ndim == 0 else m for m in self.operators.values()], axis=1
-        )
+        a = np.concatenate(list(self._whole().values()), axis=1)
         power = float(np.trace(self._covariance) + self._mean @ self._mean)
         return Normal(self.count * a.T @ a, self.count * a.T @ self._mean, self.count * power)
 
@@ -266,6 +278,14 @@ def _curvature(white: White, means: Arrays, factors: Arrays, s: float) -> dict[s
         u = (_t(a) @ v)[..., 0]
         out[k] = Curvature(u.T @ u, _gram(a, inverse.apply(a)))
     return out
+
+
+def _response(matrices: Arrays, factors: Arrays, changes: Arrays) -> Arrays:
+    """`{β: Σ_i A_βᵀ P (Σ_γ A_γ Δ_γ A_γᵀ) P A_β}` of whitened `A` `(n, M, D)` and `changes` `Δ`."""
+    inverse = Inverse({k: _times(a, factors[k]) for k, a in matrices.items()}, 1.0)
+    change = sum(_times(a, changes[k]) @ _t(a) for k, a in matrices.items())
+    weighted = {k: inverse.apply(a) for k, a in matrices.items()}
+    return {k: _gram(a, change @ a) for k, a in weighted.items()}
 
 
 @eqx.filter_jit

@@ -9,6 +9,7 @@ from dichroic.baselines.clvm_linear import ClvmLinear
 from dichroic.baselines.clvm_vae import ClvmVae
 from dichroic.baselines.ddprism import Ddprism, DdprismConfig
 from dichroic.baselines.pcpca import Pcpca
+from dichroic.baselines.wiener_filter import WienerFilter
 from dichroic.bench.names import BenchConfig
 from dichroic.bench.problems import Case, Held
 from dichroic.config import FitConfig
@@ -77,7 +78,7 @@ def _ddprism(sampling: Literal["joint", "gibbs"]) -> Factory:
     return lambda case, _: Ddprism(case.problem, seed=case.seed, config=config)
 
 
-def _baseline(kind: type[ClvmLinear | ClvmVae | Pcpca]) -> Factory:
+def _baseline(kind: type[ClvmLinear | ClvmVae | Pcpca | WienerFilter]) -> Factory:
     return lambda case, _: kind(case.problem, seed=case.seed)
 
 
@@ -89,6 +90,7 @@ _FACTORIES: dict[str, Factory] = {
     "clvm-linear": _baseline(ClvmLinear),
     "clvm-vae": _baseline(ClvmVae),
     "pcpca": _baseline(Pcpca),
+    "wiener": _baseline(WienerFilter),
 }
 
 

@@ -21,6 +21,7 @@ METHODS = {
     "clvm-linear": "contrastive latent variable model, linear",
     "clvm-vae": "contrastive latent variable model, variational autoencoder",
     "pcpca": "probabilistic contrastive principal components",
+    "wiener": "Wiener filter with means and covariances of the data",
     LIMIT: "the exact posterior, where it is known",
 }
 PROBLEMS = ("contrastive-2", "contrastive-3", "mixed-0.1", "mixed-0.5", "mixed-0.9")
