@@ -152,7 +152,7 @@ def test_sums_are_those_of_conditioned_gaussians(kind):
     for s, name in enumerate("ab"):
         x = slice(sum(dims[:s]), sum(dims[: s + 1]))
         z = slice(sum(dims) + sum(ranks[:s]), sum(dims) + sum(ranks[: s + 1]))
-        inner, cross = np.zeros_like(sums[name].inner), np.zeros_like(sums[name].cross)
+        inner, cross = np.zeros_like(sums[name].inner), np.zeros_like(sums[name].force)
         square = scatter = information = 0.0
         a = np.asarray(obs.one(0).system()[1][name], float)
         for t, (pick, _, prior, joint, with_y, mean, cov) in enumerate(parts):
@@ -172,7 +172,9 @@ def test_sums_are_those_of_conditioned_gaussians(kind):
         told = sums[name].scatter, sums[name].information
         assert told == pytest.approx((scatter, information), rel=1e-4)
         np.testing.assert_allclose(sums[name].inner, inner, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(sums[name].cross, cross, rtol=1e-5, atol=1e-5)
+        columns, floor = moments(mixtures[name])
+        found = columns @ sums[name].inner + floor * sums[name].force  # Σ r E[x z̄ᵀ]
+        np.testing.assert_allclose(found, cross, rtol=1e-5, atol=1e-5)
         assert sums[name].square == pytest.approx(square, rel=1e-5)
 
 
@@ -238,7 +240,7 @@ def test_observations_with_operators_or_masks_of_their_own_add_up(shared):
     added = reduce(merged, (p for _, p in parts))
     for name, found in sums.items():
         expect = added[name]
-        for field in ("inner", "cross", "square", "scatter", "information", "count"):
+        for field in ("inner", "force", "bound", "square", "scatter", "information", "count"):
             np.testing.assert_allclose(getattr(found, field), getattr(expect, field), rtol=1e-6)
 
 
@@ -293,7 +295,7 @@ def test_observations_with_the_same_operators_and_masks_are_taken_together():
     added = reduce(merged, (p for _, p in parts))
     for name, mine in sums.items():
         expect = added[name]
-        for field in ("inner", "cross", "square", "scatter", "information", "count"):
+        for field in ("inner", "force", "bound", "square", "scatter", "information", "count"):
             np.testing.assert_allclose(getattr(mine, field), getattr(expect, field), rtol=1e-6)
 
 
@@ -372,6 +374,62 @@ def test_a_floor_that_should_be_zero_falls_faster_than_in_the_textbook():
         book = {"a": maximise_low_rank(book["a"], sums["a"], least=1e-8, textbook=True)}
     assert float(ours["a"].floor[0]) < 0.3 * float(book["a"].floor[0])
     assert low_rank_log_evidence(ours, obs).sum() > low_rank_log_evidence(book, obs).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_information_of_a_source_is_bounded_by_a_diagonal_matrix(kind):
+    mixtures, obs = case(kind)
+    view = LowRankView(mixtures, obs)
+    _, matrices, noise = obs.one(0).system()
+    a = {k: np.asarray(m, float) for k, m in matrices.items()}
+    floors = {k: moments(mixtures[k])[1] for k in a}
+    base = np.asarray(noise, float) + sum(floors[k] * a[k] @ a[k].T for k in a)
+    for name in a:
+        information = a[name].T @ np.linalg.inv(base) @ a[name]
+        bound = view.information_bound(name)
+        scale = np.linalg.norm(information, 2)
+        assert np.linalg.eigvalsh(np.diag(bound) - information).min() > -1e-5 * scale
+        if kind != "dense":
+            np.testing.assert_allclose(np.diag(bound), information, atol=1e-5 * scale)
+
+
+def gappy(seed, n=140, size=60, noise=1.0):
+    """Observations of two directions about a level of 100; every seventh misses a stretch. And the truth."""
+    rng = np.random.default_rng(seed)
+    factors = 3 * rng.normal(size=(size, 2))
+    y = 100 + rng.normal(size=(n, 2)) @ factors.T + noise * rng.normal(size=(n, size))
+    mask = np.ones((n, size))
+    mask[::7, 10:25] = 0
+    return View(np.where(mask > 0, y, 7e4), {"a": Identity(size)}, noise, mask=mask), y, factors
+
+
+def test_gaps_are_not_taken_for_zeros_by_the_first_moments():
+    view, y, factors = gappy(0)
+    start = initial_low_rank("a", [view.prepare()], 4, 1.0, {}, 1)
+    np.testing.assert_allclose(start.means[0], y.mean(axis=0), atol=6 * 3 * np.sqrt(2 / 120))
+    found = np.sum(start.basis[0] ** 2 * start.variances[0], axis=1) + start.floor[0]
+    expect = np.sum(factors**2, axis=1)
+    spread = np.sqrt(2 / 120) * (expect + 1)
+    assert np.all(np.abs(found - expect) < 6 * spread + 1)
+
+
+def test_loadings_where_entries_are_missing_are_mended_though_the_floor_is_far_below_the_noise():
+    """With the source as missing data they move by a part floor / (floor + noise): not at all."""
+    view, y, factors = gappy(1)
+    obs, rng = view.prepare(), np.random.default_rng(2)
+    columns = np.zeros((1, 60, 4))
+    columns[0, :, 0] = y.mean(axis=0)
+    columns[0, :, 1:3] = factors + 0.1 * rng.normal(size=factors.shape)
+    columns[0, 10:25, 0] -= 30
+    columns[0, 10:25, 3] = 40  # as if gaps were zeros
+    wrong = {"a": from_columns(np.ones(1), columns, 1e-4, (60,))}
+    found, _ = low_rank_lap(wrong, [obs], ["a"], MixtureConfig(steps=60))
+    mixture = found["a"]
+    seen = np.delete(np.arange(140), np.s_[::7])
+    np.testing.assert_allclose(mixture.means[0][10:25], y[seen, 10:25].mean(axis=0), atol=1.0)
+    variance = np.sum(mixture.basis[0] ** 2 * mixture.variances[0], axis=1)
+    expect = np.sum(factors**2, axis=1)
+    assert np.all(np.abs(variance - expect)[10:25] < 6 * np.sqrt(2 / 120) * (expect + 1)[10:25])
 
 
 def test_one_component_without_noise_is_pca():

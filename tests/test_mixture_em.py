@@ -22,7 +22,7 @@ from dichroic.mixture_em import (
     split_components,
     statistics,
 )
-from dichroic.mixture_step import joint_shifts, maximise
+from dichroic.mixture_step import Shrinkage, joint_shifts, maximise
 from dichroic.mixture_sums import Sums, view_statistics
 from dichroic.noise import DenseNoise, Isotropic, Masked
 from dichroic.observations import Observations, is_shared
@@ -363,7 +363,7 @@ def test_means_of_several_sources_are_solved_for_together(kind, rng):
     chosen = [choose(mixtures, obs, ALL)]
     found = statistics(mixtures, [obs], chosen, ["b", "a"])
     assert set(found.cross) == {("a", "b")}
-    shifts = joint_shifts(mixtures, found, ["a", "b"])
+    shifts = joint_shifts(mixtures, found, ["a", "b"], {})
     theta = {k: parameters(m) for k, m in mixtures.items()}
     left = {k: np.zeros_like(m) for k, (_, m, _) in theta.items()}
     tuples = list(itertools.product(range(3), range(2)))
@@ -390,7 +390,7 @@ def test_a_component_without_observations_does_not_move_with_the_others(rng):
     far = mixtures["b"].means + jnp.array([[0.0], [1e3]])
     mixtures = {**mixtures, "b": eqx.tree_at(lambda m: m.means, mixtures["b"], far)}
     found = statistics(mixtures, [obs], [choose(mixtures, obs, ALL)], ["a", "b"])
-    shifts = joint_shifts(mixtures, found, ["a", "b"])
+    shifts = joint_shifts(mixtures, found, ["a", "b"], {})
     np.testing.assert_array_equal(shifts["b"][1], 0)
     assert np.abs(shifts["b"][0]).min() > 0
 
@@ -499,27 +499,62 @@ def test_splitting_keeps_the_moments_and_the_maximum(components, precision, rng)
     assert np.linalg.eigvalsh(covs).min() > 0
 
 
-def test_shrinkage_is_pseudo_observations_of_the_mean_covariance(rng):
+def test_with_a_strong_prior_all_components_have_one_covariance(rng):
     mixtures, obs = case(rng, (3,), kind="shared")
     sums = e_step(mixtures, [obs]).sums["a"]
-    n = np.asarray(sums.count)
-    plain = parameters(maximise(mixtures["a"], sums, floor=1e-12, shrinkage=0.0))
-    pooled = np.einsum("k,kij->ij", plain[0], plain[2])
-    for shrinkage in (5.0, 1e9):
-        got = parameters(maximise(mixtures["a"], sums, floor=1e-12, shrinkage=shrinkage))
-        share = n[:, None, None] / (n[:, None, None] + shrinkage)
-        np.testing.assert_allclose(got[0], plain[0], atol=1e-12)
-        np.testing.assert_allclose(got[1], plain[1], atol=1e-12)
-        np.testing.assert_allclose(got[2], share * plain[2] + (1 - share) * pooled, atol=1e-9)
+    options = {"shrinkage": Shrinkage(1e9), "textbook": True, "floor": 1e-12}
+    covs = parameters(maximise(mixtures["a"], sums, **options))[2]
+    np.testing.assert_allclose(covs, np.broadcast_to(covs[:1], covs.shape), rtol=1e-4)
+
+
+def converged(rng, shrinkage, noise, steps=400):
+    """A mixture of three at a fixed point of EM with a prior, of 60 observations, and its sums there."""
+    means, d = np.array([[-20.0, 0], [0, 20], [20, 0]]), 2
+    which = rng.integers(3, size=60)
+    y = means[which] + rng.normal(size=(60, d)) + noise * rng.normal(size=(60, d))
+    obs = Observations(y, {"a": Identity(d)}, Isotropic(noise))
+    found = Mixture.from_moments(np.ones(3), means, np.stack([np.eye(d)] * 3))
+    with jax.enable_x64(True):
+        obs = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), obs)
+        found = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), found)
+        for _ in range(steps):
+            sums = e_step({"a": found}, [obs]).sums["a"]
+            found = maximise(found, sums, floor=1e-12, shrinkage=shrinkage)
+        return found, e_step({"a": found}, [obs]).sums["a"]
+
+
+def test_a_fixed_point_with_a_prior_is_that_of_the_penalised_likelihood(rng):
+    """Σ r g = κ T⁻¹ (μ − m), and Σ r S + ν C⁻¹ C̄ C⁻¹ = Σ r W + ν C⁻¹."""
+    shrinkage = Shrinkage(6.0)
+    found, sums = converged(rng, shrinkage, 0.5)
+    weights, means, covs = parameters(found)
+    pooled = np.einsum("k,kij->ij", weights, covs)
+    off = means - weights @ means
+    total = pooled + (weights * off.T) @ off
+    pull = shrinkage.of_means * off @ np.linalg.inv(total)
+    np.testing.assert_allclose(sums.force, pull, atol=1e-4 * np.abs(pull).max())
+    inverse = np.linalg.inv(covs)
+    left = np.asarray(sums.scatter) + 6 * inverse @ pooled @ inverse
+    right = np.asarray(sums.information) + 6 * inverse
+    np.testing.assert_allclose(left, right, atol=1e-3 * np.abs(right).max())
+
+
+def test_a_prior_of_what_is_hidden_changes_nothing_where_nothing_is(rng):
+    state = rng.bit_generator.state
+    free, _ = converged(rng, Shrinkage(), 1e-3, steps=60)
+    rng.bit_generator.state = state
+    pulled, _ = converged(rng, Shrinkage(0.0, 10.0), 1e-3, steps=60)
+    np.testing.assert_allclose(pulled.covariances(), free.covariances(), atol=0.02)
+    assert np.abs(pulled.means - free.means).max() < 0.5  # means have a prior of their own
 
 
 def test_the_floor_lifts_small_eigenvalues_only(rng):
     mixtures, obs = case(rng, (3,), kind="shared")
     sums = e_step(mixtures, [obs]).sums["a"]
-    plain = parameters(maximise(mixtures["a"], sums, floor=1e-12, shrinkage=0.0))[2]
+    plain = parameters(maximise(mixtures["a"], sums, floor=1e-12))[2]
     values, vectors = np.linalg.eigh(plain)
     floor = np.median(values)
-    got = parameters(maximise(mixtures["a"], sums, floor=floor, shrinkage=0.0))[2]
+    got = parameters(maximise(mixtures["a"], sums, floor=floor))[2]
     lifted = np.einsum("kir,kr,kjr->kij", vectors, np.maximum(values, floor), vectors)
     np.testing.assert_allclose(got, lifted, atol=1e-12)
 
@@ -531,7 +566,7 @@ def test_a_component_without_observations_stays_with_next_to_no_weight(rng):
     start = Mixture.from_moments([1, 1, 1], [*means, far], [*covs, cov])
     _, obs = case(rng, (2,), kind="shared")
     for _ in range(3):
-        updated, _ = em_step({"a": start}, [obs], shrinkage=2.0)
+        updated, _ = em_step({"a": start}, [obs], shrinkage=Shrinkage(2.0))
         weights, means, covs = parameters(updated["a"])
         np.testing.assert_allclose(weights[2], 1e-6, rtol=1e-3)
         np.testing.assert_allclose(means[2], far)

@@ -203,7 +203,7 @@ def maximise(
         moved, new = stationary_step(mixture, g[..., 0], s, w, **options)
         delta = (moved - mean)[..., None]
     elif textbook:
-        delta, new = _textbook_step(cov, g + pull, s, w)
+        delta, new = _textbook_step(cov, g, s, w, pull, stiffness)
     else:
         part = damping if shift is None else 1.0
         toward = part * (g + pull)
@@ -226,9 +226,10 @@ def maximise(
     )
 
 
-def _textbook_step(c, g, s, w):
-    delta = c @ g
-    return delta, c + c @ (s - w) @ c - delta @ _t(delta)
+def _textbook_step(c, g, s, w, pull, stiffness):
+    moved = c @ g
+    delta = np.linalg.solve(np.eye(c.shape[-1]) + c @ stiffness, moved + c @ pull)
+    return delta, c + c @ (s - w) @ c - moved @ _t(delta) - delta @ _t(moved) + delta @ _t(delta)
 
 
 def _mean_step(c, g, w):

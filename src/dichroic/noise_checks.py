@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dichroic.arrays import check_real
 from dichroic.batching import split
 from dichroic.checks import check_finite, once
 from dichroic.errors import DataError, DichroicError, ShapeError
