@@ -106,12 +106,13 @@ def _counters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         counters["score"] = -math.inf
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
     counts = [counters.get(k, 0) for k in _COUNTS]
-    seconds = counters.get("seconds", 0.0)
+    seconds, shrinkage = counters.get("seconds", 0.0), counters.get("shrinkage", {})
     if (
         counters.get("phase") not in PHASES
         or not all(isinstance(n, int) and number(n) and 0 <= n < 2**53 for n in counts)
         or not number(counters["score"])
         or not (number(seconds) and 0 <= seconds < math.inf)
+        or not (isinstance(shrinkage, dict) and all(map(number, shrinkage.values())))
     ):
         raise FormatError(f"{where} is damaged: it counts what cannot be")
     operators = {name: from_lists(counters.get(name, {}), where) for name in _OPERATORS}

@@ -46,7 +46,7 @@ from dichroic.mixture_em import (
     mean_log_evidence,
     split_components,
 )
-from dichroic.mixture_step import LOST, Shrinkage
+from dichroic.mixture_step import LOST
 from dichroic.observations import Observations, Observed, numbered
 from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
@@ -57,12 +57,8 @@ from dichroic.tracking import Clock, Tracker
 from dichroic.train import evidence_gain, is_gain, with_network
 
 Metrics = dict[str, Any]
-# The prior on components where none is stated: each is weaker than that before, which stands where held-out
-# observations do not clearly ask for less.
-LADDER = tuple(
-    Shrinkage(*pair)
-    for pair in ((10, 10), (2.5, 10), (0.6, 10), (0, 10), (0, 2.5), (0, 0.6), (0, 0))
-)
+SHRINKAGE = (10.0, 2.5, 0.6, 0.15, 0.0)  # pseudo-observations: what is tried, one after the other
+CLEAR = 0.2  # nats that the first step down this ladder has to gain for each held-out observation
 SURE = 3.0  # standard errors of a gain that counts
 EACH = 10  # observations for each component, at least
 
@@ -81,7 +77,7 @@ class State:
     metrics_length: int = 0
     current: Denoisers = dataclasses.field(default_factory=dict)
     best: Denoisers = dataclasses.field(default_factory=dict)
-    shrinkage: Mapping[str, int] = dataclasses.field(default_factory=dict)  # place in the `LADDER`
+    shrinkage: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of each source
     operators: Parameters = dataclasses.field(default_factory=dict)  # learned, with `current`
     best_operators: Parameters = dataclasses.field(default_factory=dict)
 
@@ -136,8 +132,9 @@ def _mixture_lap(
     if names[0] not in current:
         rank = min(LEAST_RANK, c.rank) if is_large(data.train) else None
         current = {**current, **initial_gaussians(names, train, current, rank, data.stationary)}
-    shrinkage = {**dict.fromkeys(names, 0), **state.shrinkage}
-    current, evidence = em_lap(current, train, names, c, clock, _priors(shrinkage, c))
+    first = SHRINKAGE[0] if c.shrinkage is None else c.shrinkage
+    shrinkage = {**dict.fromkeys(names, first), **state.shrinkage}
+    current, evidence = em_lap(current, train, names, c, clock, shrinkage)
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, train, c)
     size = _components(current, names)
@@ -159,14 +156,13 @@ def _mixture_lap(
     if size > 1 and c.shrinkage is None and not low:
         train = [obs for obs in data.train if relevant(obs)]
         current, shrinkage = _with_less(current, shrinkage, train, held_out, names, c, clock)
-        chosen = LADDER[shrinkage[names[0]]]
-        metrics |= {"shrinkage": chosen.whole, "shrinkage_hidden": chosen.hidden}
+        metrics["shrinkage"] = shrinkage[names[0]]
     state = dataclasses.replace(state, shrinkage=shrinkage)
     with clock.during("scoring"):
         score = mean_log_evidence(current, held_out, max_tuples=c.max_tuples)
         better = kept = score > state.score  # false for NaN
         if size > 1 and not without_units(operators):
-            pulled = not low and bool(_priors(shrinkage, c)[names[0]])
+            pulled = not low and shrinkage[names[0]] > 0
             better, kept = _compared(state.best, current, held_out, pulled, c)
     metrics["heldout_log_evidence"] = score
     learned = math.isfinite(evidence) or state.lap > 0
@@ -224,33 +220,28 @@ def _compared(
     return gain > error, gain > (-error if pulled else error)
 
 
-def _priors(places: Mapping[str, int], config: MixtureConfig) -> dict[str, Shrinkage]:
-    """The prior on the components of each source, of its place in the `LADDER` or as it is stated."""
-    stated = config.shrinkage
-    at = lambda i: LADDER[i] if stated is None else Shrinkage(stated, stated)
-    return {name: at(i) for name, i in places.items()}
-
-
 def _with_less(
     current: Mixtures,
-    shrinkage: Mapping[str, int],
+    shrinkage: Mapping[str, float],
     train: Sequence[Observed],
     held_out: Sequence[Observed],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock,
-) -> tuple[Mixtures, dict[str, int]]:
-    """The mixtures with as little shrinkage as held-out observations ask for, and its place for each source.
+) -> tuple[Mixtures, dict[str, float]]:
+    """The mixtures with as little shrinkage as held-out observations clearly ask for, and that of each source.
 
-    It is lowered where a lap with less raises their evidence by more than three standard errors.
+    It is lowered where a lap with less raises their evidence by more than three standard errors. What the evidence
+    does not see, what another source hides, suffers first: so the first time the gain has to be large, too.
     """
     kept = dict(shrinkage)
-    while kept[names[0]] + 1 < len(LADDER):
-        lower = {**kept, **dict.fromkeys(names, kept[names[0]] + 1)}
-        trial, _ = em_lap(current, train, names, config, clock, _priors(lower, config))
+    while kept[names[0]] > 0:
+        place = SHRINKAGE.index(kept[names[0]])
+        lower = {**kept, **dict.fromkeys(names, SHRINKAGE[place + 1])}
+        trial, _ = em_lap(current, train, names, config, clock, lower)
         with clock.during("scoring"):
             gain, error = gain_in_evidence(current, trial, held_out, max_tuples=config.max_tuples)
-        if not gain > SURE * error:
+        if not gain > SURE * error + (0.0 if place else CLEAR):
             break
         current, kept = trial, lower
     return current, kept
@@ -315,12 +306,7 @@ def _polish_lap(state: State, data: Data, config: FitConfig, clock: Clock) -> tu
     with clock.during("scoring"):
         score = evaluate(state.current, data.test) if state.lap == 0 else state.score
     current, evidence = em_lap(
-        state.current,
-        data.train,
-        names,
-        config.mixture,
-        clock,
-        _priors(state.shrinkage, config.mixture),
+        state.current, data.train, names, config.mixture, clock, state.shrinkage
     )
     with clock.during("m_step"):
         operators, told = _learn_operators(state, current, data.train, config.mixture)

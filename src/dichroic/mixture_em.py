@@ -33,7 +33,7 @@ from dichroic.evidence import (
 )
 from dichroic.lowrank_em import low_rank_lap
 from dichroic.lowrank_start import initial_low_rank, mean_gain
-from dichroic.mixture_step import MOST_MEANS, NONE, Shrinkage, ascend, joint_shifts, maximise
+from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.mixture_sums import Statistics, chunks, pairs, view_statistics
 from dichroic.observations import Observations, Observed, every_block, is_shared
 from dichroic.posterior import EXACT_LIMIT
@@ -55,12 +55,12 @@ def em_lap(
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
-    shrinkage: Mapping[str, Shrinkage] = MappingProxyType({}),
+    shrinkage: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Mixtures, float]:
     """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
 
     Returns all mixtures, and the mean log evidence before the last step. `shrinkage` is the strength of the prior
-    on the components of each source (`dichroic.mixture_step`). Sources of low rank have an
+    on the components of each source, in pseudo-observations (`dichroic.mixture_step`). Sources of low rank have an
     EM of their own: `dichroic.lowrank_em`.
     """
     if any(is_low_rank(mixtures, obs) for obs in views):
@@ -84,7 +84,7 @@ def em_lap(
 
         def new(name: str) -> Mixture:
             floor = config.floor * float(mixtures[name].scale) ** 2
-            options = {"shrinkage": shrinkage.get(name, NONE), "shift": shifts.get(name)}
+            options = {"shrinkage": shrinkage.get(name, 0.0), "shift": shifts.get(name)}
             return step(mixtures[name], found.sums[name], floor=floor, **options)
 
         return {**mixtures, **{n: new(n) for n in names}}

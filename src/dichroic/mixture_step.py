@@ -15,17 +15,15 @@ The first is exact given C (the tuple alone is missing data); the second is the 
 variance components (Anderson, Annals of Statistics 1, 1973), where a c that should be 0 falls as
 σ² / steps. `ε` keeps what no observation sees.
 
-Components of a source are alike to some degree, which few observations of each do not show. With a `Shrinkage`
-they have a prior, whose centre is the mixture before the step (empirical Bayes; after Fraley and Raftery, Journal
-of Classification 24, 2007). With the mean and covariance `m`, `T` of the mixture and the mean covariance `C̄`,
+Components of a source are alike to some degree, which few observations of each do not show. With a `shrinkage`
+`ν > 0` they have a prior, whose centre is the mixture before the step (empirical Bayes; after Fraley and Raftery,
+Journal of Classification 24, 2007). With the mean and covariance `m`, `T` of the mixture and the mean covariance `C̄`,
 
-    μ_k ~ N(m, T / κ),   C_k ~ inverse Wishart about C̄ of ν pseudo-observations,
+    μ_k ~ N(m, T / κ),   C_k ~ inverse Wishart about C̄ of ν pseudo-observations,   κ = 0.3 ν,
 
 which adds `−κ T⁻¹ (μ_k − m)` and `κ T⁻¹` to the force and the information of each mean, and `ν L⁻¹ C̄ L⁻¹` and
-`ν I` to the scatter and the information of each covariance, in units of `C = L L`. Further `ν'`
-pseudo-observations are of what is missing alone: of the part `I − R`, `R = L W L`, that observations lack of
-complete information. What they show clearly they decide; what other sources hide of a component, and the evidence
-hardly tells, all share.
+`ν I` to the scatter and the information of each covariance, in units of `C = L L`. What observations show clearly
+they decide; what other sources hide of a component, which the evidence hardly tells, all components share.
 
 Sources that are learned at once from the same views share their residuals: what one mean takes the others cannot.
 Then the first formula is that of all means of all sources together, with the information `Σ r A_aᵀ C_y⁻¹ A_b`
@@ -35,7 +33,6 @@ between components of two sources in X. Source by source, views that mix two sou
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -58,26 +55,7 @@ MOST_MEANS = 2048  # numbers in the means of all sources, up to which they are s
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
 _ROUNDING = 1e-6  # of the information, in sums of single precision
 _ALIVE = 1e-2  # observations, below which a component stays as it is
-_OF_MEANS = 0.3  # κ / (ν or ν', the larger)
-
-
-@dataclass(frozen=True)
-class Shrinkage:
-    """Pseudo-observations of the prior on the components of a source: of all of them, and of what is `hidden`."""
-
-    whole: float = 0.0
-    hidden: float = 0.0
-
-    @property
-    def of_means(self) -> float:
-        """Those of the means."""
-        return _OF_MEANS * max(self.whole, self.hidden)
-
-    def __bool__(self) -> bool:
-        return max(self.whole, self.hidden) > 0
-
-
-NONE = Shrinkage()
+_OF_MEANS = 0.3  # κ / ν
 
 
 def ascend(
@@ -140,11 +118,11 @@ def joint_shifts(
     mixtures: Mapping[str, Mixture],
     found: Statistics,
     names: Sequence[str],
-    shrinkage: Mapping[str, Shrinkage],
+    shrinkage: Mapping[str, float],
 ) -> dict[str, np.ndarray]:
     """The steps `(K, D)` of the means of `names`, solved for together."""
     roots, blocks, end = {}, {}, 0
-    priors = {n: _prior_of_means(mixtures[n], shrinkage.get(n, NONE)) for n in names}
+    priors = {n: _prior_of_means(mixtures[n], shrinkage.get(n, 0.0)) for n in names}
     for name in names:
         n = np.maximum(np.asarray(found.sums[name].count, np.float64), 0)
         share = np.where(n > _ALIVE, 1 / np.sqrt(np.maximum(n, _ALIVE)), 0)
@@ -177,7 +155,7 @@ def maximise(
     sums: Sums,
     *,
     floor: float,
-    shrinkage: Shrinkage = NONE,
+    shrinkage: float = 0.0,
     shift: np.ndarray | None = None,
     damping: float = 1.0,
     textbook: bool = False,
@@ -210,9 +188,9 @@ def maximise(
         delta = _mean_step(cov, toward, w + stiffness) if shift is None else shift[..., None]
         change = toward - stiffness @ delta  # of the force that observations have on the means
         still = s - change @ _t(g) - g @ _t(change) + change @ _t(change)
-        new = _covariance_step(cov, still, w, shrinkage, share, pooled)
+        new = _covariance_step(cov, still, w, shrinkage / share, pooled)
     if textbook or mixture.stationary:
-        weight = shrinkage.whole / (shrinkage.whole + share)
+        weight = shrinkage / (shrinkage + share)
         new = (1 - weight) * new + weight * np.einsum("k,kij->ij", n / n.sum(), new)
     if not mixture.stationary:  # of which spectra are above it
         new = symmetric_power(new, 1, floor)
@@ -238,20 +216,19 @@ def _mean_step(c, g, w):
     return left @ (_t(left) @ g)
 
 
-def _covariance_step(c, s, w, shrinkage, share, pooled):
-    """The next covariances, with the inverse Wishart prior about `pooled`."""
+def _covariance_step(c, s, w, weight, pooled):
+    """The next covariances, with the inverse Wishart prior about `pooled` of the `weight` `(K, 1, 1)`."""
     one = np.eye(c.shape[-1])
     root = symmetric_power(c, 0.5)
     x, y = root @ w @ root + _UNSEEN * one, root @ s @ root + _UNSEEN * one
-    if shrinkage:
-        added = (shrinkage.whole * one + shrinkage.hidden * symmetric_power(one - x, 1)) / share
-        toward = symmetric_power(added, 0.5) @ symmetric_power(c, -0.5)
-        x, y = x + added, y + toward @ pooled @ _t(toward)
+    if np.any(weight > 0):
+        inverse = symmetric_power(c, -0.5)
+        x, y = x + weight * one, y + weight * (inverse @ pooled @ inverse)
     left = root @ symmetric_power(x, -0.5)
     return left @ y @ _t(left)
 
 
-def _prior_of_means(mixture: Mixture, shrinkage: Shrinkage) -> tuple[np.ndarray, np.ndarray]:
+def _prior_of_means(mixture: Mixture, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
     """What the prior adds to the force `(K, D)` and to the information `(D, D)` of the means."""
     mean = np.asarray(mixture.means, np.float64)
     if not shrinkage or mixture.stationary or len(mean) == 1:
@@ -259,7 +236,7 @@ def _prior_of_means(mixture: Mixture, shrinkage: Shrinkage) -> tuple[np.ndarray,
     weights = np.exp(np.asarray(mixture.log_weights, np.float64))
     off = mean - weights @ mean
     total = np.einsum("k,kij->ij", weights, mixture.covariances()) + (weights * off.T) @ off
-    stiffness = shrinkage.of_means * symmetric_power(total, -1.0, 1e-12 * np.trace(total))
+    stiffness = _OF_MEANS * shrinkage * symmetric_power(total, -1.0, 1e-12 * np.trace(total))
     return -off @ stiffness, stiffness
 
 
