@@ -160,10 +160,12 @@ def _mixture_lap(
     state = dataclasses.replace(state, shrinkage=shrinkage)
     with clock.during("scoring"):
         score = mean_log_evidence(current, held_out, max_tuples=c.max_tuples)
-        better = kept = score > state.score  # false for NaN
+        better = score > state.score  # false for NaN
         if size > 1 and not without_units(operators):
             pulled = not low and shrinkage[names[0]] > 0
-            better, kept = _compared(state.best, current, held_out, pulled, c)
+            gain, error = gain_in_evidence(state.best, current, held_out, max_tuples=c.max_tuples)
+            no_worse = gain > -error and score > state.score - 2 * error
+            better = no_worse if pulled else gain > error
     metrics["heldout_log_evidence"] = score
     learned = math.isfinite(evidence) or state.lap > 0
     if names[0] not in state.best:
@@ -171,7 +173,7 @@ def _mixture_lap(
             raise no_prior(names, evidence, score, data)
         as_it_is = {n: current[n] for n in names if n not in units_of(operators)}
         check_learned(as_it_is, config.bounds)
-    best, best_operators = (current, operators) if kept else (state.best, state.best_operators)
+    best, best_operators = (current, operators) if better else (state.best, state.best_operators)
     state = dataclasses.replace(state, best_operators=best_operators)
     if size == 1 and rank is not None:
         most = min(c.rank, *(current[n].dim - 1 for n in low))
@@ -202,22 +204,6 @@ def _mixture_lap(
     with clock.during("scoring"):
         metrics |= scores(best, data.at(best_operators), test, config)
     return _next_group(state, best, data, config), metrics
-
-
-def _compared(
-    best: Mixtures,
-    current: Mixtures,
-    held_out: Sequence[Observed],
-    pulled: bool,
-    config: MixtureConfig,
-) -> tuple[bool, bool]:
-    """Whether mixtures are better than the best by more than one standard error, and whether to keep them.
-
-    Those whose components are `pulled` together are kept as long as they are not worse by as much: more of them
-    follow a curved distribution, and cost nothing.
-    """
-    gain, error = gain_in_evidence(best, current, held_out, max_tuples=config.max_tuples)
-    return gain > error, gain > (-error if pulled else error)
 
 
 def _with_less(

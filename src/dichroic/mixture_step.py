@@ -17,7 +17,8 @@ variance components (Anderson, Annals of Statistics 1, 1973), where a c that sho
 
 Components of a source are alike to some degree, which few observations of each do not show. With a `shrinkage`
 `ν > 0` they have a prior, whose centre is the mixture before the step (empirical Bayes; after Fraley and Raftery,
-Journal of Classification 24, 2007). With the mean and covariance `m`, `T` of the mixture and the mean covariance `C̄`,
+Journal of Classification 24, 2007). With the mean and covariance `m`, `T` of the mixture and the mean covariance
+`C̄`,
 
     μ_k ~ N(m, T / κ),   C_k ~ inverse Wishart about C̄ of ν pseudo-observations,   κ = 0.3 ν,
 

@@ -77,7 +77,7 @@ def _one_std(reference: Any, spot: Spot) -> Noise:
             "Say what several numbers are: {isotropic: …} standard deviations, one per observation, or "
             "{diagonal: …} variances of the entries"
         )
-    return Isotropic(as_float(array))
+    return Isotropic(as_float_or_nan(array))
 
 
 def _kind(spec: Any, kinds: Mapping[str, Any], spot: Spot) -> tuple[str, Any]:
