@@ -33,6 +33,7 @@ SECTIONS = [
     "Learned priors",
     "Learning",
     "Data fit",
+    "Predictive checks",
     "Calibration",
     "Timings",
     "Which prior was kept",

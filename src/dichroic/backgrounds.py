@@ -233,8 +233,23 @@ def sums_behind(name: str, mixture: Mixture, totals: Totals) -> Sums:
 
 def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> float:
     """`Σ_i log p(y_i)`."""
-    total, common = 0.0, Common()
-    for _, some in groups(obs):
+    return sum(float(values.sum()) for _, values in _log_evidences(mixtures, obs))
+
+
+def low_rank_log_evidences(mixtures: Mapping[str, Mixture], obs: Observations) -> np.ndarray:
+    """`log p(y_i)` of each observation, `(n,)`."""
+    found = np.empty(obs.count)
+    for index, values in _log_evidences(mixtures, obs):
+        found[index] = values
+    return found
+
+
+def _log_evidences(
+    mixtures: Mapping[str, Mixture], obs: Observations
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of observations, as many at once as memory allows, and their log evidence."""
+    common = Common()
+    for index, some in groups(obs):
         behind = Backgrounds(mixtures, some, common)
-        total += sum(float(behind.given(y).log_evidence.sum()) for _, y in behind.chunks(some))
-    return total
+        for part, y in behind.chunks(some):
+            yield index[part], behind.given(y).log_evidence

@@ -240,6 +240,7 @@ def _fit(args: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     separator.fit(args.out, progress=[True, *trackers], **options)
     print(f"model: {args.out / 'best'}")
+    print(separator.predictive_checks().table())
     if not args.no_report:
         page = write_report(
             args.out, separator=separator, metrics=separator.metrics, warnings=warnings
@@ -287,7 +288,8 @@ def _separate(args: argparse.Namespace) -> int:
 
 
 def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> None:
-    from dichroic.stream import MEMORY, separate_to
+    from dichroic.separator import MEMORY
+    from dichroic.stream import separate_to
     from dichroic.tracking import Console
 
     console = Console()

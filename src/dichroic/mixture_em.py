@@ -17,10 +17,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from dichroic import layout
-from dichroic.backgrounds import low_rank_log_evidence
+from dichroic.backgrounds import low_rank_log_evidence, low_rank_log_evidences
 from dichroic.batching import split
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Denoiser, Mixture, gaussian
@@ -153,6 +153,16 @@ def _own_log_evidence(mixtures: Mixtures, views: Sequence[Observed], max_tuples:
     return total
 
 
+def log_evidences(
+    mixtures: Mixtures, obs: Observations, *, max_tuples: int = DEFAULT_MAX_TUPLES
+) -> Float[np.ndarray, " n"]:
+    """`log p(y_i)` of each observation, one program for any operators and masks of the same shapes."""
+    if is_low_rank(mixtures, obs):
+        return low_rank_log_evidences(mixtures, obs)
+    priors = {k: mixtures[k].prior() for k in obs.sources}
+    return np.asarray(_each_log_evidence(priors, obs, max_tuples), np.float64)
+
+
 def is_low_rank(mixtures: Mixtures, obs: Observed) -> bool:
     """Whether `dichroic.lowrank` is for this view."""
     return is_large([obs]) or any(not mixtures[k].full_rank for k in obs.sources)
@@ -191,12 +201,23 @@ def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
 
 @eqx.filter_jit
 def _view_log_evidence(priors, obs, max_tuples) -> Array:
-    def one(row: Observations) -> Array:
-        y, matrices, cov_noise, seen = row.parts()
-        sources, a = [priors[k] for k in matrices], list(matrices.values())
-        return log_evidence(y, a, cov_noise, sources, seen=seen, max_tuples=max_tuples)
-
+    one = partial(_one_log_evidence, priors, max_tuples)
     return sum_over(one, obs, min(_count(priors), max_tuples) * obs.size**2)
+
+
+@eqx.filter_jit
+def _each_log_evidence(priors, obs, max_tuples) -> Float[Array, " n"]:
+    rows, shared = split(obs)
+    one = jax.vmap(lambda row: _one_log_evidence(priors, max_tuples, eqx.combine(row, shared)))
+    which, _ = chunks(obs.count, min(_count(priors), max_tuples) * obs.size**2)
+    values = jax.lax.map(lambda i: one(jax.tree.map(lambda a: a[i], rows)), which)
+    return values.ravel()[: obs.count]
+
+
+def _one_log_evidence(priors, max_tuples, row: Observations) -> Array:
+    y, matrices, cov_noise, seen = row.parts()
+    sources, a = [priors[k] for k in matrices], list(matrices.values())
+    return log_evidence(y, a, cov_noise, sources, seen=seen, max_tuples=max_tuples)
 
 
 def initial_gaussians(

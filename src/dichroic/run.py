@@ -100,8 +100,11 @@ def fit(
     tracker: Tracker | None = None,
     memory: int | None = None,
     start: Start | None = None,
+    at_end: Callable[[State, Data], dict[str, Any]] | None = None,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Run all laps; the final state and the metrics of each lap. With a `start`, diffusion laps alone.
+
+    What `at_end` measures of the final state is added to the metrics of the last lap.
 
     With `out`, the run is kept in that folder; `resume` goes on with what is there (and starts where
     nothing is). With `memory`, in bytes, training observations stay in their files, and draws are kept on disk.
@@ -130,7 +133,7 @@ def fit(
         state, rows = agreed(begin), [row for folder in folders for row in folder.rows]
         record = folders[0].record if folders else lambda state, metrics: state
         with layout.in_company():
-            state, rows = _run(state, rows, data, config, tracker, record)
+            state, rows = _run(state, rows, data, config, tracker, record, at_end)
         if folders:
             event("finished", laps=state.total, seconds=round(state.seconds, 3))
         return state, rows
@@ -185,10 +188,13 @@ def _run(
     config: FitConfig,
     tracker: Tracker,
     record: Callable[[State, dict[str, Any]], State],
+    at_end: Callable[[State, Data], dict[str, Any]] | None,
 ) -> tuple[State, list[dict[str, Any]]]:
     """All laps from `state` on; `record` keeps each of them, in the first process."""
     while not state.done:
         new, metrics = advance(state, data, config, tracker)
+        if new.done and at_end is not None:
+            metrics |= at_end(new, data.at(new.best_operators))
         rows.append(metrics)
         state = agreed(partial(record, new, metrics))
         tracker.lap(metrics)
