@@ -12,6 +12,7 @@ from dichroic.datasets.manifolds import manifold_problem
 from dichroic.errors import RunError
 from dichroic.metrics import coverage, psnr
 from dichroic.operators import Identity
+from dichroic.prediction import PredictiveChecks
 from dichroic.problem import Problem, Source, View, holdout
 from dichroic.report import write_report
 from dichroic.report.markup import duration
@@ -196,7 +197,7 @@ def held(chi2):
 )
 def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, row):
     (tmp_path / "figures").mkdir()
-    page = Page(tmp_path, None, None, [], [held(np.array(chi2))], 0.0, [])
+    page = Page(tmp_path, None, None, [], [held(np.array(chi2))], 0.0, [], PredictiveChecks(()))
     cells = [text for text in Reader(_data_fit(page)).text if text.strip()]
     assert cells[-4:] == row
 

@@ -1,12 +1,13 @@
 """Entries left out of observations, and what priors say of them given the entries that remain.
 
 A fold leaves the same entries out of some of the observations, so that there are few patterns of missing entries;
-over all folds each entry is left out once. With `A_k`, `A_o` the rows kept and left out, a draw of what was left out is
+over all folds each entry is left out once. With `A_k`, `A_o` the rows kept and left out, a draw of these is
 
     y_o = A_o x + Σ_ok Σ_kk⁻¹ (y_k − A_k x) + ε,   x ~ p(x | y_k),   ε ~ N(0, Σ_oo − Σ_ok Σ_kk⁻¹ Σ_ko),
 
-so noise that is correlated is predicted too. Where all priors are mixtures the density of what was left out is exact:
-`log p(y_o | y_k) = log p(y) − log p(y_k)`.
+so noise that is correlated is predicted too. Where all priors are mixtures the density of what was left out is
+exact: `log p(y_o | y_k) = log p(y) − log p(y_k)`. Sources with bounds are drawn within them, of which the density
+knows nothing.
 """
 
 from collections.abc import Mapping

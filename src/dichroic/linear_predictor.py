@@ -1,4 +1,4 @@
-"""What a linear filter predicts of entries of an observation from its other entries: a yardstick for learned priors.
+"""What a linear filter predicts of entries of an observation from the others: a yardstick for learned priors.
 
 One Gaussian of the observations themselves, whatever made them. Its covariance `C` is that of the entries observed
 together, with correlations shrunk toward 0 by the estimated optimum (Schäfer & Strimmer, Stat. Appl. Genet. Mol.
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 1024
-_EPSILON = 1e-9
+_EPSILON = 1e-6
+_LEAST = 1e-2
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,25 @@ class LinearPredictor:
 
 
 def learn(
-    y: np.ndarray, seen: np.ndarray, noise: np.ndarray, entries: np.ndarray, block: int = BLOCK
+    y: np.ndarray, seen: np.ndarray, entries: np.ndarray, block: int = BLOCK
 ) -> LinearPredictor:
-    """The linear predictor of `entries` of observations like `y` `(n, M)`, `seen` (booleans) or missing.
-
-    The variances of the `noise`, `(M,)`, are the least that those of entries can be.
-    """
+    """The linear predictor of `entries` of observations like `y` `(n, M)`, `seen` (booleans) or missing."""
     counts = np.maximum(seen.sum(axis=0), 1)
     mean = np.where(seen, y, 0).sum(axis=0) / counts
     parts = np.array_split(entries, -(-len(entries) // block))
-    return LinearPredictor(mean, tuple((p, _covariance(y, seen, mean, noise, p)) for p in parts))
+    return LinearPredictor(mean, tuple((p, _covariance(y, seen, mean, p)) for p in parts))
 
 
 def _covariance(
-    y: np.ndarray, seen: np.ndarray, mean: np.ndarray, noise: np.ndarray, entries: np.ndarray
+    y: np.ndarray, seen: np.ndarray, mean: np.ndarray, entries: np.ndarray
 ) -> np.ndarray:
     """The shrunk covariance of `entries`, positive definite."""
-    here, noise = seen[:, entries], noise[entries]
+    here = seen[:, entries]
     r, mask = np.where(here, y[:, entries] - mean[entries], 0), here.astype(float)
     together = np.maximum(mask.T @ mask, 2)
     found = r.T @ r / (together - 1)
-    variance = np.maximum(np.diagonal(found), np.maximum(noise, _EPSILON * found.max()))
-    std = np.sqrt(np.maximum(variance, np.finfo(float).tiny))
+    variance = np.diagonal(found)
+    std = np.sqrt(np.maximum(variance, max(_EPSILON * variance.mean(), np.finfo(float).tiny)))
     correlation = found / std[:, None] / std
     np.fill_diagonal(correlation, 0)
     square = np.minimum(correlation**2, 1)
@@ -77,17 +75,16 @@ def _covariance(
     shrinkage = min(1.0, doubt / max(square.sum(), _EPSILON))
     shrunk = (1 - shrinkage) * correlation
     np.fill_diagonal(shrunk, 1)
-    return _positive(shrunk, float(np.min(noise / variance))) * std[:, None] * std
+    return _positive(shrunk) * std[:, None] * std
 
 
-def _positive(correlation: np.ndarray, least: float) -> np.ndarray:
-    """`correlation` with eigenvalues of `least` at the least, where those of pairs give some that are negative."""
-    least = min(max(least, _EPSILON), 1)
+def _positive(correlation: np.ndarray) -> np.ndarray:
+    """`correlation`, with eigenvalues of `_LEAST` at the least where not all are positive, as with many gaps."""
     try:
-        np.linalg.cholesky(correlation - 0.5 * least * np.eye(len(correlation)))
+        np.linalg.cholesky(correlation - _EPSILON * np.eye(len(correlation)))
     except np.linalg.LinAlgError:
         values, axes = np.linalg.eigh(correlation)
-        return (axes * np.maximum(values, least)) @ axes.T
+        return (axes * np.maximum(values, _LEAST)) @ axes.T
     return correlation
 
 

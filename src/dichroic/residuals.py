@@ -1,9 +1,9 @@
 """Whether entries that were left out look like their predictive draws: by entry, by observation, together.
 
-Under a right model the value `y` of an entry and `S` draws of it are exchangeable, whatever their distribution is. So
-the rank of `y` among them, broken evenly, is uniform: `u = (rank + U(0, 1)) / (S + 1)`, and `z = Φ⁻¹(u)` is normal,
-with which entries are judged over observations. An observation is judged by statistics of all its entries, in
-units of the mean and standard deviation of the `S + 1` values: of `y` and of each draw, which are exchangeable too.
+Under a right model the value `y` of an entry and `S` draws of it are exchangeable, whatever their distribution
+is. So the rank of `y` among them, broken evenly, is uniform: `u = (rank + U(0, 1)) / (S + 1)`, and `z = Φ⁻¹(u)` is
+normal, with which entries are judged over observations. An observation is judged by statistics of all its entries,
+in units of the mean and standard deviation of the `S + 1` values: those of `y` and of each draw, exchangeable too.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,24 @@ class Estimate(NamedTuple):
     error: float
 
 
+UNKNOWN = Estimate(float("nan"), float("nan"))
+
+
+class Excess(NamedTuple):
+    """By how much a statistic is larger of values than of their draws, its error, and the chance of as much."""
+
+    value: float
+    error: float
+    chance: float
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """Entries that were left out of some observations, and draws of what they could have been.
 
     Of the observations with `numbers` `(n,)`, the `entries` `(F,)`: `seen` `(n, F)` where there is something to
-    predict, the values `y` `(n, F)`, and `draws` `(S, n, F)`. `joined` `(F − 1,)` is true where an entry and the one
-    after it are neighbours.
+    predict, the values `y` `(n, F)`, and `draws` `(S, n, F)`. `joined` `(F − 1,)` is true where an entry and the
+    one after it are neighbours.
     """
 
     numbers: np.ndarray
@@ -49,9 +60,10 @@ class Residuals:
 
     `inside` and `count` `(n,)` are how many entries of each observation lie in their 90% intervals, of how many;
     `entries` `(F,)` with `mean` and `square` of their normal scores `z`, 0 and 1 under a right model; `bad` are
-    those for which this is not so. `beyond` is how many of `judged` observations miss by more than all their draws,
-    of which `expected` are chance at the most, and `far` the numbers of those that miss by far more. `common` is the
-    mean correlation of all pairs of entries that the model does not know of, `neighbours` that of neighbours.
+    those for which this is not so. `beyond` is how many of `judged` observations miss by more than all their
+    draws, of which `expected` are chance at the most, and `far` the numbers of those that miss by far more.
+    `common` is the mean correlation of all pairs of entries that the model does not know of, `neighbours` that of
+    neighbours.
     """
 
     inside: np.ndarray
@@ -64,8 +76,8 @@ class Residuals:
     judged: int
     expected: int
     far: np.ndarray
-    common: Estimate
-    neighbours: Estimate
+    common: Excess
+    neighbours: Excess
 
     @property
     def coverage(self) -> Estimate:
@@ -78,9 +90,8 @@ class Residuals:
     @property
     def correlated(self) -> str:
         """Which entries are correlated beyond what the model knows: of neighbours, or all; empty if none are."""
-        limit = stats.t.isf(RARE / 4, max(self.judged - 1, 1))
-        for name, (value, error) in (("neighbouring", self.neighbours), ("all", self.common)):
-            if abs(value) > max(LEAST_CORRELATION, limit * error):  # false for NaN
+        for name, found in (("neighbouring", self.neighbours), ("all", self.common)):
+            if abs(found.value) > LEAST_CORRELATION and found.chance < RARE / 2:  # false for NaN
                 return name
         return ""
 
@@ -103,16 +114,21 @@ def examine(parts: Sequence[LeftOut], seed: int = 0) -> Residuals:
         judged=len(numbers),
         expected=expected,
         far=np.sort(numbers[size[0] > FAR * most]),
-        common=_excess(common),
-        neighbours=_excess(neighbours),
+        common=_excess(common, rng),
+        neighbours=_excess(neighbours, rng),
     )
 
 
 def _normal_scores(part: LeftOut, rng: np.random.Generator) -> np.ndarray:
     """`z` `(n, F)`, NaN where nothing was seen."""
-    below, same = (np.sum(f(part.draws, part.y), axis=0) for f in (np.less, np.equal))
-    u = (below + rng.uniform(size=part.y.shape) * (same + 1)) / (len(part.draws) + 1)
-    return np.where(part.seen, stats.norm.ppf(u), np.nan)
+    return np.where(part.seen, _ranked(part.y, part.draws, rng), np.nan)
+
+
+def _ranked(y: np.ndarray, draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The normal scores of the ranks of `y` among `draws`, which have one more axis."""
+    below, same = (np.sum(f(draws, y), axis=0) for f in (np.less, np.equal))
+    u = (below + rng.uniform(size=y.shape) * (same + 1)) / (len(draws) + 1)
+    return stats.norm.ppf(u)
 
 
 def _by_entry(
@@ -146,10 +162,13 @@ def _by_observation(part: LeftOut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return square / np.maximum(count, 1), common, beside
 
 
-def _excess(found: np.ndarray) -> Estimate:
-    """By how much a statistic `(S + 1, n)` is larger of `y` than of draws, on average; NaN where nothing says."""
+def _excess(found: np.ndarray, rng: np.random.Generator) -> Excess:
+    """Of a statistic `(S + 1, n)`, on average; NaN where too few observations have it. The chance is that of ranks."""
+    found = found[:, np.isfinite(found).all(axis=0)]
+    n = found.shape[1]
+    if n < _LEAST_COUNT:
+        return Excess(np.nan, np.nan, np.nan)
     excess = found[0] - found[1:].mean(axis=0)
-    excess = excess[np.isfinite(excess)]
-    if len(excess) < _LEAST_COUNT:
-        return Estimate(np.nan, np.nan)
-    return Estimate(float(excess.mean()), float(excess.std(ddof=1) / np.sqrt(len(excess))))
+    z = _ranked(found[0], found[1:], rng).sum() / np.sqrt(n)
+    chance = 2 * stats.norm.sf(abs(z))
+    return Excess(float(excess.mean()), float(excess.std(ddof=1) / np.sqrt(n)), float(chance))

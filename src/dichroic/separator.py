@@ -23,7 +23,8 @@ from dichroic.files import write_atomic
 from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists
 from dichroic.operators.units import check_units, from_units, named_units, without_units
-from dichroic.predictive import PredictiveChecks, predictive_checks
+from dichroic.prediction import PredictiveChecks
+from dichroic.predictive import predictive_checks
 from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.run import Start, fit
 from dichroic.sample import draw_prior, make_sampler
@@ -156,8 +157,8 @@ class Separator:
         `progress` follows the fit: `True` shows it on the terminal, a `Tracker` gets the metrics of
         every lap, and of a list all do: `[True, TensorBoard("logs")]`.
 
-        At the end entries of held-out observations are left out and predicted (`predictive_checks`), and there is a
-        warning for each view of which they are predicted badly.
+        At the end entries of held-out observations are left out and predicted (`predictive_checks`), and there is
+        a warning for each view of which they are predicted badly.
         """
         if self.problem is None:
             raise RunError(

@@ -1,8 +1,8 @@
 """One self-contained HTML page that says what a fit learned, and how far to believe it.
 
 Held-out observations, those that `dichroic.data.prepare` keeps from training, are separated anew;
-every number and figure but the learning curves, priors, timings and predictive checks comes from these draws. Figures
-are embedded, so that the page can be sent as one file, and also written to `figures/`.
+every number and figure but the learning curves, priors, timings and predictive checks comes from these
+draws. Figures are embedded, so that the page can be sent as one file, and also written to `figures/`.
 """
 
 import time

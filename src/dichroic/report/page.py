@@ -8,7 +8,7 @@ from typing import Any
 
 from dichroic import plot
 from dichroic.files import write_atomic
-from dichroic.predictive import PredictiveChecks
+from dichroic.prediction import PredictiveChecks
 from dichroic.problem import Problem
 from dichroic.report.markup import esc
 from dichroic.report.scores import Held, Score

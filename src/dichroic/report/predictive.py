@@ -1,20 +1,21 @@
 """How well entries left out of held-out observations are predicted: a table, and residuals by entry."""
 
 from dichroic import plot
-from dichroic.predictive import HEADER, Prediction
+from dichroic.prediction import HEADER, Prediction
 from dichroic.report.markup import esc, table
 from dichroic.report.page import Page
 
 ABOUT = (
-    "Entries left out of held-out observations, predicted from the entries that remain, by the fitted priors and by a "
-    "linear filter of the same training observations. Scores are in units of the noise: nats per entry, −1.42 at best "
-    "where the signal is known, and root mean square errors, 1 at best. The gain is in nats per entry, or without a log "
-    "score (of networks) the part of the mean square error; below 0 the linear filter is better. Correlations are those "
-    "of residuals beyond what the model knows; all should be 0 within their errors."
+    "Entries left out of held-out observations, predicted from the entries that remain, by the fitted priors and "
+    "by a linear filter of the same training observations. Scores are in units of the noise: log scores in nats "
+    "per entry, −1.42 where all but white noise is predicted, and root mean square errors, 1 there. The gain "
+    "is in nats per entry, or without a log score (of networks) a part of the filter's mean square error; below "
+    "0 the linear filter is better. Correlations are those of residuals beyond what the model knows: 0 within "
+    "their errors for a right model."
 )
 BY_ENTRY = (
-    "{}: normal scores of left-out entries over observations. For a right model their mean is 0 and their root mean "
-    "square 1; red: beyond chance."
+    "{}: normal scores of left-out entries over observations. For a right model their mean is 0 and their root "
+    "mean square 1; red: beyond chance."
 )
 NUMBERS = 12  # of observations that are named
 
