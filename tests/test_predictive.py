@@ -92,7 +92,7 @@ def test_the_linear_filter_needs_no_more_observations_than_entries(rng, gaps):
     _, mean = found.predict(new, *both)
     error = np.mean((new - mean)[:, left] ** 2)
     assert np.mean(log_density(cov, new, left)) / left.sum() > -1.5
-    assert error < (0.95 if gaps else 0.6)  # 1.1 for the mean alone
+    assert error < (0.75 if gaps else 0.5)  # 1.1 for the mean alone
 
 
 def test_blocks_of_neighbours_predict_their_own_entries(rng):
@@ -263,8 +263,8 @@ def test_wrong_models_raise_an_alarm(kind, std, words):
 
 
 def test_intervals_that_are_too_narrow_or_too_wide_are_told():
-    narrow, wide = checked("right", std=0.1), checked("right", std=2.0)
-    assert narrow.residuals.coverage.value < 0.8
+    narrow, wide = checked("right", std=0.02), checked("right", std=2.0)
+    assert narrow.residuals.coverage.value < 0.85
     assert wide.residuals.coverage.value > 0.97
     assert "90% intervals of entries that are left out hold" in narrow.warning
     assert "look for noise" in narrow.warning

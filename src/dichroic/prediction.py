@@ -8,7 +8,7 @@ import numpy as np
 from dichroic.residuals import UNKNOWN, Estimate, Residuals
 from dichroic.tables import text_table
 
-COVERAGE = (0.8, 0.97)  # of 90% intervals, beyond which there is a warning
+COVERAGE = (0.85, 0.97)  # of 90% intervals, beyond which there is a warning
 LEAST_LOSS = 0.02  # nats per entry, or the same part of the mean square error, that is worth a word
 ENOUGH = (
     20  # observations for each entry, with more of which they are no reason for bad predictions

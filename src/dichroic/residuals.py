@@ -163,7 +163,7 @@ def _by_observation(part: LeftOut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _excess(found: np.ndarray, rng: np.random.Generator) -> Excess:
-    """Of a statistic `(S + 1, n)`, on average; NaN where too few observations have it. The chance is that of ranks."""
+    """Of a statistic `(S + 1, n)`, on average, with the chance of its ranks; NaN where too few have it."""
     found = found[:, np.isfinite(found).all(axis=0)]
     n = found.shape[1]
     if n < _LEAST_COUNT:
