@@ -12,6 +12,7 @@ from dichroic.datasets.manifolds import manifold_problem
 from dichroic.errors import RunError
 from dichroic.metrics import coverage, psnr
 from dichroic.operators import Identity
+from dichroic.prediction import PredictiveChecks
 from dichroic.problem import Problem, Source, View, holdout
 from dichroic.report import write_report
 from dichroic.report.markup import duration
@@ -33,6 +34,7 @@ SECTIONS = [
     "Learned priors",
     "Learning",
     "Data fit",
+    "Predictive checks",
     "Calibration",
     "Timings",
     "Which prior was kept",
@@ -152,6 +154,22 @@ def test_the_numbers_of_the_cards_are_those_of_the_draws(reported):
     assert reader.numbers["seconds"] == duration(separator.metrics[-1]["seconds"])
 
 
+@pytest.mark.checked
+def test_predictive_checks_are_in_the_page_with_their_warnings(tmp_path):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(600, 1)) + 0.5 * rng.normal(size=(600, 6))
+    view = View(y, {"x": Identity((6,))}, 3.0, "<v>")
+    separator = Separator(Problem([Source("x", (6,))], [view]), SETTINGS).fit(progress=False)
+    page = write_report(tmp_path, separator=separator, metrics=separator.metrics, n_draws=2)
+    text, checks = "".join(Reader(page.read_text()).text), separator.predictive_checks()
+    (prediction,) = checks.views
+    for cell in prediction.row:
+        assert cell in text
+    (sentence,) = checks.warnings
+    assert text.count(sentence) == 1
+    assert (tmp_path / "figures" / "residuals-_v_.png").exists()
+
+
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
@@ -195,7 +213,7 @@ def held(chi2):
 )
 def test_the_standard_error_of_the_data_fit_is_that_of_a_sample(tmp_path, chi2, row):
     (tmp_path / "figures").mkdir()
-    page = Page(tmp_path, None, None, [], [held(np.array(chi2))], 0.0, [])
+    page = Page(tmp_path, None, None, [], [held(np.array(chi2))], 0.0, [], PredictiveChecks(()))
     cells = [text for text in Reader(_data_fit(page)).text if text.strip()]
     assert cells[-4:] == row
 

@@ -259,6 +259,7 @@ def _fit(args: argparse.Namespace) -> None:
         return
     separator.fit(args.out, progress=[True, *trackers], **options)
     print(f"model: {args.out / 'best'}")
+    print(separator.predictive_checks().table())
     if not args.no_report:
         page = write_report(
             args.out, separator=separator, metrics=separator.metrics, warnings=separator.advice
@@ -306,7 +307,8 @@ def _separate(args: argparse.Namespace) -> int:
 
 
 def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> None:
-    from dichroic.stream import MEMORY, separate_to
+    from dichroic.separator import MEMORY
+    from dichroic.stream import separate_to
     from dichroic.tracking import Console
 
     separate_to(

@@ -129,6 +129,7 @@ class FitConfig(_Ranged):
     seed: int = field(default=0, metadata={"most": 2**62})
     holdout: float = _fraction(0.1)  # fraction of each view kept for stopping and scoring
     order: tuple[tuple[str, ...], ...] | None = None  # groups of sources, learned in turn
+    checks: Literal["predictive", "none"] = "predictive"  # at the end of a fit
     outliers: Literal["exclude", "keep"] = "exclude"  # observations that are far from all others
     polish: int = 4  # mixture laps over all sources and views together after the last group
     batch_size: int = _count(1024)  # observations sampled at once

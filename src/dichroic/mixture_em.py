@@ -147,7 +147,7 @@ def mean_log_evidence(
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
     own = lambda: sum(
-        float(log_evidence_of(mixtures, o, max_tuples).sum()) for o in every_block(views)
+        float(log_evidences(mixtures, o, max_tuples=max_tuples).sum()) for o in every_block(views)
     )
     return views[0].total(own) / sum(obs.count for obs in views)
 
@@ -161,7 +161,7 @@ def gain_in_evidence(
     """
 
     def own() -> np.ndarray:
-        of = lambda mixtures, obs: log_evidence_of(mixtures, obs, max_tuples)
+        of = lambda mixtures, obs: log_evidences(mixtures, obs, max_tuples=max_tuples)
         gains = [of(new, obs) - of(old, obs) for obs in every_block(views)]
         return sum((np.array([g.sum(), (g**2).sum()]) for g in gains), np.zeros(2))
 
@@ -170,7 +170,9 @@ def gain_in_evidence(
     return float(mean), math.sqrt(max(square - mean**2, 0.0) / max(n - 1, 1))
 
 
-def log_evidence_of(mixtures: Mixtures, obs: Observations, max_tuples: int) -> np.ndarray:
+def log_evidences(
+    mixtures: Mixtures, obs: Observations, *, max_tuples: int = DEFAULT_MAX_TUPLES
+) -> np.ndarray:
     """`log p(y)` of each observation, `(n,)`."""
     if is_low_rank(mixtures, obs):
         return low_rank_log_evidence(mixtures, obs)

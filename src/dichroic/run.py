@@ -102,10 +102,12 @@ def fit(
     memory: int | None = None,
     start: Start | None = None,
     advice: Callable[[], Iterable[str]] = tuple,
+    at_end: Callable[[State, Data], dict[str, Any]] | None = None,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Run all laps; the final state and the metrics of each lap. With a `start`, diffusion laps alone.
 
-    What `advice` gives is warned of where the fit begins, not where it goes on, by the first process alone.
+    What `advice` gives is warned of where the fit begins, not where it goes on, by the first process alone. What
+    `at_end` measures of the final state is added to the metrics of the last lap.
 
     With `out`, the run is kept in that folder; `resume` goes on with what is there (and starts where
     nothing is). With `memory`, in bytes, training observations stay in their files, and draws are kept on disk.
@@ -137,7 +139,7 @@ def fit(
         if layout.is_first() and not state.total:
             warn(*advice())
         with layout.in_company():
-            state, rows = _run(state, rows, data, config, tracker, record)
+            state, rows = _run(state, rows, data, config, tracker, record, at_end)
         if folders:
             event("finished", laps=state.total, seconds=round(state.seconds, 3))
         return state, rows
@@ -192,10 +194,13 @@ def _run(
     config: FitConfig,
     tracker: Tracker,
     record: Callable[[State, dict[str, Any]], State],
+    at_end: Callable[[State, Data], dict[str, Any]] | None,
 ) -> tuple[State, list[dict[str, Any]]]:
     """All laps from `state` on; `record` keeps each of them, in the first process."""
     while not state.done:
         new, metrics = advance(state, data, config, tracker)
+        if new.done and at_end is not None:
+            metrics |= at_end(new, data.at(new.best_operators))
         rows.append(metrics)
         state = agreed(partial(record, new, metrics))
         tracker.lap(metrics)

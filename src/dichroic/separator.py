@@ -14,19 +14,25 @@ import numpy as np
 from dichroic.blocks import spans
 from dichroic.bounds import within_bounds
 from dichroic.config import FitConfig, check_keys
+from dichroic.data import Data, prepare
 from dichroic.denoise import Denoiser, Mixture
-from dichroic.drawing import draw, predictive_chi2
+from dichroic.drawing import Denoisers, draw, predictive_chi2
+from dichroic.em import State
 from dichroic.errors import DataError, RunError, ShapeError
 from dichroic.files import write_atomic
 from dichroic.identify import advice, zero_operators
 from dichroic.io import load_model, save_model
 from dichroic.operators.learned import Parameters, from_lists, to_lists
 from dichroic.operators.units import check_units, from_units, named_units, without_units
+from dichroic.prediction import PredictiveChecks
+from dichroic.predictive import predictive_checks
 from dichroic.problem import Problem, View, check_view, joint_observations, named_views
 from dichroic.run import Start, fit
 from dichroic.sample import draw_prior, make_sampler
 from dichroic.tracking import Tracker, as_tracker, warn
 from dichroic.view import AnyView, check_seen, numbering, with_operators
+
+MEMORY = 4 * 2**30  # to read observations in files by, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,7 @@ class Separator:
         self.denoisers: dict[str, Denoiser] = {}
         self.operators: Parameters = {}  # what was learned of operators, by name
         self.metrics: list[dict[str, Any]] = []
+        self._checks: PredictiveChecks | None = None  # of what was fitted
 
     @cached_property
     def advice(self) -> tuple[str, ...]:
@@ -163,6 +170,9 @@ class Separator:
 
         `progress` follows the fit: `True` shows it on the terminal, a `Tracker` gets the metrics of
         every lap, and of a list all do: `[True, TensorBoard("logs")]`.
+
+        At the end entries of held-out observations are left out and predicted (`predictive_checks`), and there is
+        a warning for each view of which they are predicted badly.
         """
         if self.problem is None:
             raise RunError(
@@ -173,9 +183,41 @@ class Separator:
             other = start if isinstance(start, Separator) else Separator.load(start)
             options["start"] = Start(other._fitted(), other.operators)
         options |= {"tracker": as_tracker(progress), "advice": lambda: self.advice}
+        options["at_end"] = self._at_end
+        self._checks = None
         state, self.metrics = fit(self.problem, self.config, **options)
         self.denoisers, self.operators = state.best, state.best_operators
         return self
+
+    def predictive_checks(self) -> PredictiveChecks:
+        """How well the priors predict entries left out of held-out observations, beside a linear filter.
+
+        Of every view of the problem: see `dichroic.predictive`. What `fit` found, or computed anew.
+
+        >>> print(separator.predictive_checks().table())  # doctest: +SKIP
+        """
+        if self.problem is None:
+            raise RunError(
+                "predictive checks need the problem that was fitted: Separator.load(…, problem=problem)"
+            )
+        if self._checks is not None:
+            return self._checks
+        denoisers, in_memory = self._fitted(), all(isinstance(v, View) for v in self.problem.views)
+        data = prepare(self.problem, self.config, None if in_memory else MEMORY)
+        return self._check(denoisers, data.at(self.operators))
+
+    def _check(self, denoisers: Denoisers, data: Data) -> PredictiveChecks:
+        assert self.problem is not None
+        shapes = [[(v.name, tuple(v.shape)) for v in g] for g in self.problem.joint_views()]
+        return predictive_checks(denoisers, data, self.config, shapes)
+
+    def _at_end(self, state: State, data: Data) -> dict[str, float]:
+        """Check what was fitted, warn, and give the metrics."""
+        if self.config.checks == "none":
+            return {}
+        self._checks = self._check(state.best, data)
+        warn(*self._checks.warnings)
+        return self._checks.metrics
 
     def separate(
         self,

@@ -18,7 +18,14 @@ from dichroic.errors import RunError
 from dichroic.fingerprint import fingerprint
 from dichroic.limits import within
 from dichroic.problem import joint_observations
-from dichroic.separator import Selectable, Separation, Separator, common_count, selectable
+from dichroic.separator import (
+    MEMORY,
+    Selectable,
+    Separation,
+    Separator,
+    common_count,
+    selectable,
+)
 from dichroic.store import (
     Blocks,
     Job,
@@ -32,7 +39,6 @@ from dichroic.store import (
 )
 from dichroic.tracking import warn
 
-MEMORY = 4 * 2**30
 _SAMPLED = 16  # observations that tell one view from another
 Progress = Callable[[int, int], None]
 

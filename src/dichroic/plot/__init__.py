@@ -8,6 +8,7 @@ image. Each source has one colour.
 
 from dichroic.plot.agreement import calibration as calibration
 from dichroic.plot.agreement import data_fit as data_fit
+from dichroic.plot.agreement import residuals as residuals
 from dichroic.plot.arrays import observed as observed
 from dichroic.plot.arrays import several as several
 from dichroic.plot.canvas import colour as colour

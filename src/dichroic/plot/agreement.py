@@ -1,4 +1,4 @@
-"""How far to believe a fit: χ² of its draws, their coverage and their ranks."""
+"""How far to believe a fit: χ² of its draws, their coverage and their ranks, and residuals by entry."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from scipy import stats
 
 from dichroic.metrics import RankHistogram
 from dichroic.plot.canvas import DARK, GREY, STYLES, colour, label, legend, new_figure, tidy
+from dichroic.residuals import Residuals
 
 
 def data_fit(chi2: np.ndarray, entries: int | None) -> Any:
@@ -30,6 +31,19 @@ def data_fit(chi2: np.ndarray, entries: int | None) -> Any:
     axis.axvline(1, color="#D55E00", lw=1.5, label="1")
     axis.axvline(values.mean(), color="black", ls="--", lw=1.2, label="mean")
     legend(axis)
+    return figure
+
+
+def residuals(found: Residuals) -> Any:
+    """The mean and root mean square of the normal scores of each entry; what is beyond chance is red."""
+    figure = new_figure(8.8, 2.6)
+    bad = np.isin(found.entries, found.bad)
+    panels = (("mean", found.mean, 0), ("root mean square", np.sqrt(found.square), 1))
+    for axis, (title, values, ideal) in zip(figure.subplots(1, 2), panels, strict=True):
+        tidy(axis, "entry", title)
+        axis.axhline(ideal, color="black", lw=0.8)
+        axis.plot(found.entries[~bad], values[~bad], ".", color=DARK, ms=3)
+        axis.plot(found.entries[bad], values[bad], "o", color="#D55E00", ms=4)
     return figure
 
 

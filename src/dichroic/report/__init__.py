@@ -1,8 +1,8 @@
 """One self-contained HTML page that says what a fit learned, and how far to believe it.
 
 Held-out observations, those that `dichroic.data.prepare` keeps from training, are separated anew;
-every number and figure but the learning curves, priors and timings comes from these draws. Figures
-are embedded, so that the page can be sent as one file, and also written to `figures/`.
+every number and figure but the learning curves, priors, timings and predictive checks comes from these
+draws. Figures are embedded, so that the page can be sent as one file, and also written to `figures/`.
 """
 
 import time
@@ -53,8 +53,9 @@ def write_report(
     seconds = time.perf_counter() - began
     scores = [score(h, k) for k in problem.names for h in held if k in h.truth]
     rows = [dict(row) for row in metrics]
-    page = Page(folder, problem, separator, rows, held, seconds, scores)
-    notes = [*warnings, *own_warnings(held, scores)]
+    checks = separator.predictive_checks()
+    page = Page(folder, problem, separator, rows, held, seconds, scores, checks)
+    notes = [*warnings, *checks.warnings, *own_warnings(held, scores)]
     parts = [("Result", head(page, notes, baselines or {})), *all_sections(page, notes)]
     body = "".join(section(name, content) for name, content in parts)
     title = title or f"Separation of {', '.join(problem.names)}"

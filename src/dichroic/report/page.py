@@ -8,6 +8,7 @@ from typing import Any
 
 from dichroic import plot
 from dichroic.files import write_atomic
+from dichroic.prediction import PredictiveChecks
 from dichroic.problem import Problem
 from dichroic.report.markup import esc
 from dichroic.report.scores import Held, Score
@@ -25,6 +26,7 @@ class Page:
     held: list[Held]
     seconds: float
     scores: list[Score]
+    checks: PredictiveChecks
     files: set[str] = field(default_factory=set)
 
     def figure(self, name: str, figure: Any, caption: str) -> str:

@@ -16,6 +16,7 @@ from dichroic.operators.units import without_units
 from dichroic.problem import View, sees
 from dichroic.report.markup import esc, table
 from dichroic.report.page import Page
+from dichroic.report.predictive import predictive
 from dichroic.report.scores import Held
 from dichroic.report.timings import timings
 from dichroic.statement import summary_rows
@@ -56,6 +57,7 @@ def all_sections(page: Page, notes: Sequence[str]) -> list[tuple[str, str]]:
         *learned,
         ("Learning", _learning(page)),
         ("Data fit", _data_fit(page)),
+        ("Predictive checks", predictive(page)),
         ("Calibration", _calibration(page)),
         ("Timings", timings(page.metrics, page.seconds)),
         ("Which prior was kept", _kept(page)),
