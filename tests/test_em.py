@@ -235,21 +235,47 @@ def arrays(denoisers):
     return {(name, k): a.tobytes() for name, d in denoisers.items() for k, a in pack(d)[0].items()}
 
 
+OVERFIT = TINY.replace(
+    {
+        "mixture.components": 4,
+        "mixture.laps": 4,
+        "mixture.patience": 9,
+        "mixture.shrinkage": 0.0,
+        "holdout": 0.5,
+    }
+)
+
+
 @pytest.fixture(scope="module")
 def overfitted():
     """Few observations of Gaussians: more components fit them better and predict others worse."""
-    config = TINY.replace(
-        {"mixture.components": 4, "mixture.laps": 4, "mixture.patience": 9, "holdout": 0.5}
-    )
-    return laps(gaussian_problem([[1, 0], [1, 1]], count=60, seed=1), config)
+    return laps(gaussian_problem([[1, 0], [1, 1]], count=60, seed=1), OVERFIT)
+
+
+def scores_of(out, source):
+    return [
+        m["heldout_log_evidence"]
+        for _, m in out
+        if m["phase"] == "mixture" and m["sources"] == source and "heldout_log_evidence" in m
+    ]
+
+
+def test_with_a_prior_on_components_more_of_them_hardly_predict_worse(overfitted):
+    free = scores_of(overfitted[1], "a")
+    config = OVERFIT.replace({"mixture.shrinkage": None})
+    pulled = scores_of(laps(gaussian_problem([[1, 0], [1, 1]], count=60, seed=1), config)[1], "a")
+    assert len(pulled) == len(free) == 3
+    assert pulled[0] == pytest.approx(free[0], abs=1e-5)
+    assert min(free) < free[0] - 0.25
+    assert min(pulled) > free[0] - 0.1
 
 
 @pytest.mark.parametrize("source", ["a", "b"])
 def test_the_best_state_has_the_highest_held_out_evidence(source, overfitted):
     data, out = overfitted
     own = [(s, m) for s, m in out if m["phase"] == "mixture" and m["sources"] == source]
-    scores = [m["heldout_log_evidence"] for _, m in own if "heldout_log_evidence" in m]
-    assert len(scores) == 3, "sizes 1, 2, 4"
+    scores = scores_of(out, source)
+    assert len(scores) == 3, "sizes 1, 2, 3: ten observations for each component"
     assert np.argmax(scores) < 2, "there is something to choose"
     best = own[-1][0].best
     view = {"a": 0, "b": 1}[source]
@@ -266,7 +292,13 @@ def test_polishing_never_lowers_the_held_out_evidence(overfitted):
 
 def test_growth_stops_after_sizes_without_a_better_score():
     config = TINY.replace(
-        {"mixture.components": 64, "mixture.laps": 4, "mixture.patience": 1, "holdout": 0.5}
+        {
+            "mixture.components": 64,
+            "mixture.laps": 4,
+            "mixture.patience": 1,
+            "mixture.shrinkage": 0.0,
+            "holdout": 0.5,
+        }
     )
     _, out = laps(gaussian_problem([[1]], count=60, seed=1), config)
     scores = [m["heldout_log_evidence"] for _, m in out if "heldout_log_evidence" in m]

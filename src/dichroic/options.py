@@ -1,6 +1,7 @@
 """What options of the command line are given: numbers, lists, and text that a function parses."""
 
 import argparse
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
                 help="least and most that numbers of a source can be; either may be left out",
             )
             continue
+        kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
         options = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         several = typing.get_origin(kind) is tuple
         group.add_argument(
