@@ -154,7 +154,7 @@ def job_of(
     at = sorted({int(i) for i in np.linspace(0, count - 1, _SAMPLED)})
     some = [[v.select(slice(i, i + 1)) for v in views] for i in at]
     stated = [[(v.observations, v.operators, v.noise, v.mask) for v in each] for each in some]
-    obs = joint_observations(some[0]).at(separator.operators)
+    obs = joint_observations(some[0], separator.operators)
     shapes = {k: separator.denoisers[k].shape for k in obs.sources}
     if chunk is None:
         chunk = observations_within(memory, obs, count, n_draws=n_draws, shards=shard[1])

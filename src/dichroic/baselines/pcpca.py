@@ -45,7 +45,7 @@ from dichroic.errors import ConfigError
 from dichroic.noise import Isotropic, Masked, observed_entries
 from dichroic.observations import Observations
 from dichroic.operators import Operator
-from dichroic.problem import Problem, View, check_view, joint_observations, named_views
+from dichroic.problem import Problem, View, check_view, named_views
 from dichroic.sample import Draws
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker
@@ -195,7 +195,7 @@ class Pcpca(Fitted):
         views = named_views(view, self.problem)
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
-        obs, names = joint_observations(views), list(self.denoisers)
+        obs, names = prepared(views, {}), list(self.denoisers)
         means = {k: np.asarray(d.location) for k, d in self.denoisers.items()}
         parts = []
         for i, name in enumerate(obs.sources):

@@ -37,6 +37,7 @@ from dichroic.identify.result import SourceIdentifiability as SourceIdentifiabil
 from dichroic.identify.result import Verdict as Verdict
 from dichroic.identify.scarcity import scarcity as scarcity
 from dichroic.identify.warnings import warnings_of
+from dichroic.offsets import offsets
 from dichroic.problem import Problem
 from dichroic.screening import suspicions
 from dichroic.tracking import warn
@@ -114,4 +115,5 @@ def advice(
     `outliers` is what the fit does with them, `result` that of `identifiability`, where it is known already.
     """
     known = (result or examined(problem)).warnings
-    return (*known, *scarcity(problem, stationary), *suspicions(problem, outliers))
+    rounded = offsets(problem).notes
+    return (*known, *scarcity(problem, stationary), *rounded, *suspicions(problem, outliers))
