@@ -10,7 +10,7 @@ still does not hold then, such as a range that differs between observations, is 
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,6 +39,7 @@ REFUSED = 1.0  # and this one 5 dB
 PART = 0.01  # of the observations that may exceed these: outliers
 ROWS = 64  # observations to find offsets from, where operators differ between observations
 FAR = 1e3  # times as far from the median as is usual: not among these
+BLOCK_BYTES = 2**20  # of the observations that are looked at at a time
 _STEPS = 500
 
 
@@ -59,6 +60,12 @@ class _Sample:
     y: np.ndarray
     seen: np.ndarray
     std: np.ndarray
+
+    def take(self, rows: slice) -> "_Sample":
+        """Some of them."""
+        own = lambda a: a[rows] if len(a) == len(self.y) else a
+        parts = {name: own(getattr(self, name)) for name in ("y", "seen", "std")}
+        return replace(self, operators=take(self.operators, rows), **parts)
 
     def less(self, offsets: Values) -> np.ndarray:
         """The values less what the offsets look like, in float64."""
@@ -233,7 +240,7 @@ def _check_use(problem: Problem, values: Values, samples: Sequence[_Sample]) -> 
             raise DataError(
                 f"{s.view.label}: the observations have an offset of {np.median(np.abs(s.y[:, j])):.3g} at entry "
                 f"{where}, where the rounding of the operators to float32 makes an error of {error[j]:.3g} times "
-                "the noise: subtract the mean (or what a constant source looks like) from the observations in float64"
+                "the noise: subtract the mean (or what a constant source looks like) from the observations"
             )
 
 
@@ -298,7 +305,11 @@ def _where(view: View, entry: Any) -> int | tuple[int, ...]:
 
 def _held(sample: _Sample, values: Values) -> _Held:
     """What single precision loses of a sample less what offsets look like."""
-    return _losses(sample, sample.less(values), np.dtype(jnp.zeros(()).dtype))
+    rows = max(BLOCK_BYTES // sample.y[0].nbytes, 1)
+    blocks = (sample.take(slice(i, i + rows)) for i in range(0, len(sample.y), rows))
+    found = [_losses(s, s.less(values), np.dtype(jnp.zeros(()).dtype)) for s in blocks]
+    joined = lambda name: np.concatenate([getattr(h, name) for h in found])
+    return replace(found[0], ratio=joined("ratio"), entry=joined("entry"), value=joined("value"))
 
 
 def _given(sample: _Sample) -> _Held:

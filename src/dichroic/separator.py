@@ -37,9 +37,8 @@ class Separation:
     `draws[name]` is `(n_draws, n, *shape)`, in float64 where float32 does not hold the offset of the source;
     `chi2` `(n_draws, n)` is `rᵀ Σ⁻¹ r / M` of each draw's residual, 1 on average for a calibrated posterior, NaN
     of an observation of which nothing was observed (`metrics.mean_chi2` leaves those out). Of each draw too,
-    `(n_draws, n)`: the worst relative
-    `residual` of its linear solves, the fraction of them that `converged`, and the `steps` of conjugate gradients
-    that they took together (0 where solves are exact).
+    `(n_draws, n)`: the worst relative `residual` of its linear solves, the fraction of them that `converged`, and
+    the `steps` of conjugate gradients that they took together (0 where solves are exact).
     """
 
     draws: dict[str, np.ndarray]

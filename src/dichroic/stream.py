@@ -17,6 +17,7 @@ from dichroic.dataset import observations_within
 from dichroic.errors import RunError
 from dichroic.fingerprint import fingerprint
 from dichroic.limits import within
+from dichroic.operators.units import offsets_of
 from dichroic.problem import joint_observations
 from dichroic.separator import Selectable, Separation, Separator, common_count, selectable
 from dichroic.store import (
@@ -159,4 +160,6 @@ def job_of(
     if chunk is None:
         chunk = observations_within(memory, obs, count, n_draws=n_draws, shards=shard[1])
     model = fingerprint((separator.denoisers, separator.operators, separator.config.to_dict()))
-    return Job(model, fingerprint((count, stated)), seed, n_draws, count, chunk, shapes)
+    wide = tuple(k for k in shapes if k in offsets_of(separator.operators))
+    view = fingerprint((count, stated))
+    return Job(model, view, seed, n_draws, count, chunk, shapes, wide=wide)

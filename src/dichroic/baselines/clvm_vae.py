@@ -33,7 +33,7 @@ from dichroic.identify import advice
 from dichroic.io import read_tensors, write_tensors
 from dichroic.lanes import LANES, chunks, lanes_width, own_lanes
 from dichroic.observations import Observations
-from dichroic.offsets import check_no_offset
+from dichroic.offsets import check_no_offset, prepared
 from dichroic.problem import (
     Problem,
     View,

@@ -44,7 +44,7 @@ from dichroic.files import writing
 from dichroic.identify import advice
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.observations import Observations
-from dichroic.offsets import check_no_offset
+from dichroic.offsets import check_no_offset, prepared
 from dichroic.problem import (
     Problem,
     View,

@@ -44,6 +44,7 @@ from dichroic.drawing import draw, predictive_chi2
 from dichroic.errors import ConfigError
 from dichroic.noise import Isotropic, Masked, observed_entries
 from dichroic.observations import Observations
+from dichroic.offsets import prepared
 from dichroic.operators import Operator
 from dichroic.problem import Problem, View, check_view, named_views
 from dichroic.sample import Draws

@@ -4,8 +4,11 @@ The arrays of an operator are rounded to float32 when it is made; here they coun
 do to a product is estimated by moving them by one unit in the last place (`rounding`).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from types import CellType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import equinox as eqx
 import jax
@@ -15,7 +18,8 @@ from jaxtyping import Array
 
 from dichroic.batching import split, take
 from dichroic.errors import DataError, DichroicError
-from dichroic.operators.base import Operator
+from dichroic.operators.base import Operator, in_double
+from dichroic.operators.elementary import Function
 
 Values = Mapping[str, np.ndarray]  # of each source, `(*shape)`
 _LOW_BITS = 12  # of a float32; 0 of numbers that were not rounded, but for one in 4,096
@@ -52,10 +56,9 @@ def rounding(operators: Mapping[str, Operator], x: Values, row: int = 0) -> np.n
 
 def _in_double(function: Callable[..., Any], operators: dict[str, Operator], *values: Any) -> Any:
     """`function` of operators and values in float64, as NumPy arrays."""
-    double = lambda a: jnp.asarray(a, jnp.float64) if eqx.is_inexact_array_like(a) else a
     try:
         with jax.enable_x64(True):
-            found = function(*jax.tree.map(double, (operators, *values)))
+            found = function(*in_double((_apart(operators), *values)))
             return jax.tree.map(np.asarray, found)
     except DichroicError:
         raise
@@ -64,6 +67,44 @@ def _in_double(function: Callable[..., Any], operators: dict[str, Operator], *va
             f"the operators of {', '.join(operators)} cannot be evaluated in double precision ({error}), which "
             "observations with so large an offset need: subtract the mean from the observations"
         ) from error
+
+
+_COPIES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _apart(operators: dict[str, Operator]) -> dict[str, Operator]:
+    """`operators` whose functions have NumPy arrays of their own.
+
+    JAX remembers what it made of an array in double precision, and takes that in single precision too.
+    """
+    is_function = lambda node: isinstance(node, Function)
+
+    def apart(node: Any) -> Any:
+        if not is_function(node) or not isinstance(node.fn, FunctionType):
+            return node
+        if node.fn not in _COPIES:
+            _COPIES[node.fn] = _own(node.fn)  # the same in all calls: programs are kept by it
+        copy = object.__new__(Function)
+        for field in dataclasses.fields(node):
+            value = _COPIES[node.fn] if field.name == "fn" else getattr(node, field.name)
+            object.__setattr__(copy, field.name, value)
+        return copy
+
+    return jax.tree.map(apart, operators, is_leaf=is_function)
+
+
+def _own(value: Any) -> Any:
+    """A copy of an array, or of a function with copies of those that it refers to."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if not isinstance(value, FunctionType):
+        return value
+    used = {k: _own(a) for k, a in value.__globals__.items() if k in value.__code__.co_names}
+    cells = tuple(CellType(_own(c.cell_contents)) for c in value.__closure__ or ())
+    defaults = tuple(map(_own, value.__defaults__ or ()))
+    return FunctionType(
+        value.__code__, {**value.__globals__, **used}, value.__name__, defaults, cells
+    )
 
 
 @eqx.filter_jit
@@ -90,7 +131,7 @@ def _of_rows(one: Callable[[dict[str, Operator]], Any], operators: dict[str, Ope
     return jax.vmap(lambda row: one(eqx.combine(row, shared)))(rows)
 
 
-def _moved(array: Array, rng: np.random.Generator) -> Array:
+def _moved(array: Any, rng: np.random.Generator) -> Array:
     """`array` with each number that was rounded to float32 moved by one unit in its last place, up or down."""
     a = np.asarray(array, np.float32)
     exact = a.view(np.uint32) % 2**_LOW_BITS == 0

@@ -96,11 +96,11 @@ def check_units(values: Parameters, shapes: Mapping[str, Shape], where: str) -> 
     for name, a in (*units.items(), *offsets_of(values).items()):
         if name not in shapes or np.shape(a) != tuple(shapes[name]):
             raise FormatError(
-                f"{where}: is damaged: the units or the offset of {name!r} are not those of a source"
+                f"{where}: is damaged: the units of {name!r}, or its offset, are not those of a source"
             )
     for name, s in units.items():
         if not np.all(np.asarray(s) > 0):
-            raise FormatError(f"{where}: is damaged: units of {name!r} are not positive")
+            raise FormatError(f"{where}: is damaged: the units of {name!r} are not all positive")
 
 
 def _acting(op: Operator, s: Any) -> Operator:
