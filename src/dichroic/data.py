@@ -14,6 +14,7 @@ from dichroic.dataset import Numbers, bits_of, rows_within, shared_out, stored_d
 from dichroic.errors import ConfigError
 from dichroic.limits import within
 from dichroic.observations import Observed
+from dichroic.offsets import agreed_offsets
 from dichroic.operators.learned import Parameters
 from dichroic.problem import Problem, held_out_bits, holdout, joint_observations
 from dichroic.screening import left_out
@@ -55,11 +56,13 @@ def prepare(
     config: FitConfig,
     memory: int | None = None,
     scratch: Path | None = None,
+    known: Parameters | None = None,
 ) -> Data:
     """Split each (joint) view into training and held-out observations, and choose the order.
 
     With `memory`, in bytes, training observations stay in the files that they are in, to be read block by block,
     and draws are written below the folder `scratch`. Outliers are in neither part, unless they are to be kept.
+    Offsets of sources are those that are `known`, if that is given, else what observations need.
     """
     stationary = stationary_axes(problem, config)
     for name in config.bounds:
@@ -67,12 +70,13 @@ def prepare(
     groups, train, test = problem.joint_views(), [], []
     if memory is not None:
         check_memory(problem, memory)
+    operators = agreed_offsets(problem, config.bounds) if known is None else known
     left = left_out(problem, config.outliers)
     for i, views in enumerate(groups):
         seed = config.seed + i
         if memory is None:
             kept, held = holdout(views, config.holdout, seed, left[i])
-            train.append(joint_observations(kept))
+            train.append(joint_observations(kept, operators))
         else:
             bits, n = held_out_bits(views, config.holdout, seed), views[0].count
             usable = ~bits_of(left[i], n)
@@ -80,16 +84,17 @@ def prepare(
             most = _scored(views, memory // len(groups))
             index = (chosen if chosen.count else rest).spread(most)
             kept = held = [v.select(index) for v in views]
-            train.append(stored_dataset(views, rest, memory))
+            train.append(stored_dataset(views, rest, memory, operators))
         test.append(held if held[0].count else kept)
     names = tuple("+".join(v.name for v in views) for views in groups)
     order = config.order or learning_order(train)
     _check_order(order, problem.names, dict(zip(names, train, strict=True)))
-    judged = shared_out([joint_observations(views) for views in test])
+    judged = shared_out([joint_observations(views, operators) for views in test])
     shared = shared_out(train) if memory is None else tuple(train)
     truth = tuple(map(_truth, test))
     scratch = scratch or Path()
-    return Data(shared, judged, truth, names, order, stationary, memory or 0, scratch)
+    memory = memory or 0
+    return Data(shared, judged, truth, names, order, stationary, memory, scratch, operators)
 
 
 def check_memory(problem: Problem, memory: int) -> None:

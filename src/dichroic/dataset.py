@@ -206,10 +206,12 @@ class StoredDataset(_Shared):
 
     def _at(self, numbers: np.ndarray) -> Observations:
         some = [view.select(numbers) for view in self.views]
-        return joint_observations(some).at(self.parameters)
+        return joint_observations(some, self.parameters)
 
 
-def stored_dataset(views: Sequence[AnyView], numbers: Numbers, memory: int) -> StoredDataset:
+def stored_dataset(
+    views: Sequence[AnyView], numbers: Numbers, memory: int, parameters: Parameters
+) -> StoredDataset:
     """The observations of co-observed `views` that have `numbers`, in blocks for so many bytes of memory.
 
     Raises `DataError` where there are fewer of them than processes, `ConfigError` where `memory` is too little.
@@ -220,7 +222,7 @@ def stored_dataset(views: Sequence[AnyView], numbers: Numbers, memory: int) -> S
             f"{layout.processes()} processes: use fewer"
         )
     block = min(rows_within(memory, views), numbers.count // layout.processes())
-    return StoredDataset(tuple(views), numbers, block)
+    return StoredDataset(tuple(views), numbers, block, parameters)
 
 
 def rows_within(memory: int, views: Sequence[AnyView]) -> int:

@@ -268,6 +268,18 @@ class JointNoise(Noise):
         )
 
 
+@eqx.filter_jit
+def seen_and_variances(
+    noise: Noise, size: int
+) -> tuple[Float[Array, "rows obs"], Float[Array, "rows obs"]]:
+    """1 where an entry was observed, and variances: `(n, size)`, or `(1, size)` if the noise is shared."""
+    rows, shared = split(noise)
+    both = lambda model: (model.observed(size), model.variances(size))
+    if not jax.tree.leaves(rows):
+        return jax.tree.map(lambda a: a[None], both(noise))
+    return jax.vmap(lambda r: both(eqx.combine(r, shared)))(rows)
+
+
 def observed_entries(noise: Noise, size: int) -> Float[Array, "rows obs"]:
     """1 where an entry was observed: `(n, size)`, or `(1, size)` if the noise is shared."""
     rows, shared = split(noise)

@@ -20,7 +20,8 @@ from dichroic.noise import JointNoise
 from dichroic.observations import Observations
 from dichroic.operators import Shape, Stack, Zero
 from dichroic.operators.base import as_shape
-from dichroic.operators.learned import is_known, parameters
+from dichroic.operators.learned import Parameters, is_known, parameters
+from dichroic.operators.units import offsets_of
 from dichroic.slopes import check_slopes, fixed_entries
 from dichroic.view import AnyView, bytes_each, check_seen, numbering, with_operators
 from dichroic.view import View as View
@@ -180,11 +181,19 @@ def check_known(problem: Problem, what: str) -> None:
         )
 
 
-def joint_observations(views: Sequence[AnyView]) -> Observations:
-    """The `Observations` of one view, or of the stack of several co-observed ones."""
-    parts = [view.prepare() for view in views]
-    if len(parts) == 1:
-        return parts[0]
+def joint_observations(
+    views: Sequence[AnyView], parameters: Parameters | None = None
+) -> Observations:
+    """The `Observations` of one view, or of the stack of several co-observed ones.
+
+    With `parameters`, what a fit has learned of operators; sources are in its units then, less its offsets.
+    """
+    parts = [view.prepare(offsets_of(parameters or {})) for view in views]
+    found = parts[0] if len(parts) == 1 else _stacked(views, parts)
+    return found.at(parameters) if parameters else found
+
+
+def _stacked(views: Sequence[AnyView], parts: Sequence[Observations]) -> Observations:
     _check_group(views)
     shapes = {k: op.in_shape for part in parts for k, op in part.operators.items()}
     operators = {

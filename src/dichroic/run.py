@@ -34,8 +34,9 @@ from dichroic.fingerprint import fingerprint
 from dichroic.io import save_model
 from dichroic.limits import within
 from dichroic.machine import machine
+from dichroic.offsets import check_start
 from dichroic.operators.learned import Parameters, parameters, to_lists, with_parameters
-from dichroic.operators.units import named_units
+from dichroic.operators.units import named_units, offset_parameters, offsets_of
 from dichroic.problem import Problem, View
 from dichroic.records import read_record, write_record
 from dichroic.tracking import (
@@ -71,10 +72,16 @@ class Start:
             found = self.denoisers[name].shape
             check_same_shape(found, shape, f"source {name!r}: the prior of the start is of")
         with_parameters([view.operators for view in problem.views], self.operators)
+        check_start(problem, self.operators)
         if not config.diffusion.laps:
             raise ConfigError(
                 "diffusion.laps: a fit with a start has diffusion laps alone, so at least 1"
             )
+
+    def offsets(self, problem: Problem) -> Parameters:
+        """Those of the sources of `problem`, which its priors are from."""
+        known = offset_parameters(offsets_of(self.operators))
+        return named_units(known, {name: name for name in problem.names})
 
     def state(self, problem: Problem, data: Data) -> State:
         """That of a fit before its diffusion laps."""
@@ -123,8 +130,12 @@ def fit(
         held.enter_context(within(memory))
         held.enter_context(quiet(when=not layout.is_first()))
         scratch = None if memory is None else held.enter_context(_scratch(out))
-        data = prepare(problem, config, memory, scratch)
-        first = State() if start is None else start.state(problem, data)
+        known = None if start is None else start.offsets(problem)
+        data = prepare(problem, config, memory, scratch, known)
+        if start is None:
+            first = State(operators=data.operators, best_operators=data.operators)
+        else:
+            first = start.state(problem, data)
         folders: list[RunFolder] = []  # one, in the first process: it alone has the files
 
         def begin() -> State:
@@ -243,6 +254,8 @@ class RunFolder:
         known = describe(problem, config)
         if first.current:
             known["start"] = fingerprint((first.current, first.operators))
+        if data.operators:
+            known["offsets"] = fingerprint(data.operators)
         if not (path / "run.json").exists():
             _clear(path)
             if first.current:
@@ -259,7 +272,7 @@ class RunFolder:
                 f"{path} holds a run that started from a model, but no state of it: restore "
                 f"{LATEST}, or choose another folder"
             )
-        return cls(path, state, problem, config)
+        return cls(path, state if state.total else first, problem, config)
 
     def record(self, state: State, metrics: dict[str, Any]) -> State:
         """Append the metrics and keep the state; the returned state knows the metrics' length."""
@@ -358,6 +371,11 @@ def check_same(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "start" in known and saved.get("start") != known["start"]:
         raise RunError(f"{path} holds a run with another start; choose another folder")
+    if saved.get("offsets") != known.get("offsets", saved.get("offsets")):
+        raise RunError(
+            f"{path} holds a run with other offsets of sources, which this machine finds by other rounding: go on "
+            "with it on a machine like the one that began it"
+        )
     before = FitConfig.from_dict(saved.get("config"), where=f"{path}/run.json").to_dict()
     changed = [
         f"{k}: {a!r} before, {b!r} now"

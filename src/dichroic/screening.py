@@ -13,16 +13,15 @@ from weakref import WeakKeyDictionary
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from dichroic import layout
-from dichroic.batching import param, split, take
+from dichroic.batching import take
 from dichroic.machine import in_threads
-from dichroic.noise import Noise
-from dichroic.observations import Observations
+from dichroic.noise import Noise, seen_and_variances
 from dichroic.outliers import LEAST, Judge, Rows, learn
 from dichroic.problem import Problem, joint_observations
-from dichroic.view import RUNS, SOME, AnyView, numbering, spread
+from dichroic.view import RUNS, SOME, AnyView, View, numbering, spread
 
 BLOCK_BYTES = 16 * 2**20  # of the observations that are looked at at a time
 HASHED = 2**22  # observations that are compared with each other; of more, the sample
@@ -56,9 +55,9 @@ class Screened:
 
 
 class _Values(eqx.Module):
-    """Values `(n, M)` and the noise."""
+    """Values `(n, M)` as they are given, not rounded, and the noise."""
 
-    y: Float[Array, "n obs"] = param(1)
+    y: Float[np.ndarray, "n obs"] = eqx.field(metadata={"ndim": 1})
     noise: Noise
 
 
@@ -97,7 +96,7 @@ def _screened(views: Sequence[AnyView]) -> Screened:
     """What is found in co-observed `views`."""
     heads = [view.head for view in views]
     in_memory = all(head is view for head, view in zip(heads, views, strict=True))
-    whole = _values(joint_observations(heads)) if in_memory else None
+    whole = _values(heads) if in_memory else None
     count, size = views[0].count, sum(math.prod(v.shape) for v in views)
     most = min(max(BLOCK_BYTES // (8 * size), RUNS), SOME)
     sample = _rows(views, whole, spread(count, RUNS, most // RUNS))
@@ -137,32 +136,25 @@ def _looked_at(
 
 def _rows(views: Sequence[AnyView], whole: _Values | None, index: slice | np.ndarray) -> Rows:
     """Some observations, of the values of `whole` if all are in memory, as plain arrays."""
-    some = take(whole, index) if whole is not None else _values(_read(views, index))
+    some = take(whole, index) if whole is not None else _read(views, index)
     number = np.arange(index.start, index.stop) if isinstance(index, slice) else index
-    seen, variance = (np.asarray(a, np.float64) for a in _of_noise(some.noise, some.y.shape[1]))
+    found = seen_and_variances(some.noise, some.y.shape[1])
+    seen, variance = (np.asarray(a, np.float64) for a in found)
     return Rows(np.asarray(some.y, np.float64), seen, variance, number)
 
 
-def _values(obs: Observations) -> _Values:
+def _values(views: Sequence[View]) -> _Values:
     """What is looked at, in NumPy: many slices of JAX arrays take their time."""
-    return jax.tree.map(np.asarray, _Values(obs.y, obs.noise))
+    noise = joint_observations(views).noise
+    y = np.concatenate([view.values for view in views], axis=1)
+    return _Values(y, jax.tree.map(np.asarray, noise))
 
 
-def _read(views: Sequence[AnyView], index: slice | np.ndarray) -> Observations:
+def _read(views: Sequence[AnyView], index: slice | np.ndarray) -> _Values:
     if not isinstance(index, slice):
-        return joint_observations([v.select(index) for v in views])
+        return _values([v.select(index) for v in views])
     with numbering(index.start, index.stop):
-        return joint_observations([v.select(index) for v in views])
-
-
-@eqx.filter_jit
-def _of_noise(noise: Noise, size: int) -> tuple[jax.Array, jax.Array]:
-    """What was observed and the variances, `(n, size)`, or `(1, size)` if the noise is shared."""
-    rows, shared = split(noise)
-    both = lambda model: (model.observed(size), model.variances(size))
-    if not jax.tree.leaves(rows):
-        return jax.tree.map(lambda a: a[None], both(noise))
-    return jax.vmap(lambda r: both(eqx.combine(r, shared)))(rows)
+        return _values([v.select(index) for v in views])
 
 
 # Outliers

@@ -22,11 +22,12 @@ from dichroic.errors import DataError, RunError, ShapeError
 from dichroic.files import write_atomic
 from dichroic.identify import advice, zero_operators
 from dichroic.io import load_model, save_model
+from dichroic.offsets import prepared
 from dichroic.operators.learned import Parameters, from_lists, to_lists
 from dichroic.operators.units import check_units, from_units, named_units, without_units
 from dichroic.prediction import PredictiveChecks
 from dichroic.predictive import predictive_checks
-from dichroic.problem import Problem, View, check_view, joint_observations, named_views
+from dichroic.problem import Problem, View, check_view, named_views
 from dichroic.run import Start, fit
 from dichroic.sample import draw_prior, make_sampler
 from dichroic.tracking import Tracker, as_tracker, warn
@@ -39,11 +40,11 @@ MEMORY = 4 * 2**30  # to read observations in files by, where nothing else is sa
 class Separation:
     """Posterior draws of every source of some observations.
 
-    `draws[name]` is `(n_draws, n, *shape)`; `chi2` `(n_draws, n)` is `rᵀ Σ⁻¹ r / M` of each draw's
-    residual, 1 on average for a calibrated posterior, NaN of an observation of which nothing was observed
-    (`metrics.mean_chi2` leaves those out). Of each draw too, `(n_draws, n)`: the worst relative
-    `residual` of its linear solves, the fraction of them that `converged`, and the `steps` of conjugate gradients
-    that they took together (0 where solves are exact).
+    `draws[name]` is `(n_draws, n, *shape)`, in float64 where float32 does not hold the offset of the source;
+    `chi2` `(n_draws, n)` is `rᵀ Σ⁻¹ r / M` of each draw's residual, 1 on average for a calibrated posterior, NaN
+    of an observation of which nothing was observed (`metrics.mean_chi2` leaves those out). Of each draw too,
+    `(n_draws, n)`: the worst relative `residual` of its linear solves, the fraction of them that `converged`, and
+    the `steps` of conjugate gradients that they took together (0 where solves are exact).
     """
 
     draws: dict[str, np.ndarray]
@@ -259,7 +260,7 @@ class Separator:
     ) -> Separation:
         for v in views:
             check_view(v, {k: d.shape for k, d in self._fitted().items()})
-        observations = joint_observations(views).at(self.operators)
+        observations = prepared(views, self.operators)
         options = {"n_draws": n_draws, "first_index": first_index, "progress": progress}
         draws = draw(
             {k: self.denoisers[k] for k in observations.sources},
@@ -346,8 +347,7 @@ class Separator:
         bounds = {new: known[kind] for new, kind in sources.items() if kind in known}
         other = Separator(None, dataclasses.replace(self.config, bounds=bounds))
         other.denoisers = {name: self.denoisers[kind] for name, kind in sources.items()}
-        units = named_units(self.operators, sources)
-        other.operators = without_units(self.operators) | units
+        other.operators = without_units(self.operators) | named_units(self.operators, sources)
         return other
 
     def save(self, path: str | Path) -> None:

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ MOST_NAMED = 20
 class Job:
     """What a store holds: hashes of the model and of the view, and what decides the draws and their shapes.
 
-    Without `summaries` that is the draws alone. Chunks that are not `summed` have no checksums: an earlier release
-    began the store.
+    Without `summaries` that is the draws alone. Sources that are `wide` are in float64. Chunks that are not
+    `summed` have no checksums: an earlier release began the store.
     """
 
     model: str
@@ -52,6 +52,7 @@ class Job:
     shapes: Mapping[str, tuple[int, ...]]
     summaries: bool = True
     summed: bool = True
+    wide: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -146,7 +147,8 @@ def read_job(path: str | Path) -> Job:
         if version not in (_UNSUMMED, _VERSION):
             raise FormatError(f"{file} is of a version that this release does not read")
         shapes = {k: tuple(s) for k, s in found.pop("shapes").items()}
-        return Job(**found, shapes=shapes, summed=version != _UNSUMMED)
+        wide = tuple(found.pop("wide", ()))
+        return Job(**found, shapes=shapes, summed=version != _UNSUMMED, wide=wide)
 
 
 def finished_blocks(path: str | Path) -> Blocks:
@@ -214,9 +216,10 @@ def _arrays(job: Job) -> dict[str, _Array]:
     of_draws = lambda *shape: _Array((job.n_draws, job.count, *shape), 1, job.block)
     found = {"chi2": of_draws()} if job.summaries else {}
     for name, shape in job.shapes.items():
-        found[f"draws/{name}"] = of_draws(*shape)
+        dtype = "float64" if name in job.wide else "float32"
+        found[f"draws/{name}"] = replace(of_draws(*shape), dtype=dtype)
         if job.summaries:
-            summary = _Array((job.count, *shape), 0, job.block)
+            summary = _Array((job.count, *shape), 0, job.block, dtype)
             found |= {f"{kind}/{name}": summary for kind in ("mean", "std")}
     return found
 

@@ -17,6 +17,7 @@ from dichroic.dataset import observations_within
 from dichroic.errors import RunError
 from dichroic.fingerprint import fingerprint
 from dichroic.limits import within
+from dichroic.operators.units import offsets_of
 from dichroic.problem import joint_observations
 from dichroic.separator import (
     MEMORY,
@@ -160,9 +161,11 @@ def job_of(
     at = sorted({int(i) for i in np.linspace(0, count - 1, _SAMPLED)})
     some = [[v.select(slice(i, i + 1)) for v in views] for i in at]
     stated = [[(v.observations, v.operators, v.noise, v.mask) for v in each] for each in some]
-    obs = joint_observations(some[0]).at(separator.operators)
+    obs = joint_observations(some[0], separator.operators)
     shapes = {k: separator.denoisers[k].shape for k in obs.sources}
     if chunk is None:
         chunk = observations_within(memory, obs, count, n_draws=n_draws, shards=shard[1])
     model = fingerprint((separator.denoisers, separator.operators, separator.config.to_dict()))
-    return Job(model, fingerprint((count, stated)), seed, n_draws, count, chunk, shapes)
+    wide = tuple(k for k in shapes if k in offsets_of(separator.operators))
+    view = fingerprint((count, stated))
+    return Job(model, view, seed, n_draws, count, chunk, shapes, wide=wide)

@@ -30,6 +30,7 @@ from dichroic.noise import Masked, Noise, observed_entries
 from dichroic.noise_checks import checked_noise, flat_noise, own_mask
 from dichroic.observations import Observations
 from dichroic.operators import Operator, Shape, Zero, as_operator
+from dichroic.operators.double import images
 
 SOME = 4096  # observations that are looked at where not all are in memory,
 RUNS = 64  # in runs of neighbours, evenly spread,
@@ -103,8 +104,8 @@ class AnyView(Protocol):
         """Some observations, in memory."""
         ...
 
-    def prepare(self) -> Observations:
-        """All observations, in memory."""
+    def prepare(self, offsets: Mapping[str, np.ndarray] | None = None) -> Observations:
+        """All observations, in memory, less what sources of the values `offsets` look like."""
         ...
 
 
@@ -220,9 +221,23 @@ class View:
             self.probe and "_checked" not in self.__dict__,  # what was found good as a whole
         )
 
-    def prepare(self) -> Observations:
-        """The view, checked by itself, as `Observations`; raises a `DichroicError`."""
+    @property
+    def values(self) -> np.ndarray:
+        """The observations as they are given, not rounded to float32: `(n, M)`, 0 where missing."""
+        y, mask = np.asarray(self.observations).reshape(self.count, -1), self._checked[1]
+        return y if mask is None else np.where(mask, y, y.dtype.type(0))
+
+    def prepare(self, offsets: Mapping[str, np.ndarray] | None = None) -> Observations:
+        """The view, checked by itself, as `Observations`; raises a `DichroicError`.
+
+        What sources of the values `offsets`, by name, look like is subtracted in float64, before observations are
+        rounded to float32.
+        """
         y, mask, operators, noise = self._checked
+        known = {k: offsets[k] for k in operators if k in offsets} if offsets else {}
+        if known:
+            rest = self.values - images(operators, known)
+            y = (rest if mask is None else np.where(mask, rest, 0)).astype(y.dtype)
         return Observations(y, operators, noise if mask is None else Masked(noise, mask))
 
     @cached_property

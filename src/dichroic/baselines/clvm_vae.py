@@ -33,12 +33,12 @@ from dichroic.identify import advice
 from dichroic.io import read_tensors, write_tensors
 from dichroic.lanes import LANES, chunks, lanes_width, own_lanes
 from dichroic.observations import Observations
+from dichroic.offsets import check_no_offset, prepared
 from dichroic.problem import (
     Problem,
     View,
     check_known,
     check_view,
-    joint_observations,
     named_views,
 )
 from dichroic.records import understanding
@@ -126,6 +126,7 @@ class ClvmVae:
         if self.problem is None:
             raise RunError("this model was loaded without a problem; ClvmVae(problem) can fit")
         check_known(self.problem, "CLVM-VAE")
+        check_no_offset(self.problem, "CLVM-VAE")
         path = None if out is None else Path(out) / FILE
         if path is not None and path.exists():
             if not resume:
@@ -161,7 +162,7 @@ class ClvmVae:
         views = [with_operators(v, shapes) for v in views]
         for v in views:
             check_view(v, shapes)
-        obs = joint_observations(views)
+        obs = prepared(views, {})
         _check_encoder(vae.encoders, name, obs)
         x, key, own = [], jax.random.key(seed), own_lanes(obs.count, first_index)
         for d in range(n_draws):

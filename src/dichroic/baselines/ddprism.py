@@ -44,6 +44,7 @@ from dichroic.files import writing
 from dichroic.identify import advice
 from dichroic.io import pack, read_tensors, unpack, write_tensors
 from dichroic.observations import Observations
+from dichroic.offsets import check_no_offset, prepared
 from dichroic.problem import (
     Problem,
     View,
@@ -91,6 +92,7 @@ class Ddprism:
         Raises `RunError` if `out` holds a fit and `resume` is not given, or that of another problem.
         """
         check_known(self.problem, "DDPRISM")
+        check_no_offset(self.problem, "DDPRISM")
         tracker = as_tracker(progress)
         about = self._about()
         state = State() if out is None else _open(Path(out), about, resume=resume)
@@ -124,7 +126,7 @@ class Ddprism:
         views = [with_operators(v, shapes) for v in views]
         for v in views:
             check_view(v, shapes)
-        obs = joint_observations(views)
+        obs = prepared(views, {})
         options = {"n_draws": n_draws, "first_index": first_index, "progress": progress}
         key = jax.random.key(seed)
         draws = draw(self.denoisers, obs, key, self.config, self.config.steps, **options)

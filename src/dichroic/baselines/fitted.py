@@ -14,6 +14,7 @@ from dichroic.data import Data, prepare
 from dichroic.denoise import Denoiser
 from dichroic.errors import ConfigError, RunError
 from dichroic.io import load_model, save_model
+from dichroic.offsets import check_no_offset
 from dichroic.problem import Problem, check_known
 from dichroic.records import understanding
 from dichroic.separator import Separator
@@ -60,6 +61,7 @@ class Fitted(Separator):
         if self.problem is None:
             raise RunError("this baseline was loaded without a problem; give it one to fit")
         check_known(self.problem, self.name)
+        check_no_offset(self.problem, self.name)
         tracker = as_tracker(progress)
         self._fingerprint = self.problem.fingerprint() if out is not None else ""
         if out is not None and self._found(Path(out), resume):

@@ -44,8 +44,9 @@ from dichroic.drawing import draw, predictive_chi2
 from dichroic.errors import ConfigError
 from dichroic.noise import Isotropic, Masked, observed_entries
 from dichroic.observations import Observations
+from dichroic.offsets import prepared
 from dichroic.operators import Operator
-from dichroic.problem import Problem, View, check_view, joint_observations, named_views
+from dichroic.problem import Problem, View, check_view, named_views
 from dichroic.sample import Draws
 from dichroic.separator import Separation
 from dichroic.tracking import Tracker
@@ -198,7 +199,7 @@ class Pcpca(Fitted):
         views = [with_operators(v, shapes) for v in views]
         for v in views:
             check_view(v, shapes)
-        obs, names = joint_observations(views), list(self.denoisers)
+        obs, names = prepared(views, {}), list(self.denoisers)
         means = {k: np.asarray(d.location) for k, d in self.denoisers.items()}
         parts = []
         for i, name in enumerate(obs.sources):

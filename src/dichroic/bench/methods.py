@@ -109,5 +109,5 @@ def evidence_of(method: Method, held: Held) -> float | None:
     denoisers = getattr(method, "denoisers", {})
     if not denoisers or not all(isinstance(d, Mixture) for d in denoisers.values()):
         return None
-    obs = joint_observations(held.views).at(getattr(method, "operators", {}))
+    obs = joint_observations(held.views, getattr(method, "operators", {}))
     return mean_log_evidence(denoisers, [obs])

@@ -38,6 +38,7 @@ from dichroic.identify.result import SourceIdentifiability as SourceIdentifiabil
 from dichroic.identify.result import Verdict as Verdict
 from dichroic.identify.scarcity import scarcity as scarcity
 from dichroic.identify.warnings import warnings_of
+from dichroic.offsets import offsets
 from dichroic.problem import Problem
 from dichroic.screening import suspicions
 from dichroic.tracking import warn
@@ -118,5 +119,6 @@ def advice(
         *(result or examined(problem)).warnings,
         *scarcity(problem, stationary),
         *zero_operators(problem.views),
+        *offsets(problem).notes,
         *suspicions(problem, outliers),
     )

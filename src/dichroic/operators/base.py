@@ -95,6 +95,7 @@ class Operator(eqx.Module):
     def each(self, x: Any) -> np.ndarray:
         """`A_i x_i` of every observation: `(n, *in_shape)` to `(n, *out_shape)`, also of draws `(draws, n, …)`.
 
+        In float64 for `x` in float64.
         So what a source looks like in a view: `view.operators["galaxy"].each(result.draws["galaxy"])`.
         """
         x = np.asarray(unmasked(x, "the sources that an operator takes"))
@@ -102,7 +103,10 @@ class Operator(eqx.Module):
             return np.stack([self.each(draw) for draw in x])
         if x.ndim - len(self.in_shape) != 1 or x.shape[1:] != self.in_shape:
             raise ShapeError(f"expected (n, {', '.join(map(str, self.in_shape))}), got {x.shape}")
-        return np.asarray(_each(self, jnp.asarray(x, float)))
+        if x.dtype != np.float64:
+            return np.asarray(_each(self, jnp.asarray(x, float)))
+        with jax.enable_x64(True):
+            return np.asarray(_each(in_double(self), jnp.asarray(x)))
 
     def row_squares(self) -> Array:
         """`Σ_j A_ij²` of every output, the diagonal of `A Aᵀ`, shaped as `out_shape`.
@@ -130,6 +134,12 @@ class Operator(eqx.Module):
         return Compose((Scale(self.out_shape, factor), self))
 
     __rmul__ = __mul__
+
+
+def in_double(tree: Any) -> Any:
+    """`tree` with its arrays in float64, where that is enabled."""
+    double = lambda a: jnp.asarray(a, jnp.float64) if eqx.is_inexact_array_like(a) else a
+    return jax.tree.map(double, tree)
 
 
 @eqx.filter_jit

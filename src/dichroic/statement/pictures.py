@@ -24,7 +24,7 @@ def read_picture(path: Path, key: str | None) -> Recorded:
         if count == 1:
             return Recorded(first, common)
         check_array((count, *first.shape), first.itemsize, path.name, held=path.stat().st_size)
-        pages = np.empty((count, *first.shape), np.float32)
+        pages = np.empty((count, *first.shape), first.dtype)
         for i in range(count):
             picture.seek(i)
             page = (
@@ -58,5 +58,7 @@ def _page(picture: Any) -> np.ndarray:
         picture = picture.convert(_colours(picture))
     array = np.asarray(picture)
     full = _FULL_RANGE.get(array.dtype.name)
-    array = array.astype(np.float32) if full is None else array / np.float32(full)
+    wide = array.dtype.kind in "iu" and array.itemsize > 2
+    as_it_is = np.float64 if wide else np.float32
+    array = array.astype(as_it_is) if full is None else array / np.float32(full)
     return np.moveaxis(array, -1, 0) if array.ndim == 3 else array

@@ -116,9 +116,9 @@ class StoredView:
         """All of it."""
         return self._read(self.spot)
 
-    def prepare(self) -> Observations:
-        """All of it, as `Observations`."""
-        return self.read().prepare()
+    def prepare(self, offsets: Mapping[str, np.ndarray] | None = None) -> Observations:
+        """All of it, as `Observations`, less what sources of the values `offsets` look like."""
+        return self.read().prepare(offsets)
 
     def _read_rows(self, index: slice | np.ndarray) -> View:
         return self._read(replace(self.spot, rows=Rows(index, self.count)))
