@@ -77,9 +77,9 @@ class State:
     metrics_length: int = 0
     current: Denoisers = dataclasses.field(default_factory=dict)
     best: Denoisers = dataclasses.field(default_factory=dict)
-    shrinkage: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of each source
     operators: Parameters = dataclasses.field(default_factory=dict)  # learned, with `current`
     best_operators: Parameters = dataclasses.field(default_factory=dict)
+    shrinkage: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of each source
 
     @property
     def done(self) -> bool:
