@@ -119,16 +119,16 @@ def _looked_at(
     hashed: bool,
 ) -> tuple[Far, np.ndarray]:
     """The outliers of all observations, and hashes of their values, if they are to be `hashed`."""
+    none = (*_far(None, None), np.zeros(0, np.uint64))
 
     def own() -> list[tuple[np.ndarray, ...]]:
         first, last = layout.share(views[0].count)
         found = []
         for start in range(first, last, block):
             rows = _rows(views, whole, slice(start, min(start + block, last)))
-            found.append((*_far(rows, judge), _hashes(rows)[: None if hashed else 0]))
+            found.append((*_far(rows, judge), _hashes(rows) if hashed else none[-1]))
         return found
 
-    none = (*_far(None, None), np.zeros(0, np.uint64))
     parts = zip(*(layout.each(own) or [none]), strict=True)
     *far, hashes = (layout.gathered(np.concatenate(part)) for part in parts)
     return Far(*far), hashes
