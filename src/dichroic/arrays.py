@@ -130,3 +130,14 @@ def as_booleans(values: Any, what: str, meaning: str, otherwise: str = "") -> np
         way = f"; {otherwise}" if otherwise else ""
         raise DataError(f"{what} with values {listed}; expected {meaning}{way}")
     return good
+
+
+def entry_at(flat: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    """The index of the entry `flat` of an array of `shape`, in C order."""
+    return tuple(int(i) for i in np.unravel_index(int(flat), tuple(shape)))
+
+
+def shown_entry(flat: Any, shape: Sequence[int]) -> int | tuple[int, ...]:
+    """That index as messages show it: a number where there is one axis."""
+    at = entry_at(flat, shape)
+    return at[0] if len(at) == 1 else at

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from dichroic.arrays import as_booleans, check_real, hidden_entries, split_mask
+from dichroic.arrays import as_booleans, check_real, entry_at, hidden_entries, split_mask
 from dichroic.batching import take
 from dichroic.errors import DataError, ShapeError
 from dichroic.finite import finite
@@ -103,7 +103,7 @@ def values_and_mask(
     bad = seen & ~np.isfinite(y)
     if bad.any():
         i, j = np.argwhere(bad)[0]
-        where = tuple(int(a) for a in np.unravel_index(j, shape))
+        where = entry_at(j, shape)
         value = given[(i, *where)]
         if np.isfinite(value):
             raise DataError(

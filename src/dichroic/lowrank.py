@@ -32,10 +32,8 @@ from dichroic.observations import Observations
 MOST_TUPLES = 4096
 MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
 _CHUNK_BYTES = 256 * 2**20
-_POWER_STEPS, _MARGIN = (
-    6,
-    1.2,
-)  # for the largest eigenvalue of an information, which they find from below
+_POWER_STEPS = 6  # for the largest eigenvalue of an information, which they find from below:
+_MARGIN = 1.2  # by so much
 
 
 @dataclass(frozen=True)

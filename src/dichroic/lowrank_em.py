@@ -1,7 +1,7 @@
 """Expectation-maximisation of mixtures of probabilistic PCA, seen through noisy mixtures (`dichroic.lowrank`).
 
-The missing data are the components, the latents `z` and the sources. With `z̄ = (1, z)` the M-step of one source
-regresses it on its latents, over all observations and tuples in which component `k` takes part,
+The missing data are the components, the latents `z` and, in the textbook step, the sources. With `z̄ = (1, z)` its
+M-step regresses one source on its latents, over all observations and tuples in which component `k` takes part,
 
     (μ_k, B_k) = (Σ r E[x z̄ᵀ]) (Σ r E[z̄ z̄ᵀ])⁻¹,   τ = Σ r E‖x − μ_k − B_k z‖² / (n D),
 
@@ -13,6 +13,11 @@ Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall e
     E = Σ r E[z̄ z̄ᵀ],   Y = Σ r y z̄ᵀ,   Σ r E[e z̄ᵀ] = Y − X E,   Σ r E‖Aᵀ B⁻¹ e‖²,
 
 over pairs of components that are in a tuple together. No matrix of D × D numbers is formed.
+
+In terms of these sums the textbook step is `(μ_k, B_k) ← (μ_k, U_k) + τ G_k (Σ r E[z̄ z̄ᵀ])⁻¹` with the force
+`G_k = Σ r Aᵀ B⁻¹ E[e z̄ᵀ]`: it stands still where `τ` is far below the noise. The step taken first has the
+observations in place of the source as what the latents explain, `1 / h` in place of `τ`, with the mean `h` over
+observations of a diagonal bound of `Aᵀ B⁻¹ A` (itself for diagonal operators, 0 where an entry is missing).
 """
 
 import itertools

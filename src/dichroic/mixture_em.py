@@ -89,10 +89,9 @@ def em_lap(
 
         return {**mixtures, **{n: new(n) for n in names}}
 
+    # With a prior on components a step raises the evidence and that prior together, not the evidence alone.
     pulled = any(shrinkage.get(n) and mixtures[n].log_weights.size > 1 for n in names)
-    tolerance = (
-        math.inf if pulled else 1e-6
-    )  # what a step raises is then the evidence and the prior
+    tolerance = math.inf if pulled else 1e-6
     options = {"steps": config.steps, "tolerance": tolerance, "clock": clock}
     mixtures, value = ascend(mixtures, evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)

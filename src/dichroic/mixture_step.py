@@ -163,10 +163,10 @@ def maximise(
 ) -> Mixture:
     """The M-step of one source, in float64: see the formulas above; `textbook` picks the first pair.
 
-    Eigenvalues are kept above `floor`; `shrinkage` is the strength of the prior. `shift` is the
-    step of the means where that is known from
-    `joint_shifts`; `damping` scales it where it is not, for several sources that are seen together and move at
-    once. Components with next to no observations left stay as they are, with their small weight.
+    Eigenvalues are kept above `floor`; `shrinkage` is the strength of the prior. `shift` is the step of the means
+    where that is known from `joint_shifts`; `damping` scales it where it is not, for several sources that are seen
+    together and move at once. Components with next to no observations left stay as they are, with their small
+    weight.
     """
     n, g, s, w = (np.asarray(a, np.float64) for a in jax.tree.leaves(sums))
     mean, cov = (np.asarray(a, np.float64) for a in (mixture.means, mixture.covariances()))

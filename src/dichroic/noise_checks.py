@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dichroic.arrays import check_real
+from dichroic.arrays import check_real, entry_at
 from dichroic.batching import split
 from dichroic.checks import check_finite, once
 from dichroic.errors import DataError, DichroicError, ShapeError
@@ -248,15 +248,11 @@ def _check_each(
 def _place(index: Any, axes: int, shape: Shape) -> str:
     """Where an index, that of an observation before those of `axes` entries, points to."""
     rows = [int(i) for i in index[: len(index) - axes]]
-    entries = [_entry(i, shape) for i in index[len(index) - axes :]]
+    entries = [entry_at(i, shape) for i in index[len(index) - axes :]]
     at = [f"observation {rows[0]}"] if rows else []
     at += [f"entry {entries[0]}"] if len(entries) == 1 else []
     at += [f"entries {entries[0]} and {entries[1]}"] if len(entries) == 2 else []
     return " at " + ", ".join(at) if at else ""
-
-
-def _entry(flat: Any, shape: Shape) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(int(flat), shape))
 
 
 def _check_factor(factor: np.ndarray, shape: Shape, label: str) -> None:

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator, lsmr
 
 from dichroic import layout
+from dichroic.arrays import shown_entry
 from dichroic.batching import row_counts, take
 from dichroic.errors import DataError
 from dichroic.noise import seen_and_variances
@@ -236,7 +236,7 @@ def _check_use(problem: Problem, values: Values, samples: Sequence[_Sample]) -> 
         error = s.seen.any(axis=0) * rounding(s.operators, known) / np.median(s.std, axis=0)
         j = int(error.argmax())
         if error[j] > WARNED:
-            where = _where(s.view, j)
+            where = shown_entry(j, s.view.shape)
             raise DataError(
                 f"{s.view.label}: the observations have an offset of {np.median(np.abs(s.y[:, j])):.3g} at entry "
                 f"{where}, where the rounding of the operators to float32 makes an error of {error[j]:.3g} times "
@@ -272,9 +272,10 @@ class _Held:
         """What is lost, in words, without an end."""
         i = self._usual
         value, spacing = self.value[i], np.spacing(self.value[i].astype(self.dtype))
+        where = shown_entry(self.entry[i], self.view.shape)
         return (
             f"{self.view.label}: {self.dtype} has a spacing of {spacing:.3g} at {value:.3g}, the value of entry "
-            f"{_where(self.view, self.entry[i])} of observation {i}, and that is {self.ratio[i]:.3g} times the "
+            f"{where} of observation {i}, and that is {self.ratio[i]:.3g} times the "
             f"noise ({spacing / self.ratio[i]:.3g})"
         )
 
@@ -296,11 +297,6 @@ _ELSEWHERE = (
     ". The observations are far from those of the fit: give them in the same units, from the same offset, or "
     "fit such observations too"
 )
-
-
-def _where(view: View, entry: Any) -> int | tuple[int, ...]:
-    at = tuple(int(a) for a in np.unravel_index(entry, view.shape))
-    return at[0] if len(at) == 1 else at
 
 
 def _held(sample: _Sample, values: Values) -> _Held:

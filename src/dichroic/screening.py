@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dichroic import layout
+from dichroic.arrays import shown_entry
 from dichroic.batching import take
 from dichroic.machine import in_threads
 from dichroic.noise import Noise, seen_and_variances
@@ -204,9 +205,9 @@ def _named(found: Screened, i: int) -> str:
         if entry < size:
             break
         entry -= size
-    where = tuple(int(a) for a in np.unravel_index(entry, view.shape))
+    where = shown_entry(entry, view.shape)
     of = f" of view {view.name!r}" if len(found.views) > 1 else ""
-    return f"{number} (at entry {where[0] if len(where) == 1 else where} alone{of})"
+    return f"{number} (at entry {where} alone{of})"
 
 
 def _what_follows(outliers: str, far: Far) -> str:

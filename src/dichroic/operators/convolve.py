@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from dichroic.batching import as_float, param
 from dichroic.errors import ShapeError
-from dichroic.operators.base import Operator, Shape, as_shape
+from dichroic.operators.base import Shape, as_shape
+from dichroic.operators.elementary import Square
 
 Channels = Literal["all", "each"]
 
@@ -90,7 +91,7 @@ def _misfit(kernel: Shape, source: Shape, axes: Axes) -> str:
     )
 
 
-class Convolve(Operator):
+class Convolve(Square):
     """Convolution with `kernel` over the last axes of the source, zero outside it, same size out.
 
     Args:
@@ -129,14 +130,6 @@ class Convolve(Operator):
         self.axes = kernel_axes(self.kernel.shape, self.shape, ndim, channels)
         check_stated(self.kernel.shape, self.shape, ndim, channels)
         self.centre = _centre(centre, self._sizes)
-
-    @property
-    def in_shape(self) -> Shape:
-        return self.shape
-
-    @property
-    def out_shape(self) -> Shape:
-        return self.shape
 
     @property
     def _sizes(self) -> Shape:

@@ -126,6 +126,24 @@ class Diagonal(Square):
         return self.diagonal**2
 
 
+def matrix_shapes(
+    kind: str,
+    size: tuple[int, int],
+    in_shape: int | tuple[int, ...] | None,
+    out_shape: int | tuple[int, ...] | None,
+) -> tuple[Shape, Shape]:
+    """What a matrix of `size` `(M, D)` maps from and to: `(D,)` and `(M,)` by default.
+
+    Raises `ShapeError`, which names the `kind` of operator, where the shapes do not fit the matrix.
+    """
+    rows, columns = (int(n) for n in size)
+    taken = as_shape(columns if in_shape is None else in_shape)
+    given = as_shape(rows if out_shape is None else out_shape)
+    if (np.prod(given), np.prod(taken)) != (rows, columns):
+        raise ShapeError(f"{kind}: a {rows} × {columns} matrix cannot map {taken} to {given}")
+    return taken, given
+
+
 class Dense(Operator):
     """`A x = matrix @ x` on flattened arrays; `matrix` is `(M, D)`, or `(n, M, D)` per observation.
 
@@ -146,13 +164,8 @@ class Dense(Operator):
         self.matrix = as_float(matrix)
         if self.matrix.ndim not in (2, 3):
             raise ShapeError(f"Dense: expected (M, D) or (n, M, D), got {self.matrix.shape}")
-        rows, columns = self.matrix.shape[-2:]
-        self.in_shape = as_shape(columns if in_shape is None else in_shape)
-        self.out_shape = as_shape(rows if out_shape is None else out_shape)
-        if (np.prod(self.out_shape), np.prod(self.in_shape)) != (rows, columns):
-            raise ShapeError(
-                f"Dense: a {rows} × {columns} matrix cannot map {self.in_shape} to {self.out_shape}"
-            )
+        size = self.matrix.shape[-2:]
+        self.in_shape, self.out_shape = matrix_shapes("Dense", size, in_shape, out_shape)
 
     def mv(self, x: Array) -> Array:
         return (self.matrix @ x.ravel()).reshape(self.out_shape)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from dichroic.batching import param
 from dichroic.errors import ShapeError
-from dichroic.operators.base import Operator, Shape, as_shape
+from dichroic.operators.base import Operator, Shape
+from dichroic.operators.elementary import matrix_shapes
 
 
 class Sparse(Operator):
@@ -39,13 +40,7 @@ class Sparse(Operator):
         entries = by_rows.tocoo()
         self.values = entries.data
         self.rows, self.columns = (jnp.asarray(a, jnp.int32) for a in (entries.row, entries.col))
-        rows, columns = (int(n) for n in matrix.shape)
-        self.in_shape = as_shape(columns if in_shape is None else in_shape)
-        self.out_shape = as_shape(rows if out_shape is None else out_shape)
-        if (np.prod(self.out_shape), np.prod(self.in_shape)) != (rows, columns):
-            raise ShapeError(
-                f"Sparse: a {rows} × {columns} matrix cannot map {self.in_shape} to {self.out_shape}"
-            )
+        self.in_shape, self.out_shape = matrix_shapes("Sparse", matrix.shape, in_shape, out_shape)
 
     def mv(self, x: Array) -> Array:
         terms = self.values * x.ravel()[self.columns]
