@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dichroic.arrays import shown_entry
 from dichroic.residuals import UNKNOWN, Estimate, Residuals
 from dichroic.tables import text_table
 
@@ -109,9 +110,8 @@ class Prediction:
         for j in entries[:most]:
             v = int(np.searchsorted(ends, j, side="right"))
             name, shape = self.shapes[v]
-            at = np.unravel_index(int(j) - (int(ends[v - 1]) if v else 0), shape or (1,))
-            text = str(int(at[0])) if len(at) == 1 else f"({', '.join(map(str, map(int, at)))})"
-            names.append(text + (f" of {name!r}" if len(self.shapes) > 1 else ""))
+            at = shown_entry(int(j) - (int(ends[v - 1]) if v else 0), shape or (1,))
+            names.append(str(at) + (f" of {name!r}" if len(self.shapes) > 1 else ""))
         rest = f" and {len(entries) - most} more" if len(entries) > most else ""
         return f"{'entry' if len(entries) == 1 else 'entries'} {', '.join(names)}{rest}"
 
