@@ -36,11 +36,16 @@ def forgotten():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.fixture(autouse=True)
-def unchecked(request, monkeypatch):
-    """Most fits here are shorter than the predictive checks at their end, which have tests of their own."""
-    if request.node.get_closest_marker("checked") is None:
-        monkeypatch.setattr("dichroic.separator.Separator._at_end", lambda *_: {})
+@pytest.fixture(scope="module", autouse=True)
+def unchecked(request):
+    """Most fits here are shorter than the predictive checks at their end, which have tests of their own.
+
+    Of a whole module, so that fits of its fixtures and of its tests end alike.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("checked") is None:
+            patch.setattr("dichroic.separator.Separator._at_end", lambda *_: {})
+        yield
 
 
 @pytest.fixture

@@ -154,7 +154,6 @@ def test_the_numbers_of_the_cards_are_those_of_the_draws(reported):
     assert reader.numbers["seconds"] == duration(separator.metrics[-1]["seconds"])
 
 
-@pytest.mark.checked
 def test_predictive_checks_are_in_the_page_with_their_warnings(tmp_path):
     rng = np.random.default_rng(0)
     y = rng.normal(size=(600, 1)) + 0.5 * rng.normal(size=(600, 6))
