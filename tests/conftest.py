@@ -11,6 +11,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from dichroic.precision import float64
 from dichroic.programs import LEAST_SECONDS
 
 # Processes that tests start share what they compile; JAX, which is imported, does not look here any more.
@@ -56,7 +57,7 @@ def rng():
 @pytest.fixture
 def x64():
     """Double precision for the length of one test."""
-    with jax.enable_x64(True):
+    with float64():
         yield
 
 

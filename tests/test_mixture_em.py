@@ -27,6 +27,7 @@ from dichroic.mixture_sums import Sums, view_statistics
 from dichroic.noise import DenseNoise, Isotropic, Masked
 from dichroic.observations import Observations, is_shared
 from dichroic.operators import Dense, Identity
+from dichroic.precision import float64
 from dichroic.shared import shared_log_evidence, shared_statistics
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -188,7 +189,7 @@ def test_an_em_step_is_the_textbook_update(kind, counts, rng):
 def test_a_step_in_single_precision_is_close_to_the_textbook_update(rng):
     mixtures, obs = case(rng, kind="per observation")
     _, _, update = brute_force(mixtures, obs)
-    with jax.enable_x64(False):
+    with float64(False):
         single = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
         updated, _ = em_step(single(mixtures), [single(obs)])
     for k in mixtures:
@@ -477,7 +478,7 @@ def test_two_gaussians_in_contrastive_views_are_recovered_within_the_sampling_er
 @pytest.mark.parametrize("precision", ["single", "double"])
 @pytest.mark.parametrize("components", [3, 4, 6, 9])
 def test_splitting_keeps_the_moments_and_the_maximum(components, precision, rng):
-    with jax.enable_x64(precision == "double"):
+    with float64(precision == "double"):
         before = mixture(rng, 3, 3)
         after = split_components(before, components)
     weights, means, covs = parameters(after)
@@ -514,7 +515,7 @@ def converged(rng, shrinkage, noise, steps=400):
     y = means[which] + rng.normal(size=(60, d)) + noise * rng.normal(size=(60, d))
     obs = Observations(y, {"a": Identity(d)}, Isotropic(noise))
     found = Mixture.from_moments(np.ones(3), means, np.stack([np.eye(d)] * 3))
-    with jax.enable_x64(True):
+    with float64():
         obs = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), obs)
         found = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), found)
         for _ in range(steps):

@@ -29,6 +29,7 @@ from dichroic.operators import Operator, Shape
 from dichroic.operators.base import traced
 from dichroic.operators.learned import is_known
 from dichroic.operators.units import Units
+from dichroic.precision import float64
 
 SAMPLE = 8  # observations whose own operators are probed, evenly spread
 _FACTORS = (2.0, -1.0, 2.0**-30, 2.0**-10, 2.0**10, 2.0**30)
@@ -120,18 +121,10 @@ def _in_float64(op: Operator, found: Fault) -> Fault | None:
     """The fault of `op` in float64; the one `found` in float32 if it cannot be had."""
     wide = lambda a: np.asarray(a, np.float64) if eqx.is_inexact_array(a) else a
     try:
-        with _x64():
+        with float64():
             return _fault(jax.tree.map(wide, op), True)
     except Exception:  # of functions that insist on float32, in many ways
         return found
-
-
-def _x64() -> Any:
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
 
 
 # What is not so.

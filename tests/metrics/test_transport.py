@@ -6,6 +6,7 @@ import pytest
 
 from dichroic.errors import DataError, ShapeError
 from dichroic.metrics import sinkhorn_divergence, transport
+from dichroic.precision import float64
 
 
 def pot_divergence(x, y, epsilon):
@@ -104,14 +105,14 @@ def test_soft_minimum_does_not_depend_on_blocks(monkeypatch):
     expected = -0.3 * np.log(np.mean(np.exp((g - cost) / 0.3), axis=1))
     for block in (1, 100, 10**6):
         monkeypatch.setattr(transport, "_BLOCK", block)
-        with transport.enable_x64(True):
+        with float64():
             found = transport._soft_min(*map(jnp.asarray, (x, y, g)), 0.3)
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_memory_is_bounded_for_many_points():
     n = 16_384
-    with transport.enable_x64(True):
+    with float64():
         points = jax.ShapeDtypeStruct((n, 5), jnp.float64)
         compiled = transport._transport.lower(points, points, 1e-3, 2000, 1e-4).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes

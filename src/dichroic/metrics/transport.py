@@ -44,11 +44,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from dichroic.errors import DataError
 from dichroic.metrics._inputs import clouds, positive
-
-try:
-    from jax import enable_x64
-except ImportError:  # JAX before 0.8
-    from jax.experimental import enable_x64  # pyright: ignore
+from dichroic.precision import float64
 
 _ANNEALING = 0.9
 _BLOCK = 2**21
@@ -95,7 +91,7 @@ def sinkhorn_divergence(
     if max_iterations < 1:
         raise DataError(f"sinkhorn_divergence: max_iterations must be ≥ 1, got {max_iterations}")
     centre = np.concatenate([a, b]).mean(axis=0)
-    with enable_x64(True):
+    with float64():
         u, v = jnp.asarray(a - centre), jnp.asarray(b - centre)
         options = (epsilon, max_iterations, tolerance)
         parts = [_transport(u, v, *options), _self_transport(u, *options)]

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from dichroic.arrays import unmasked
 from dichroic.batching import split
 from dichroic.errors import DataError, DichroicError, ShapeError
+from dichroic.precision import float64
 
 Shape = tuple[int, ...]
 _PROBES = 32
@@ -105,7 +106,7 @@ class Operator(eqx.Module):
             raise ShapeError(f"expected (n, {', '.join(map(str, self.in_shape))}), got {x.shape}")
         if x.dtype != np.float64:
             return np.asarray(_each(self, jnp.asarray(x, float)))
-        with jax.enable_x64(True):
+        with float64():
             return np.asarray(_each(in_double(self), jnp.asarray(x)))
 
     def row_squares(self) -> Array:

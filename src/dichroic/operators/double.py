@@ -20,6 +20,7 @@ from dichroic.batching import split, take
 from dichroic.errors import DataError, DichroicError
 from dichroic.operators.base import Operator, in_double
 from dichroic.operators.elementary import Function
+from dichroic.precision import float64
 
 Values = Mapping[str, np.ndarray]  # of each source, `(*shape)`
 _LOW_BITS = 12  # of a float32; 0 of numbers that were not rounded, but for one in 4,096
@@ -57,7 +58,7 @@ def rounding(operators: Mapping[str, Operator], x: Values, row: int = 0) -> np.n
 def _in_double(function: Callable[..., Any], operators: dict[str, Operator], *values: Any) -> Any:
     """`function` of operators and values in float64, as NumPy arrays."""
     try:
-        with jax.enable_x64(True):
+        with float64():
             found = function(*in_double((_apart(operators), *values)))
             return jax.tree.map(np.asarray, found)
     except DichroicError:
