@@ -8,8 +8,9 @@ from jax.scipy.stats import multivariate_normal
 from scipy import special, stats
 
 from dichroic import evidence
+from dichroic.components import Components
 from dichroic.denoise import Mixture
-from dichroic.evidence import Components, log_evidence, posterior_draw, posterior_means, tuples
+from dichroic.evidence import log_evidence, posterior_draw, posterior_means, tuples
 from dichroic.grid import grid_log_evidence, grid_scores
 from dichroic.linalg import psd_factor
 

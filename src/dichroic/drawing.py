@@ -14,9 +14,8 @@ from dichroic.config import FitConfig
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.lanes import of_each
 from dichroic.lowrank_sample import is_low_rank_prior, low_rank_draws
-from dichroic.mixture_em import is_large
 from dichroic.observations import Observations, whitened_chi2
-from dichroic.posterior import choose_solver
+from dichroic.posterior import choose_solver, is_large
 from dichroic.sample import Draws, Progress, draw_posterior, make_sampler
 
 Denoisers = dict[str, Denoiser]

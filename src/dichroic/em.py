@@ -42,7 +42,6 @@ from dichroic.mixture_em import (
     em_lap,
     gain_in_evidence,
     initial_gaussians,
-    is_large,
     mean_log_evidence,
     split_components,
 )
@@ -52,6 +51,7 @@ from dichroic.operator_em import operator_lap
 from dichroic.operators.learned import Parameters
 from dichroic.operators.units import as_parameters, units_of, without_units
 from dichroic.pace import LEAST_RANK, costs_left, laps_of, seconds_left
+from dichroic.posterior import is_large
 from dichroic.scoring import scores
 from dichroic.tracking import Clock, Tracker
 from dichroic.train import evidence_gain, is_gain, with_network

@@ -30,11 +30,12 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from dichroic.backgrounds import Backgrounds, Totals, every_tuple, sums_behind
+from dichroic.backgrounds import Backgrounds, every_tuple
 from dichroic.columns import Common
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Mixture
 from dichroic.lowrank import moments
+from dichroic.lowrank_sums import Totals, sums_behind
 from dichroic.mixture_step import ascend, maximise
 from dichroic.mixture_sums import Sums, merged
 from dichroic.observations import Observations, Observed, every_block, groups, is_shared

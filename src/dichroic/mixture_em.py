@@ -22,21 +22,16 @@ from jaxtyping import Array, Float, Int, Integer
 from dichroic import layout
 from dichroic.backgrounds import low_rank_log_evidence
 from dichroic.batching import split
+from dichroic.components import Components
 from dichroic.config import MixtureConfig
 from dichroic.denoise import Denoiser, Mixture, gaussian
-from dichroic.evidence import (
-    DEFAULT_MAX_TUPLES,
-    Components,
-    best_tuples,
-    log_evidence,
-    project,
-)
+from dichroic.evidence import DEFAULT_MAX_TUPLES, best_tuples, log_evidence, project
 from dichroic.lowrank_em import low_rank_lap
 from dichroic.lowrank_start import initial_low_rank, mean_gain
 from dichroic.mixture_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.mixture_sums import Statistics, chunks, pairs, view_statistics
 from dichroic.observations import Observations, Observed, every_block, is_shared
-from dichroic.posterior import EXACT_LIMIT
+from dichroic.posterior import is_large
 from dichroic.shared import shared_log_evidence, shared_statistics
 from dichroic.stationary import split_stationary
 from dichroic.tracking import Clock
@@ -184,11 +179,6 @@ def log_evidences(
 def is_low_rank(mixtures: Mixtures, obs: Observed) -> bool:
     """Whether `dichroic.lowrank` is for this view."""
     return is_large([obs]) or any(not mixtures[k].full_rank for k in obs.sources)
-
-
-def is_large(views: Sequence[Observed]) -> bool:
-    """Whether sources start as mixtures of low rank."""
-    return max(max(obs.size, *obs.dims.values()) for obs in views) > EXACT_LIMIT
 
 
 def _one_mixture(priors: dict[str, Components], obs: Observations) -> bool:

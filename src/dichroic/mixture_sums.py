@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from dichroic import layout
 from dichroic.batching import row_counts, split
-from dichroic.evidence import Components, project, tuple_posterior
+from dichroic.components import Components
+from dichroic.evidence import project, tuple_posterior
 from dichroic.observations import Observations
 
 Pair = tuple[str, str]

@@ -14,7 +14,7 @@ leaves (pathwise conditioning, Wilson et al., JMLR 22, 2021):
 approximated for mixture priors: see `dichroic.evidence`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from dichroic.components import Components
 from dichroic.denoise import Denoiser, Mixture
 from dichroic.denoise.moments import Moments
-from dichroic.evidence import DEFAULT_MAX_TUPLES, Components, posterior_draw, posterior_means
+from dichroic.evidence import DEFAULT_MAX_TUPLES, posterior_draw, posterior_means
 from dichroic.linalg import psd_factor
-from dichroic.observations import Observations
+from dichroic.observations import Observations, Observed
 from dichroic.solve import conjugate_gradient
 from dichroic.woodbury import approximate_inverse
 
@@ -255,6 +256,11 @@ class MatrixFreePosterior(eqx.Module):
 
 
 Denoise = Prior | Posterior | MatrixFreePosterior
+
+
+def is_large(views: Sequence[Observed]) -> bool:
+    """Whether sources start as mixtures of low rank."""
+    return max(max(obs.size, *obs.dims.values()) for obs in views) > EXACT_LIMIT
 
 
 def choose_solver(observation: Observations, solver: str = "auto") -> str:

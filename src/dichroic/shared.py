@@ -17,7 +17,7 @@ import numpy as np
 
 from dichroic import layout
 from dichroic.batching import Tree
-from dichroic.evidence import Components
+from dichroic.components import Components
 from dichroic.mixture_sums import Pair, Statistics, Sums, pull_back_pair
 from dichroic.observations import Observations
 

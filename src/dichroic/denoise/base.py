@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from dichroic.batching import as_float
+from dichroic.components import Components
 from dichroic.denoise.moments import Moments, root
 from dichroic.denoise.spectrum import spectral_moments
 from dichroic.errors import ShapeError
-from dichroic.evidence import Components
 from dichroic.linalg import psd_projection
 from dichroic.operators import Shape
 from dichroic.operators.elementary import shape_field

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dichroic.arrays import unmasked
 from dichroic.batching import as_float
+from dichroic.components import Components
 from dichroic.denoise.base import Denoiser
 from dichroic.denoise.moments import Moments, strongest
 from dichroic.errors import DataError, ShapeError
-from dichroic.evidence import Components
 from dichroic.operators import Shape
 
 _FEW = 8  # components whose means precondition

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dichroic.components import Components
 from dichroic.denoise.base import Denoiser
 from dichroic.denoise.mixture import Mixture
 from dichroic.denoise.moments import Moments
-from dichroic.evidence import Components
 from dichroic.operators import Shape
 
 CovarianceModel = Literal["jacobian", "base"]
