@@ -12,11 +12,11 @@ import argparse
 import numpy as np
 
 from dichroic import Separator
-from dichroic.bench.names import BenchConfig, parse_problem
-from dichroic.bench.problems import build_case
-from dichroic.bench.scores import distances, posterior_scores
+from dichroic.benchmark.harness.cases import build_case
+from dichroic.benchmark.harness.scores import distances, posterior_scores
+from dichroic.benchmark.harness.spec import BenchConfig, parse_problem
 from dichroic.metrics import mean_chi2
-from dichroic.tables import text_table
+from dichroic.runtime.tables import text_table
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ import numpy as np
 import yaml
 
 from dichroic import FitConfig, Problem, Separator, View
-from dichroic.bench.names import BenchConfig, parse_problem
-from dichroic.bench.problems import Case, build_case
-from dichroic.bench.scores import posterior_scores
-from dichroic.denoise import Preconditioned
+from dichroic.benchmark.harness.cases import Case, build_case
+from dichroic.benchmark.harness.scores import posterior_scores
+from dichroic.benchmark.harness.spec import BenchConfig, parse_problem
 from dichroic.metrics import mean_chi2
 from dichroic.operators import Identity
-from dichroic.tables import text_table
+from dichroic.priors import Preconditioned
+from dichroic.runtime.tables import text_table
 
 NOISE = 0.01  # of the clean samples, relative to the spread of their numbers
 

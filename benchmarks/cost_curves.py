@@ -16,11 +16,11 @@ import numpy as np
 from cost_frame import print_costs
 
 from dichroic.config import MixtureConfig
-from dichroic.denoise import Mixture
-from dichroic.mixture_em import em_lap
+from dichroic.inference.samplers import Exact, draw_posterior
+from dichroic.learning.mixture.em import em_lap
 from dichroic.operators import Dense
-from dichroic.problem import View
-from dichroic.sample import Exact, draw_posterior
+from dichroic.priors import Mixture
+from dichroic.problem.view import View
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from dichroic.tables import text_table
+from dichroic.runtime.tables import text_table
 
 
 def print_costs(

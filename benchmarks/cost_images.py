@@ -40,9 +40,9 @@ CURVES = {
 
 def case(size: Size):
     """Mixtures of low rank, and observations of their sum."""
-    from dichroic.lowrank_em import from_columns
+    from dichroic.learning.mixture.low_rank_em import from_columns
     from dichroic.operators import Identity
-    from dichroic.problem import View
+    from dichroic.problem.view import View
 
     rng = np.random.default_rng(0)
     shape, dim = (size.side, size.side), size.side**2
@@ -67,9 +67,9 @@ def measure(size: Size) -> list[str]:
     import jax
 
     from dichroic.config import MixtureConfig
-    from dichroic.lowrank_em import low_rank_lap
-    from dichroic.lowrank_sample import low_rank_draws
-    from dichroic.machine import peak_memory
+    from dichroic.inference.low_rank_sampling import low_rank_draws
+    from dichroic.learning.mixture.low_rank_em import low_rank_lap
+    from dichroic.runtime.hardware import peak_memory
 
     mixtures, obs = case(size)
     data = obs.y.nbytes / 2**20

@@ -10,12 +10,20 @@ import time
 import jax
 import numpy as np
 
-from dichroic.denoise import gaussian
-from dichroic.noise import Isotropic
-from dichroic.observations import Observations
+from dichroic.inference.samplers import (
+    Ancestral,
+    Ddim,
+    Ddpm,
+    Exact,
+    Heun,
+    PredictorCorrector,
+    draw_posterior,
+)
 from dichroic.operators import Dense
-from dichroic.sample import Ancestral, Ddim, Ddpm, Exact, Heun, PredictorCorrector, draw_posterior
-from dichroic.tables import text_table
+from dichroic.operators.noise import Isotropic
+from dichroic.priors import gaussian
+from dichroic.problem.observations import Observations
+from dichroic.runtime.tables import text_table
 
 N, D, M, NOISE = 4096, 5, 3, 0.01
 

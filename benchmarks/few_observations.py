@@ -24,11 +24,11 @@ import numpy as np
 import yaml
 
 from dichroic import Problem, Separator, Source, View
-from dichroic.baselines import WienerFilter
+from dichroic.benchmark.baselines import WienerFilter
 from dichroic.config import FitConfig
 from dichroic.metrics import coverage, output_snr
 from dichroic.operators import Identity
-from dichroic.tables import text_table
+from dichroic.runtime.tables import text_table
 
 DIRECTIONS, NOISE, HELD_OUT, DRAWS = 4, 0.3, 400, 64
 FIT = {"mixture": {"components": 4, "rank": 32}, "diffusion": {"laps": 0}}

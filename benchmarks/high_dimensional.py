@@ -23,13 +23,13 @@ import numpy as np
 from high_dimensional_case import COUNT, SEED, Case, case
 from jax.custom_derivatives import linear_call
 
-from dichroic.batching import split
-from dichroic.denoise import Wrapped
-from dichroic.denoise.moments import ROOT_DEGREE
-from dichroic.lowrank_sample import low_rank_draws
-from dichroic.observations import Observations
-from dichroic.sample import Ancestral, Ddpm, Heun, Sampler
-from dichroic.tables import text_table
+from dichroic.inference.low_rank_sampling import low_rank_draws
+from dichroic.inference.samplers import Ancestral, Ddpm, Heun, Sampler
+from dichroic.numerics.batching import split
+from dichroic.priors import Wrapped
+from dichroic.priors.covariance import ROOT_DEGREE
+from dichroic.problem.observations import Observations
+from dichroic.runtime.tables import text_table
 
 SIDES = (7, 14, 28, 56)
 JACOBIANS = ("jacobian", "no base", "spectrum preconditions")

@@ -15,10 +15,10 @@ import numpy as np
 from scipy.linalg import eigh
 from scipy.special import softmax
 
-from dichroic.denoise import Denoiser, Mixture, Preconditioned, Wrapped, spectrum_of
-from dichroic.noise import Isotropic, Masked
-from dichroic.observations import Observations
 from dichroic.operators import BlockAverage, Convolve, Identity, Operator
+from dichroic.operators.noise import Isotropic, Masked
+from dichroic.priors import Denoiser, Mixture, Preconditioned, Wrapped, spectrum_of
+from dichroic.problem.observations import Observations
 
 SEED, NOISE, COUNT, WIDEST = 0, 0.1, 64, 32
 RANK, BUMPS, FLOOR, PRIOR_DRAWS = 64, 16, 0.01, 512

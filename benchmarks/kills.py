@@ -21,7 +21,7 @@ PROBLEM = Path(__file__).parents[1] / "examples/kill/problem.yaml"
 def command(out: Path) -> list[str]:
     """The fit, new or resumed."""
     words = ["fit", str(PROBLEM), "--out", str(out), "--resume", "--no-report"]
-    return [sys.executable, "-m", "dichroic.cli", *words]
+    return [sys.executable, "-m", "dichroic.cli.main", *words]
 
 
 def run(out: Path, seconds: float | None = None) -> bool:

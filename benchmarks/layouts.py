@@ -19,18 +19,18 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dichroic import layout
 from dichroic.config import DiffusionConfig, FitConfig, MixtureConfig
-from dichroic.dataset import shared_out
-from dichroic.denoise import Mixture, Preconditioned
-from dichroic.em import expectation
-from dichroic.mixture_em import em_lap
-from dichroic.nn import Mlp
-from dichroic.noise import Isotropic
-from dichroic.observations import Observations
+from dichroic.learning.diffusion.e_step import expectation
+from dichroic.learning.diffusion.score_matching import train_denoiser
+from dichroic.learning.mixture.em import em_lap
 from dichroic.operators import Dense
-from dichroic.tables import text_table
-from dichroic.train import train_denoiser
+from dichroic.operators.noise import Isotropic
+from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors.networks import Mlp
+from dichroic.problem.dataset import shared_out
+from dichroic.problem.observations import Observations
+from dichroic.runtime import distributed
+from dichroic.runtime.tables import text_table
 
 D, M, K, STEPS, TRAINED = 5, 3, 16, 4, 400
 REPEATS = 3
@@ -79,13 +79,13 @@ def run(processes: int, devices: int, count: int) -> dict[str, float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {layout.ADDRESS: f"127.0.0.1:{port}", layout.PROCESSES: str(processes)}
+    told = {distributed.ADDRESS: f"127.0.0.1:{port}", distributed.PROCESSES: str(processes)}
     told["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, __file__, "--worker", "--count", str(count)]
     workers = [
         subprocess.Popen(
             command,
-            env={**os.environ, **told, layout.NUMBER: str(i)},
+            env={**os.environ, **told, distributed.NUMBER: str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        layout.join()
+        distributed.join()
         found = measure(args.count)
         print(json.dumps(found))
         return

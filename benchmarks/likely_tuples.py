@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from dichroic import View
-from dichroic.backgrounds import every_tuple
-from dichroic.denoise import Mixture
-from dichroic.lowrank_em import from_columns, low_rank_statistics
+from dichroic.inference.low_rank_background import every_tuple
+from dichroic.inference.samplers import draw_prior
+from dichroic.learning.mixture.low_rank_em import from_columns, low_rank_statistics
 from dichroic.operators import Identity
-from dichroic.sample import draw_prior
-from dichroic.tables import text_table
+from dichroic.priors import Mixture
+from dichroic.runtime.tables import text_table
 
 NOISE, LENGTH, CONTRASTS = 0.05, 4.0, (0.2, 2.0)
 

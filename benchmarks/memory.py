@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 
 from dichroic import Problem, Separator, Source, View
-from dichroic.denoise import Mixture
 from dichroic.operators import Identity
-from dichroic.tables import text_table
+from dichroic.priors import Mixture
+from dichroic.runtime.tables import text_table
 
 CHUNK = 4096
 
@@ -72,7 +72,7 @@ def peak(command: list[str]) -> tuple[int, float]:
 
 def measure(folder: Path, count: int, size: int, draws: int) -> list[str]:
     write_observations(folder / "y.npy", count, size)
-    base = [sys.executable, "-m", "dichroic.cli", "separate", "model", "new.yaml"]
+    base = [sys.executable, "-m", "dichroic.cli.main", "separate", "model", "new.yaml"]
     base += ["--problem", "problem.yaml", "--draws", str(draws)]
     base = [str(folder / w) if (folder / w).exists() else w for w in base]
     whole, slow = peak([*base, "--out", str(folder / "out.npz")])
@@ -99,7 +99,14 @@ def measure_fit(folder: Path, count: int, size: int, draws: int) -> list[str]:
     table = {"sources": {"x": [4]}, "views": {"v": view}, "fit": {"holdout": 0.01}}
     table["fit"] |= {"mixture": mixture, "diffusion": network, "sampler": {"steps": 4}}
     (folder / "fit.yaml").write_text(yaml.safe_dump(table))
-    base = [sys.executable, "-m", "dichroic.cli", "fit", str(folder / "fit.yaml"), "--no-report"]
+    base = [
+        sys.executable,
+        "-m",
+        "dichroic.cli.main",
+        "fit",
+        str(folder / "fit.yaml"),
+        "--no-report",
+    ]
     whole, slow = peak([*base, "--out", str(folder / f"whole{count}")])
     parts, fast = peak([*base, "--out", str(folder / f"parts{count}"), "--memory", "1GiB"])
     data = count * size * 4 / 2**20

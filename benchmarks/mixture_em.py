@@ -1,4 +1,4 @@
-"""The M-step of `dichroic.mixture_em` against textbook EM, side by side in one run.
+"""The M-step of `dichroic.learning.mixture.em` against textbook EM, side by side in one run.
 
 One curve in five dimensions through a fresh 3 × 5 projection per observation, 8,192 observations; components
 double from 1 to 64, with the same number of EM steps at each size for both. Held-out evidence, PSNR
@@ -12,20 +12,20 @@ import time
 import jax
 import numpy as np
 
+from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.config import MixtureConfig
-from dichroic.datasets.manifolds import manifold_problem
-from dichroic.metrics import psnr
-from dichroic.mixture_em import (
+from dichroic.inference.samplers import draw_posterior
+from dichroic.learning.mixture.em import (
     choose,
     initial_gaussian,
     mean_log_evidence,
     split_components,
     statistics,
 )
-from dichroic.mixture_step import maximise
-from dichroic.problem import joint_observations
-from dichroic.sample import draw_posterior
-from dichroic.tables import text_table
+from dichroic.learning.mixture.m_step import maximise
+from dichroic.metrics import psnr
+from dichroic.problem.problem import joint_observations
+from dichroic.runtime.tables import text_table
 
 NAME, SIZES, STEPS = "source1", (1, 2, 4, 8, 16, 32, 64), 20
 

@@ -17,18 +17,18 @@ import jax
 import numpy as np
 from estep import D, N, problem
 
-from dichroic.baselines.ddprism_laps import DdprismConfig, fresh_network, make_sampler
-from dichroic.baselines.ddprism_sampling import Absolute
-from dichroic.baselines.ddprism_training import train
-from dichroic.batching import take
-from dichroic.bench.published import PUBLISHED
-from dichroic.datasets.manifolds import manifold_problem
-from dichroic.denoise import Mixture, Preconditioned
+from dichroic.benchmark.baselines.ddprism_laps import DdprismConfig, fresh_network, make_sampler
+from dichroic.benchmark.baselines.ddprism_sampling import Absolute
+from dichroic.benchmark.baselines.ddprism_training import train
+from dichroic.benchmark.harness.published import PUBLISHED
+from dichroic.benchmark.problems.manifolds import manifold_problem
+from dichroic.inference.samplers import Ancestral, Ddpm, Exact, Heun, draw_posterior
 from dichroic.metrics import psnr
-from dichroic.observations import Observations
-from dichroic.sample import Ancestral, Ddpm, Exact, Heun, draw_posterior
-from dichroic.separator import Separator
-from dichroic.tables import text_table
+from dichroic.numerics.batching import take
+from dichroic.priors import Mixture, Preconditioned
+from dichroic.problem.observations import Observations
+from dichroic.runtime.tables import text_table
+from dichroic.separation.separator import Separator
 
 SEED = 0
 BATCH = 512  # observations at once, so that compiling needs a few of them only

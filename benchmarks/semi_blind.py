@@ -15,11 +15,11 @@ import time
 import numpy as np
 
 from dichroic import Problem, Separator
-from dichroic.datasets.manifolds import manifold_problem
+from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.metrics import psnr
 from dichroic.operators import Dense, Learned, Scale
-from dichroic.problem import View
-from dichroic.tables import text_table
+from dichroic.problem.view import View
+from dichroic.runtime.tables import text_table
 
 HELD_OUT = 1000  # added to the seed
 

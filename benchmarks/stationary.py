@@ -14,7 +14,7 @@ import numpy as np
 from dichroic import Problem, Separator, Source, View
 from dichroic.metrics import coverage
 from dichroic.operators import Identity
-from dichroic.tables import text_table
+from dichroic.runtime.tables import text_table
 
 DIRECTIONS, NOISE, HELD_OUT, DRAWS, LENGTH = 4, 0.1, 400, 64, 10
 FIT = {"mixture": {"components": 4, "rank": 199}, "diffusion": {"laps": 0}, "holdout": 0.2}

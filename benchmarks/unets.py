@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dichroic import FitConfig
-from dichroic.denoise.precondition import NETWORK_BATCH, corrections
-from dichroic.lowrank_em import from_columns
-from dichroic.tables import text_table
-from dichroic.train import train_denoiser, with_network
+from dichroic.learning.diffusion.score_matching import train_denoiser, with_network
+from dichroic.learning.mixture.low_rank_em import from_columns
+from dichroic.priors.diffusion import NETWORK_BATCH, corrections
+from dichroic.runtime.tables import text_table
 
 COUNT, RANK = 4096, 32  # of samples, and of the mixture that the network corrects
 

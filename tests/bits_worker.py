@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from dichroic.config import FitConfig
-from dichroic.denoise import Mixture, Preconditioned
-from dichroic.nn import Mlp
 from dichroic.operators import Dense, Identity
-from dichroic.problem import Problem, Source, View
-from dichroic.separator import Separator
+from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors.networks import Mlp
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
+from dichroic.separation.separator import Separator
 
 N = 140
 

@@ -11,8 +11,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from dichroic.precision import float64
-from dichroic.programs import LEAST_SECONDS
+from dichroic.numerics.precision import float64
+from dichroic.runtime.compilation_cache import LEAST_SECONDS
 
 # Processes that tests start share what they compile; JAX, which is imported, does not look here any more.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".programs"))
@@ -45,7 +45,7 @@ def unchecked(request):
     """
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("checked") is None:
-            patch.setattr("dichroic.separator.Separator._at_end", lambda *_: {})
+            patch.setattr("dichroic.separation.separator.Separator._at_end", lambda *_: {})
         yield
 
 

@@ -5,17 +5,18 @@ import sys
 import jax
 import numpy as np
 
-from dichroic import layout
 from dichroic.config import DiffusionConfig, FitConfig, SamplerConfig
-from dichroic.data import shared_out
-from dichroic.denoise import Mixture, Preconditioned
-from dichroic.em import expectation
-from dichroic.nn import Mlp
-from dichroic.noise import DiagonalNoise
+from dichroic.learning.data import shared_out
+from dichroic.learning.diffusion.e_step import expectation
+from dichroic.learning.diffusion.score_matching import train_denoiser
+from dichroic.learning.fit import fit
 from dichroic.operators import Dense, Identity
-from dichroic.problem import Problem, Source, View
-from dichroic.run import fit
-from dichroic.train import train_denoiser
+from dichroic.operators.noise import DiagonalNoise
+from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors.networks import Mlp
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
+from dichroic.runtime import distributed
 
 N, D, M = 150, 3, 2
 RNG = np.random.default_rng(0)
@@ -66,7 +67,7 @@ def long_problem() -> Problem:
 
 def main(out: str) -> None:
     """All of it."""
-    layout.join()
+    distributed.join()
     stated = problem()
     config = FitConfig.from_dict({"sampler": {"steps": 4}, "diffusion": {"width": 8, "depth": 1}})
     network = Mlp((D,), 8, 1, key=jax.random.key(3))
@@ -101,8 +102,8 @@ def main(out: str) -> None:
     for name, mixture in state.best.items():
         found[f"mean/{name}"] = np.asarray(mixture.location)
         found[f"covariance/{name}"] = np.asarray(mixture.covariances())
-    if layout.is_first():
-        np.savez(out, layout=[layout.processes(), len(jax.devices())], **found)
+    if distributed.is_first():
+        np.savez(out, layout=[distributed.processes(), len(jax.devices())], **found)
 
 
 if __name__ == "__main__":

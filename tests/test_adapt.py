@@ -8,9 +8,9 @@ import scipy.sparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from dichroic import DataError, Problem, Separator, ShapeError, Source, View, as_operator
-from dichroic.fingerprint import fingerprint
-from dichroic.linearity import probe
 from dichroic.operators import Dense, External, Function, Identity, Sparse
+from dichroic.operators.linearity import probe
+from dichroic.runtime.fingerprint import fingerprint
 
 KERNEL = np.array([0.5, 1.0, 0.25])
 

@@ -5,8 +5,8 @@ import pytest
 
 from dichroic import View, load_problem
 from dichroic.errors import DichroicError, ShapeError
-from dichroic.noise import DiagonalNoise, Isotropic, LowRankNoise, StationaryNoise
 from dichroic.operators import Convolve, Diagonal, Identity, Scale
+from dichroic.operators.noise import DiagonalNoise, Isotropic, LowRankNoise, StationaryNoise
 
 C, SHAPE = 3, (3, 4, 5)
 VARIANCE = np.arange(1.0, 4.0)

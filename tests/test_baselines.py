@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.baselines import back_projection, least_squares, second_moments, wiener
-from dichroic.batching import take
-from dichroic.denoise import gaussian
-from dichroic.noise import DenseNoise, Isotropic, Masked
-from dichroic.observations import Observations
+from dichroic.benchmark.baselines import back_projection, least_squares, second_moments, wiener
+from dichroic.inference.posterior import Posterior
+from dichroic.numerics.batching import take
 from dichroic.operators import Dense, Identity
-from dichroic.posterior import Posterior
+from dichroic.operators.noise import DenseNoise, Isotropic, Masked
+from dichroic.priors import gaussian
+from dichroic.problem.observations import Observations
 
 N, SIZE = 24, 6
 SHAPES = {"a": (4,), "b": (2, 2)}

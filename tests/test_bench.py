@@ -9,20 +9,20 @@ import sys
 import numpy as np
 import pytest
 
-from dichroic.bench import job as jobs
-from dichroic.bench import methods, problems
-from dichroic.bench.names import (
+from dichroic.benchmark.harness import cases, methods
+from dichroic.benchmark.harness import job as jobs
+from dichroic.benchmark.harness.published import PUBLISHED
+from dichroic.benchmark.harness.results import cell, collect, evidence_gap, gap, of
+from dichroic.benchmark.harness.runner import plan, run_bench
+from dichroic.benchmark.harness.spec import (
     BenchConfig,
     JobSpec,
     parse_methods,
     parse_problem,
     parse_problems,
 )
-from dichroic.bench.published import PUBLISHED
-from dichroic.bench.results import cell, collect, evidence_gap, gap, of
-from dichroic.bench.runner import plan, run_bench
-from dichroic.cli import main
-from dichroic.datasets import grassy
+from dichroic.benchmark.problems import grassy
+from dichroic.cli.main import main
 from dichroic.errors import ConfigError, DataError, DichroicError
 from dichroic.metrics import psnr
 
@@ -164,9 +164,9 @@ def test_digits_over_grass_have_distances_of_features_and_no_limit(
     grassy_files, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("DICHROIC_DATA", str(grassy_files))
-    monkeypatch.setattr(problems, "SMALL", {})
+    monkeypatch.setattr(cases, "SMALL", {})
     monkeypatch.setattr(methods, "QUICK_FIT", SMALL_FIT | {"mixture.rank": 8})
-    monkeypatch.setattr("dichroic.datasets.digit_features._STEPS", 50)
+    monkeypatch.setattr("dichroic.benchmark.problems.digit_features._STEPS", 50)
     todo = plan(["grassy-14-down"], ["mixture", "limit"], [0], TINY)
     assert [job.method for job in todo] == ["mixture"]
     said = []
@@ -195,7 +195,7 @@ def test_missing_files_are_said_before_any_work(tmp_path, monkeypatch):
 def test_peak_memory_is_of_the_process_alone():
     """A large parent does not count: what `ru_maxrss` of Linux gets wrong."""
     ballast = np.ones(300 * 2**17)  # 300 MiB
-    script = "from dichroic.machine import peak_memory; print(peak_memory())"
+    script = "from dichroic.runtime.hardware import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     empty = float(done.stdout)
     script = "import numpy as np; x = np.ones(200 * 2**17); " + script
@@ -234,7 +234,7 @@ def test_a_users_problem_from_the_command_line(users, tmp_path):
     args = ["bench", str(users), "--methods", "mixture", "--seeds", "4", "--quick", "--out"]
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "dichroic.cli", *args, str(out)], capture_output=True, text=True
+        [sys.executable, "-m", "dichroic", *args, str(out)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "mine: calibration and cost" in done.stdout

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dichroic.nn import Mlp
+from dichroic.priors.networks import Mlp
 
 PARTS = [(slice(40, 140), 100), (slice(60, 67), 7), (slice(63, 65), 1)]
 

@@ -10,17 +10,17 @@ from followers import KillAt, Killed
 from scipy.stats import chi2, kstest
 
 from dichroic import FitConfig, Problem, Separator, Source, View
-from dichroic.bench.scores import posterior_scores
-from dichroic.bounds import _excess, bounded, check_learned, of_others, within_bounds
-from dichroic.data import prepare
-from dichroic.denoise import gaussian
-from dichroic.drawing import draw, predictive_chi2
-from dichroic.em import expectation
+from dichroic.benchmark.harness.scores import posterior_scores
+from dichroic.cli.options import bounds as parse
 from dichroic.errors import ConfigError
+from dichroic.inference.constraints import _excess, bounded, check_learned, of_others, within_bounds
+from dichroic.inference.sampling import draw, predictive_chi2
+from dichroic.learning.data import prepare
+from dichroic.learning.diffusion.e_step import expectation
 from dichroic.metrics import psnr
 from dichroic.operators import Dense, Diagonal, Identity, Scale
-from dichroic.operators.units import as_parameters
-from dichroic.options import bounds as parse
+from dichroic.operators.scaling import as_parameters
+from dichroic.priors import gaussian
 
 DIM, NOISE = 6, 0.05
 FIT = {

@@ -7,16 +7,16 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from dichroic import Problem, Source, View
-from dichroic.baselines import ClvmLinear
-from dichroic.baselines import clvm_linear as clvm
-from dichroic.baselines import gaussian as g
-from dichroic.baselines.ascent import ascend, root
-from dichroic.baselines.fitted import candidate_ranks
+from dichroic.benchmark.baselines import ClvmLinear
+from dichroic.benchmark.baselines import clvm_linear as clvm
+from dichroic.benchmark.baselines import linear_gaussian as g
+from dichroic.benchmark.baselines.ascent import ascend, root
+from dichroic.benchmark.baselines.fitted import candidate_ranks
 from dichroic.errors import ConfigError, RunError
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, Masked
-from dichroic.observations import Observations
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.separator import Separator
+from dichroic.operators.noise import DenseNoise, DiagonalNoise, Isotropic, Masked
+from dichroic.problem.observations import Observations
+from dichroic.separation.separator import Separator
 
 NOISE = 0.5  # exact in float32
 

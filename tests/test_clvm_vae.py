@@ -9,15 +9,21 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from dichroic.baselines import ClvmVae, clvm_vae
-from dichroic.baselines.clvm_vae_networks import Datum, large_inputs, signal_scales, white_inputs
-from dichroic.baselines.clvm_vae_training import elbo, tempering
-from dichroic.batching import take
+from dichroic.benchmark.baselines import ClvmVae, clvm_vae
+from dichroic.benchmark.baselines.clvm_vae_networks import (
+    Datum,
+    large_inputs,
+    signal_scales,
+    white_inputs,
+)
+from dichroic.benchmark.baselines.clvm_vae_training import elbo, tempering
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
-from dichroic.noise import DenseNoise, Isotropic, Masked
-from dichroic.observations import Observations
+from dichroic.numerics.batching import take
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.problem import Problem, Source, View
+from dichroic.operators.noise import DenseNoise, Isotropic, Masked
+from dichroic.problem.observations import Observations
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
 
 N, SIZE, LATENT = 4, 4, 2
 SHAPES = {"a": (3,), "b": (2, 2)}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dichroic.datasets import digits
-from dichroic.datasets.manifolds import (
+from dichroic.benchmark.problems import digits
+from dichroic.benchmark.problems.manifolds import (
     Manifold,
     manifold_curves,
     manifold_problem,

@@ -7,26 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.baselines.ddprism import FILE, Ddprism, DdprismConfig
-from dichroic.baselines.ddprism_laps import expectation, in_range
-from dichroic.baselines.ddprism_sampling import (
+from dichroic.benchmark.baselines.ddprism import FILE, Ddprism, DdprismConfig
+from dichroic.benchmark.baselines.ddprism_laps import expectation, in_range
+from dichroic.benchmark.baselines.ddprism_sampling import (
     Absolute,
     PublishedGibbs,
     PublishedPosterior,
     PublishedPredictorCorrector,
     Started,
 )
-from dichroic.baselines.ddprism_training import Training, network_denoiser, ppca, train
-from dichroic.datasets.manifolds import manifold_problem
-from dichroic.denoise import Wrapped, gaussian
+from dichroic.benchmark.baselines.ddprism_training import Training, network_denoiser, ppca, train
+from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.errors import ConfigError, DataError, RunError
-from dichroic.noise import Isotropic, Masked
-from dichroic.observations import Observations
+from dichroic.inference.posterior import Posterior
+from dichroic.inference.samplers import Exact, draw_posterior
 from dichroic.operators import Dense
-from dichroic.posterior import Posterior
-from dichroic.sample import Exact, draw_posterior
-from dichroic.schedule import Geometric
-from dichroic.tracking import Silent
+from dichroic.operators.noise import Isotropic, Masked
+from dichroic.priors import Wrapped, gaussian
+from dichroic.priors.schedule import Geometric
+from dichroic.problem.observations import Observations
+from dichroic.runtime.tracking import Silent
 
 KEY = jax.random.key(17)
 D, M, NOISE = 5, 3, 0.01

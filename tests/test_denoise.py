@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from dichroic.denoise import Mixture, Preconditioned, Wrapped, gaussian
 from dichroic.errors import DataError, ShapeError
-from dichroic.nn import Mlp
+from dichroic.priors import Mixture, Preconditioned, Wrapped, gaussian
+from dichroic.priors.networks import Mlp
 
 DRAWS = 20_000
 SIGMAS = [0.01, 0.3, 2.0, 30.0]

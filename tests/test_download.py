@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from dichroic.datasets.download import Patience, download
-from dichroic.datasets.remote import DATA_VARIABLE, RemoteFile, fetch
+from dichroic.benchmark.problems.download import Patience, download
+from dichroic.benchmark.problems.remote import DATA_VARIABLE, RemoteFile, fetch
 from dichroic.errors import DataError, RunError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

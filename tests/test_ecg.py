@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from dichroic.datasets import ecg
-from dichroic.datasets.remote import DATA_VARIABLE, find_file
+from dichroic.benchmark.problems import ecg
+from dichroic.benchmark.problems.remote import DATA_VARIABLE, find_file
 from dichroic.errors import DataError
+from dichroic.io import load_problem, load_view
 from dichroic.metrics import coverage
-from dichroic.separator import Separator
-from dichroic.statement import load_problem, load_view
+from dichroic.separation.separator import Separator
 
 EXAMPLE = "examples/heartbeats/problem.yaml"
 

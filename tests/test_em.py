@@ -8,21 +8,23 @@ import numpy as np
 import pytest
 
 from dichroic.config import FitConfig
-from dichroic.data import learning_order, prepare
-from dichroic.denoise import Mixture, Preconditioned, gaussian
-from dichroic.drawing import draw
-from dichroic.em import State, advance
 from dichroic.errors import ConfigError
-from dichroic.io import pack
-from dichroic.mixture_em import initial_gaussian, mean_log_evidence
-from dichroic.noise import Isotropic
-from dichroic.observations import Observations
+from dichroic.inference.sampling import draw
+from dichroic.io.model_files import pack
+from dichroic.learning.data import learning_order, prepare
+from dichroic.learning.diffusion.score_matching import with_network
+from dichroic.learning.fit import fit
+from dichroic.learning.mixture.em import initial_gaussian, mean_log_evidence
+from dichroic.learning.phases.schedule import advance
+from dichroic.learning.scoring import scores
+from dichroic.learning.state import State
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.problem import Problem, Source, View, joint_observations
-from dichroic.run import fit
-from dichroic.scoring import scores
-from dichroic.separator import Separator
-from dichroic.train import with_network
+from dichroic.operators.noise import Isotropic
+from dichroic.priors import Mixture, Preconditioned, gaussian
+from dichroic.problem.observations import Observations
+from dichroic.problem.problem import Problem, Source, joint_observations
+from dichroic.problem.view import View
+from dichroic.separation.separator import Separator
 
 DIM, NOISE = 2, 0.1
 COVARIANCE = {
@@ -335,7 +337,9 @@ def test_diffusion_keeps_what_gains_evidence(diffused):
 def test_a_lap_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch):
     config = TINY.replace({"diffusion.laps": 3})
     for gain, count in ((-1.0, 1), (0.19, 1), (0.21, 3)):
-        monkeypatch.setattr("dichroic.em.evidence_gain", lambda *a, g=gain, **k: (g, 0.1))
+        monkeypatch.setattr(
+            "dichroic.learning.phases.diffusion.evidence_gain", lambda *a, g=gain, **k: (g, 0.1)
+        )
         state, rows = fit(gaussian_problem([[1]]), config)
         assert runs(rows)[-1] == ("diffusion", "a", None, count)
         assert isinstance(state.best["a"], Mixture) == (count == 1)
@@ -344,7 +348,9 @@ def test_a_lap_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch):
 
 def test_every_network_is_kept_where_that_is_asked_for(monkeypatch):
     """Laps without a gain still count as such."""
-    monkeypatch.setattr("dichroic.em.evidence_gain", lambda *a, **k: (-1.0, 0.1))
+    monkeypatch.setattr(
+        "dichroic.learning.phases.diffusion.evidence_gain", lambda *a, **k: (-1.0, 0.1)
+    )
     config = TINY.replace({"diffusion.laps": 3, "diffusion.keep": "all", "diffusion.patience": 2})
     state, rows = fit(gaussian_problem([[1]]), config)
     assert runs(rows)[-1] == ("diffusion", "a", None, 2)

@@ -7,12 +7,12 @@ import pytest
 from jax.scipy.stats import multivariate_normal
 from scipy import special, stats
 
-from dichroic import evidence
-from dichroic.components import Components
-from dichroic.denoise import Mixture
-from dichroic.evidence import log_evidence, posterior_draw, posterior_means, tuples
-from dichroic.grid import grid_log_evidence, grid_scores
-from dichroic.linalg import psd_factor
+from dichroic.inference import evidence
+from dichroic.inference.evidence import log_evidence, posterior_draw, posterior_means, tuples
+from dichroic.inference.evidence_grid import grid_log_evidence, grid_scores
+from dichroic.numerics.cholesky import psd_factor
+from dichroic.priors import Mixture
+from dichroic.priors.components import Components
 
 DRAWS = 20_000
 COUNTS = {1: (5,), 2: (3, 4), 3: (2, 3, 2)}

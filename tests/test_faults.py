@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 from followers import Rows
 
-from dichroic import em, guards, mixture_em, operator_em, scoring
-from dichroic import run as runs
-from dichroic.checkpoint import load_state
 from dichroic.config import FitConfig
-from dichroic.denoise import Mixture
 from dichroic.errors import RunError
-from dichroic.finite import finite
-from dichroic.io import load_model, pack
+from dichroic.inference.sampling import draw
+from dichroic.io.model_files import load_model, pack
+from dichroic.learning import fit as runs
+from dichroic.learning import safeguards, scoring
+from dichroic.learning.checkpoint import load_state
+from dichroic.learning.diffusion import e_step
+from dichroic.learning.diffusion.score_matching import with_network
+from dichroic.learning.mixture import em as mixture_em
+from dichroic.learning.mixture import low_rank_em, operator_em
+from dichroic.learning.phases import base, diffusion, mixture
+from dichroic.numerics.finite import finite
 from dichroic.operators import Identity, Learned, Scale
-from dichroic.problem import Problem, Source, View
-from dichroic.separator import Separator
-from dichroic.tracking import read_metrics
+from dichroic.priors import Mixture
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
+from dichroic.runtime.tracking import read_metrics
+from dichroic.separation.separator import Separator
 
 COUNT = 80
 CONFIG = FitConfig(polish=2, batch_size=128).replace(
@@ -194,7 +201,7 @@ def test_growth_stops_with_the_best_mixture_where_a_larger_one_has_no_evidence(
     one, breaking, tmp_path
 ):
     breaking(mixture_em, "statistics", 13, ALWAYS)
-    breaking(em, "mean_log_evidence", 2, ALWAYS)
+    breaking(mixture, "mean_log_evidence", 2, ALWAYS)
     config = CONFIG.replace({"mixture.components": 8})
     found = fit(one, tmp_path, config)
     assert [m["components"] for m in found.metrics] == [1, 1, 1, 2]
@@ -268,8 +275,6 @@ def test_units_beyond_single_precision_are_an_error():
 
 @pytest.mark.parametrize("fault", ["low_rank_statistics", "maximise_low_rank"])
 def test_steps_of_low_rank_are_taken_back_too(breaking, tmp_path, fault):
-    from dichroic import lowrank_em
-
     rng = np.random.default_rng(0)
     y = rng.normal(size=(100, 6)) @ rng.normal(size=(6, 140)) + 0.1 * rng.normal(size=(100, 140))
     problem = Problem([Source("a", 140)], [View(y, {"a": Identity(140)}, 0.1, "v")])
@@ -279,7 +284,7 @@ def test_steps_of_low_rank_are_taken_back_too(breaking, tmp_path, fault):
         "low_rank_statistics": lambda out: (np.nan, out[1]),
         "maximise_low_rank": no_numbers,
     }[fault]
-    breaking(lowrank_em, fault, 6, change=change)
+    breaking(low_rank_em, fault, 6, change=change)
     found = fit(problem, tmp_path, config)
     assert {m["lap"]: m["steps_undone"] for m in found.metrics if "steps_undone" in m} == {2: 1}
     assert finite(found.denoisers)
@@ -292,20 +297,20 @@ def test_steps_of_low_rank_are_taken_back_too(breaking, tmp_path, fault):
 
 def test_a_network_that_diverges_is_trained_again_more_slowly(one, breaking, tmp_path, monkeypatch):
     slow = DIFFUSION.diffusion.learning_rate / 10
-    real, rates = guards.train_denoiser, []
+    real, rates = safeguards.train_denoiser, []
 
     def diverging(*args, config, **kwargs):
         rates.append(config.learning_rate)
         found, loss = real(*args, config=config, **kwargs)
         return (found, loss) if len(rates) % 2 == 0 else (no_numbers(found), np.nan)
 
-    monkeypatch.setattr(guards, "train_denoiser", diverging)
-    monkeypatch.setattr(em, "is_gain", lambda gain, error: True)
+    monkeypatch.setattr(safeguards, "train_denoiser", diverging)
+    monkeypatch.setattr(diffusion, "is_gain", lambda gain, error: True)
     found = fit(one, tmp_path, DIFFUSION)
     np.testing.assert_allclose(rates, [10 * slow, slow] * 2)
     assert [m["diverged_a"] for m in found.metrics if "diverged_a" in m] == [1, 1]
     assert all(np.isfinite(m["loss_a"]) for m in found.metrics if "loss_a" in m)
-    monkeypatch.setattr(guards, "train_denoiser", real)
+    monkeypatch.setattr(safeguards, "train_denoiser", real)
     expected = fit(one, None, DIFFUSION.replace({"diffusion.learning_rate": slow}))
     assert said(found.denoisers) == said(expected.denoisers)
     assert len(warnings_of(tmp_path)) == 2
@@ -330,7 +335,7 @@ def test_a_network_that_cannot_be_trained_leaves_the_prior_as_it_was(one, tmp_pa
 
 
 def test_a_training_ends_where_it_diverges(one):
-    from dichroic.train import train_denoiser, with_network
+    from dichroic.learning.diffusion.score_matching import train_denoiser, with_network
 
     prior = fit(one, None).denoisers["a"]
     config = dataclasses.replace(DIFFUSION.diffusion, steps=1000, learning_rate=1e30)
@@ -362,7 +367,7 @@ def test_draws_that_are_not_finite_are_an_error_and_cost_no_state(
     one, whole_diffusion, breaking, tmp_path, call, count, most
 ):
     """The first draws are those that judge, two of each held-out observation; the second train."""
-    breaking(em, "draw", call, change=some_not_finite)
+    breaking(e_step, "draw", call, change=some_not_finite)
     draws = count * (2 if call == 1 else 1)
     text = rf"view 'alone': {most} of {draws} posterior draws are not finite, those of 3 of {count} obs"
     with pytest.raises(RunError, match=text):
@@ -378,17 +383,17 @@ def test_draws_that_are_not_finite_are_an_error_and_cost_no_state(
 def test_the_error_of_draws_says_what_to_look_at(one):
     obs = one.views[0].prepare()
     prior = fit(one, None).denoisers
-    good = em.draw(prior, obs, jax.random.key(0), CONFIG)
-    guards.check_draws("v", obs, good, prior)
+    good = draw(prior, obs, jax.random.key(0), CONFIG)
+    safeguards.check_draws("v", obs, good, prior)
     bad = some_not_finite(good)
     with pytest.raises(RunError, match="Laps run in single precision"):
-        guards.check_draws("v", obs, bad, prior)
-    network = {"a": em.with_network(prior["a"], jax.random.key(0), CONFIG)}
+        safeguards.check_draws("v", obs, bad, prior)
+    network = {"a": with_network(prior["a"], jax.random.key(0), CONFIG)}
     with pytest.raises(RunError, match="the network of a, far from what it has seen"):
-        guards.check_draws("v", obs, bad, network)
+        safeguards.check_draws("v", obs, bad, network)
     far = eqx.tree_at(lambda o: o.y, obs, obs.y.at[1].set(1e9))
     with pytest.raises(RunError, match=r"An observation of 'v' reaches 1e\+09"):
-        guards.check_draws("v", far, bad, prior)
+        safeguards.check_draws("v", far, bad, prior)
 
 
 def test_draws_that_cannot_be_scored_end_no_fit(one, whole_one, breaking, tmp_path):
@@ -440,7 +445,7 @@ def test_operators_whose_step_is_not_finite_are_taken_back(unknown, breaking):
 def test_no_state_is_ever_written_with_a_number_that_is_not_finite(
     unknown, whole_unknown, breaking, tmp_path
 ):
-    breaking(em, "operator_lap", 7, change=no_numbers)
+    breaking(base, "operator_lap", 7, change=no_numbers)
     with pytest.raises(
         RunError, match=r"lap \d+ \(mixture\) .*not finite: operators gain; the laps"
     ):

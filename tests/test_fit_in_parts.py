@@ -13,20 +13,21 @@ import pytest
 import yaml
 from test_stream import environment, peak
 
-from dichroic import dataset
-from dichroic.checkpoint import load_state
 from dichroic.config import FitConfig
-from dichroic.data import prepare
-from dichroic.dataset import Numbers, StoredDataset
-from dichroic.denoise import Mixture
-from dichroic.drawing import draw
-from dichroic.drawn import StoredDraws, draw_to_disk, windows
-from dichroic.em import advance
 from dichroic.errors import FormatError, RunError
-from dichroic.observations import numbered
-from dichroic.run import fit
-from dichroic.statement import load_problem
-from dichroic.store import Job, finished_blocks
+from dichroic.inference.sampling import draw
+from dichroic.io import load_problem
+from dichroic.io.zarr_store import Job, finished_blocks
+from dichroic.learning.checkpoint import load_state
+from dichroic.learning.data import prepare
+from dichroic.learning.diffusion.draw_cache import StoredDraws, draw_to_disk, windows
+from dichroic.learning.fit import fit
+from dichroic.learning.phases.schedule import advance
+from dichroic.priors import Mixture
+from dichroic.problem import dataset
+from dichroic.problem.dataset import Numbers, StoredDataset
+from dichroic.problem.observations import numbered
+from dichroic.runtime import distributed
 
 N, M, D, BLOCK = 150, 2, 3, 64
 MEMORY = 2**36  # a test process may hold much
@@ -190,7 +191,7 @@ def drawn(tmp_path):
     job = Job("m", "v", 0, 1, 29, 3, {"a": (2,)}, summaries=False)
 
     def write(room):
-        from dichroic.store import open_store, write_block
+        from dichroic.io.zarr_store import open_store, write_block
 
         open_store(tmp_path / "0.zarr", job)
         for b in range(job.blocks):
@@ -242,7 +243,7 @@ def test_a_network_learns_the_same_from_windows_that_hold_all(stated, in_blocks,
     known = {"line": prior(1), "ring": prior(2)}
     whole = prepare(problem, config)
     parts = prepare(problem, config, memory=MEMORY, scratch=tmp_path)
-    from dichroic.em import State
+    from dichroic.learning.state import State
 
     at = State(phase="diffusion", current=known, best=known)
     one, other = (advance(at, data, config)[1] for data in (whole, parts))
@@ -253,10 +254,9 @@ def test_a_network_learns_the_same_from_windows_that_hold_all(stated, in_blocks,
 
 
 def test_several_processes_need_a_folder_in_common(stated, monkeypatch):
-    from dichroic import layout
 
-    monkeypatch.setattr(layout, "processes", lambda: 2)
-    monkeypatch.setattr(layout, "exchange", lambda content: [content] * 2)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "exchange", lambda content: [content] * 2)
     with pytest.raises(RunError, match="a run folder in common"):
         fit(loaded(stated), FitConfig(), memory=MEMORY)
 
@@ -268,7 +268,7 @@ def words(folder, out, *more):
 
 def test_a_fit_in_blocks_goes_on_after_a_kill(stated):
     def start(out, *more):
-        command = [sys.executable, "-m", "dichroic.cli", *words(stated, out, *more)]
+        command = [sys.executable, "-m", "dichroic", *words(stated, out, *more)]
         return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
     fit(loaded(stated), FitConfig.from_dict(FIT), out=stated / "whole", memory=MEMORY)

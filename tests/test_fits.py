@@ -7,8 +7,8 @@ import pytest
 from astropy.io import fits
 
 from dichroic.errors import DataError
-from dichroic.limits import VARIABLE
-from dichroic.statement import load_array
+from dichroic.io import load_array
+from dichroic.runtime.limits import VARIABLE
 
 
 def write(path, *units, name=None):

@@ -11,8 +11,8 @@ from astropy.io import fits
 from PIL import Image
 
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
-from dichroic.limits import VARIABLE
-from dichroic.statement import load_array, load_problem
+from dichroic.io import load_array, load_problem
+from dichroic.runtime.limits import VARIABLE
 
 with warnings.catch_warnings():  # of obspy, about its own dependencies
     warnings.simplefilter("ignore")

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dichroic.errors import DichroicError
-from dichroic.machine import peak_memory
+from dichroic.runtime.hardware import peak_memory
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import targets as fuzz

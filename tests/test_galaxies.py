@@ -11,11 +11,11 @@ from astropy.io import fits
 from matplotlib.axes import Axes
 from scipy.ndimage import gaussian_filter
 
-from dichroic.datasets import blends, galaxies
-from dichroic.datasets.remote import find_file
+from dichroic.benchmark.problems import blends, galaxies
+from dichroic.benchmark.problems.remote import find_file
 from dichroic.errors import DataError
-from dichroic.separator import Separator, save_npz
-from dichroic.statement import load_problem
+from dichroic.io import load_problem
+from dichroic.separation.separator import Separator, save_npz
 
 EXAMPLE = Path(__file__).parents[1] / "examples/galaxies/problem.yaml"
 STD = 0.002

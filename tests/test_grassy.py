@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dichroic.datasets import digit_features, grassy
-from dichroic.datasets.download import Patience
-from dichroic.datasets.remote import DATA_VARIABLE, RemoteFile, data_folders, fetch, find_file
+from dichroic.benchmark.problems import digit_features, grassy
+from dichroic.benchmark.problems.download import Patience
+from dichroic.benchmark.problems.remote import (
+    DATA_VARIABLE,
+    RemoteFile,
+    data_folders,
+    fetch,
+    find_file,
+)
 from dichroic.errors import DataError
 
 

@@ -11,16 +11,23 @@ import h5py
 import numpy as np
 import pytest
 
-from dichroic.cli import main
+from dichroic.cli.main import main
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DataError, DichroicError, FormatError
-from dichroic.io import load_denoiser, load_model, pack, read_tensors, save_model, write_tensors
-from dichroic.limits import VARIABLE
-from dichroic.machine import peak_memory
-from dichroic.records import read_json, read_record, write_json, write_record
-from dichroic.statement import load_array, load_problem, load_view
-from dichroic.statement.guard import check_zarr
-from dichroic.tracking import read_metrics
+from dichroic.io import load_array, load_problem, load_view
+from dichroic.io.array_safety import check_zarr
+from dichroic.io.model_files import (
+    load_denoiser,
+    load_model,
+    pack,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
+from dichroic.runtime.hardware import peak_memory
+from dichroic.runtime.limits import VARIABLE
+from dichroic.runtime.records import read_json, read_record, write_json, write_record
+from dichroic.runtime.tracking import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 import targets as fuzz
@@ -350,7 +357,7 @@ def test_a_mixture_without_an_array_is_refused(tensors):
 def test_tensors_without_a_description_are_refused(tmp_path):
     from safetensors.numpy import save
 
-    from dichroic.io import _digest
+    from dichroic.io.model_files import _digest
 
     header = {"format_version": "1", "sha256": _digest({"x": np.zeros(1)}, "")}
     (tmp_path / "x").write_bytes(save({"x": np.zeros(1)}, metadata=header))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.identify import identifiability, scarcity
 from dichroic.operators import (
     BlockAverage,
     Convolve,
@@ -19,7 +18,10 @@ from dichroic.operators import (
     Scale,
 )
 from dichroic.operators.base import as_shape
-from dichroic.problem import Problem, Source, View
+from dichroic.problem.identifiability import identifiability
+from dichroic.problem.identifiability.sample_size import scarcity
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
 
 
 def view(operators, *, n=2, name="", **kwargs):

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.denoise import Mixture, Preconditioned, Wrapped
 from dichroic.errors import FormatError, RunError
-from dichroic.files import write_atomic
-from dichroic.io import (
+from dichroic.io.model_files import (
     FORMAT_VERSION,
     load_denoiser,
     load_model,
@@ -23,8 +21,10 @@ from dichroic.io import (
     write_json,
     write_tensors,
 )
-from dichroic.nn import Mlp, UNet
-from dichroic.records import RECORD_VERSION, read_record, write_record
+from dichroic.priors import Mixture, Preconditioned, Wrapped
+from dichroic.priors.networks import Mlp, UNet
+from dichroic.runtime.files import write_atomic
+from dichroic.runtime.records import RECORD_VERSION, read_record, write_record
 
 build = jax.jit(lambda key: Mlp((2, 2), width=16, depth=1, key=key))
 build_unet = jax.jit(lambda key: UNet((2, 2), 8, 2, 1, True, "bfloat16", key=key))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from dichroic import layout
-from dichroic.checkpoint import load_state
 from dichroic.errors import ConfigError, RunError
+from dichroic.learning.checkpoint import load_state
+from dichroic.runtime import distributed
 
 WORKER = Path(__file__).parent / "layout_worker.py"
 LAYOUTS = {"one": (1, 1), "devices": (1, 8), "both": (2, 2)}
@@ -36,14 +36,14 @@ def start(words, processes=1, devices=1, **more):
         "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
         "OMP_NUM_THREADS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        layout.ADDRESS: f"127.0.0.1:{port}",
-        layout.PROCESSES: str(processes),
+        distributed.ADDRESS: f"127.0.0.1:{port}",
+        distributed.PROCESSES: str(processes),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
         subprocess.Popen(
             [sys.executable, *map(str, words)],
-            env={**base, layout.NUMBER: str(i)} | {k: v[i] for k, v in more.items()},
+            env={**base, distributed.NUMBER: str(i)} | {k: v[i] for k, v in more.items()},
             **pipes,
         )
         for i in range(processes)
@@ -97,7 +97,16 @@ def stated(tmp_path_factory):
 
 
 def words(folder, out, *more, file="problem.yaml"):
-    return ["-m", "dichroic.cli", "fit", folder / file, "--out", folder / out, "--no-report", *more]
+    return [
+        "-m",
+        "dichroic",
+        "fit",
+        folder / file,
+        "--out",
+        folder / out,
+        "--no-report",
+        *more,
+    ]
 
 
 def laps(run):
@@ -169,7 +178,7 @@ def test_processes_must_be_given_the_same(stated):
             f"""
 import os, sys
 from dichroic.cli import main
-name = ["problem", "other"][int(os.environ["{layout.NUMBER}"])] + ".yaml"
+name = ["problem", "other"][int(os.environ["{distributed.NUMBER}"])] + ".yaml"
 sys.exit(main(["fit", "{stated}/" + name, "--out", "{stated}/differ", "--no-report"]))
 """,
         ],
@@ -184,27 +193,27 @@ sys.exit(main(["fit", "{stated}/" + name, "--out", "{stated}/differ", "--no-repo
 @pytest.mark.parametrize(
     "given",
     [
-        {layout.PROCESSES: "2"},
-        {layout.ADDRESS: "here:1", layout.PROCESSES: "two", layout.NUMBER: "0"},
-        {layout.ADDRESS: "here:1", layout.PROCESSES: "2", layout.NUMBER: "2"},
-        {layout.PROCESSES: "2", layout.NUMBER: "0"},
+        {distributed.PROCESSES: "2"},
+        {distributed.ADDRESS: "here:1", distributed.PROCESSES: "two", distributed.NUMBER: "0"},
+        {distributed.ADDRESS: "here:1", distributed.PROCESSES: "2", distributed.NUMBER: "2"},
+        {distributed.PROCESSES: "2", distributed.NUMBER: "0"},
     ],
 )
 def test_processes_that_make_no_sense_are_refused(monkeypatch, given):
-    for name in (layout.ADDRESS, layout.PROCESSES, layout.NUMBER):
+    for name in (distributed.ADDRESS, distributed.PROCESSES, distributed.NUMBER):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=layout.NUMBER):
-        layout.join()
+    with pytest.raises(ConfigError, match=distributed.NUMBER):
+        distributed.join()
 
 
 def test_sums_and_rows_of_one_process_are_its_own():
     x = np.arange(6.0).reshape(2, 3)
-    assert layout.total({"a": x, "b": 2})["b"] == 2
-    assert layout.gathered(x, axis=1) is x
-    assert layout.share(7) == (0, 7)
-    assert layout.exchange(b"x") == [b"x"]
-    assert layout.each(lambda: 3) == 3
+    assert distributed.total({"a": x, "b": 2})["b"] == 2
+    assert distributed.gathered(x, axis=1) is x
+    assert distributed.share(7) == (0, 7)
+    assert distributed.exchange(b"x") == [b"x"]
+    assert distributed.each(lambda: 3) == 3
     with pytest.raises(RunError, match="no"):
-        layout.from_first(lambda: (_ for _ in ()).throw(RunError("no")))
+        distributed.from_first(lambda: (_ for _ in ()).throw(RunError("no")))

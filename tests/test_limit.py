@@ -11,11 +11,12 @@ import pytest
 import yaml
 import zarr
 
-from dichroic.denoise import Mixture
-from dichroic.noise import DiagonalNoise
 from dichroic.operators import Dense
-from dichroic.problem import Problem, Source, View
-from dichroic.separator import Separator
+from dichroic.operators.noise import DiagonalNoise
+from dichroic.priors import Mixture
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
+from dichroic.separation.separator import Separator
 
 LIMIT = 832 * 2**20  # of which programs, threads and compiled code take 500
 CHUNK, BLOCKS, M, D = 4096, 106, 256, 4

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.linalg import inverse_cholesky, psd_factor, psd_projection, symmetrise
+from dichroic.numerics.cholesky import inverse_cholesky, psd_factor, psd_projection, symmetrise
 
 EPS = np.finfo(np.float32).eps
 sizes = pytest.mark.parametrize("n", [*range(1, 10), 17, 64])

@@ -13,27 +13,27 @@ from scipy.linalg import toeplitz
 from scipy.stats import multivariate_normal
 from threadpoolctl import threadpool_limits
 
-from dichroic.backgrounds import every_tuple, low_rank_log_evidence
-from dichroic.batching import take
 from dichroic.config import MixtureConfig
-from dichroic.denoise import Mixture
 from dichroic.errors import DataError
-from dichroic.lowrank import LowRankView, moments
-from dichroic.lowrank_em import (
+from dichroic.inference.low_rank import LowRankView, moments
+from dichroic.inference.low_rank_background import every_tuple, low_rank_log_evidence
+from dichroic.inference.low_rank_sampling import low_rank_draws
+from dichroic.inference.samplers import Ancestral
+from dichroic.learning.mixture.low_rank_em import (
     from_columns,
     low_rank_lap,
     low_rank_statistics,
     maximise_low_rank,
 )
-from dichroic.lowrank_sample import low_rank_draws
-from dichroic.lowrank_start import initial_low_rank, largest_eigenpairs
-from dichroic.machine import in_threads
-from dichroic.mixture_sums import merged
-from dichroic.noise import DenseNoise, DiagonalNoise
-from dichroic.observations import Observations, groups
+from dichroic.learning.mixture.low_rank_initialisation import initial_low_rank, largest_eigenpairs
+from dichroic.learning.mixture.statistics import merged
+from dichroic.numerics.batching import take
 from dichroic.operators import Dense, Diagonal, Identity, Scale
-from dichroic.problem import View
-from dichroic.sample import Ancestral
+from dichroic.operators.noise import DenseNoise, DiagonalNoise
+from dichroic.priors import Mixture
+from dichroic.problem.observations import Observations, groups
+from dichroic.problem.view import View
+from dichroic.runtime.hardware import in_threads
 
 SIZES = {"a": (3, 5, 2), "b": (2, 4, 3)}  # components, numbers, rank
 
@@ -67,7 +67,7 @@ KINDS = ["dense", "diagonal", "masked"]
 
 
 def behind(kind, names, n=6):
-    """The same with the sources `names` stationary, and seen as dense covariances (`dichroic.backgrounds`)."""
+    """The same with the sources `names` stationary, and seen as dense covariances (`dichroic.inference.low_rank_background`)."""
     mixtures, obs = case(kind, n)
     for name in names:
         k, d = mixtures[name].means.shape
@@ -492,9 +492,9 @@ def test_a_component_without_observations_stays():
 
 def test_what_is_too_large_is_said(monkeypatch):
     mixtures, obs = case("dense")
-    monkeypatch.setattr("dichroic.lowrank.MOST_DENSE", 5)
+    monkeypatch.setattr("dichroic.inference.low_rank.MOST_DENSE", 5)
     with pytest.raises(DataError, match="not diagonal"):
         LowRankView(mixtures, obs)
-    monkeypatch.setattr("dichroic.lowrank.MOST_TUPLES", 5)
+    monkeypatch.setattr("dichroic.inference.low_rank.MOST_TUPLES", 5)
     with pytest.raises(DataError, match="3 × 2 components"):
         LowRankView(mixtures, obs)

@@ -6,7 +6,8 @@ import pytest
 from dichroic import Problem, Separator, Source, View, load_problem, load_view, pad_stamps
 from dichroic.errors import ConfigError, DataError, ShapeError
 from dichroic.metrics import predictive_chi2
-from dichroic.noise import (
+from dichroic.operators import Convolve, Diagonal, Identity
+from dichroic.operators.noise import (
     DenseNoise,
     DiagonalNoise,
     Isotropic,
@@ -16,7 +17,6 @@ from dichroic.noise import (
     Noise,
     StationaryNoise,
 )
-from dichroic.operators import Convolve, Diagonal, Identity
 
 N, SHAPE = 12, (2, 3)
 BAD = [1, 8]

@@ -11,24 +11,26 @@ import pytest
 from scipy import special, stats
 from scipy.linalg import block_diag
 
-from dichroic import mixture_em, mixture_sums, shared
-from dichroic.batching import take
 from dichroic.config import MixtureConfig
-from dichroic.denoise import Mixture, gaussian
-from dichroic.mixture_em import (
+from dichroic.learning.mixture import em as mixture_em
+from dichroic.learning.mixture import statistics as mixture_statistics
+from dichroic.learning.mixture import statistics_shared
+from dichroic.learning.mixture.em import (
     choose,
     em_lap,
     mean_log_evidence,
     split_components,
     statistics,
 )
-from dichroic.mixture_step import joint_shifts, maximise
-from dichroic.mixture_sums import Sums, view_statistics
-from dichroic.noise import DenseNoise, Isotropic, Masked
-from dichroic.observations import Observations, is_shared
+from dichroic.learning.mixture.m_step import joint_shifts, maximise
+from dichroic.learning.mixture.statistics import Sums, view_statistics
+from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics
+from dichroic.numerics.batching import take
+from dichroic.numerics.precision import float64
 from dichroic.operators import Dense, Identity
-from dichroic.precision import float64
-from dichroic.shared import shared_log_evidence, shared_statistics
+from dichroic.operators.noise import DenseNoise, Isotropic, Masked
+from dichroic.priors import Mixture, gaussian
+from dichroic.problem.observations import Observations, is_shared
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -271,11 +273,11 @@ def test_observations_are_summed_over_chunks(kind, rng, monkeypatch):
     """37 observations in chunks of 8: the last is padded, and padding counts for nothing."""
     mixtures, obs = case(rng, kind=kind, n=37)
     module, per_observation = (
-        (shared, 4 * 6 * 3) if kind == "shared" else (mixture_sums, 16 * 6 * 35)
+        (statistics_shared, 4 * 6 * 3) if kind == "shared" else (mixture_statistics, 16 * 6 * 35)
     )
     monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * per_observation)
     if kind != "shared":  # 6 tuples, each with numbers for 3 × 3, twice 3 × 3 and twice 2 × 2
-        assert mixture_sums.chunks(37, 6 * 35)[0].shape == (5, 8)
+        assert mixture_statistics.chunks(37, 6 * 35)[0].shape == (5, 8)
     total, _, update = brute_force(mixtures, obs)
     updated, evidence = em_step(mixtures, [obs])
     np.testing.assert_allclose(evidence, total / 37, rtol=1e-10)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy.fft import dctn
 
-from dichroic.denoise import Mixture, Preconditioned, Wrapped, gaussian, spectrum_of
-from dichroic.denoise.moments import ROOT_DEGREE, root
 from dichroic.errors import ShapeError
+from dichroic.priors import Mixture, Preconditioned, Wrapped, gaussian, spectrum_of
+from dichroic.priors.covariance import ROOT_DEGREE, root
 
 DRAWS, SHAPE, SIGMA = 20_000, (2, 3), 0.6
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dichroic.errors import ConfigError
-from dichroic.nn import Mlp, UNet
+from dichroic.priors.networks import Mlp, UNet
 
 SETTINGS = {"width": 16, "depth": 1, "frequencies": 8}
 

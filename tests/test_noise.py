@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.batching import row_counts, split, take
 from dichroic.errors import DataError, ShapeError
-from dichroic.noise import (
+from dichroic.io import load_problem
+from dichroic.numerics.batching import row_counts, split, take
+from dichroic.operators import BlockProject, Identity
+from dichroic.operators.noise import (
     DenseNoise,
     DiagonalNoise,
     Isotropic,
@@ -16,10 +18,8 @@ from dichroic.noise import (
     StationaryNoise,
     observed_entries,
 )
-from dichroic.observations import Observations, whitened_chi2
-from dichroic.operators import BlockProject, Identity
-from dichroic.problem import View
-from dichroic.statement import load_problem
+from dichroic.problem.observations import Observations, whitened_chi2
+from dichroic.problem.view import View
 
 N, M = 3, 4
 DRAWS = 20_000

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from dichroic import Identity, Problem, Separator, Source, View
-from dichroic.baselines import ClvmLinear
+from dichroic.benchmark.baselines import ClvmLinear
 from dichroic.config import FitConfig
-from dichroic.data import prepare
 from dichroic.errors import DataError, DichroicWarning, FormatError
-from dichroic.identify import advice
-from dichroic.noise import Isotropic
-from dichroic.offsets import NEEDED, offsets
+from dichroic.io import load_problem
+from dichroic.learning.data import prepare
+from dichroic.learning.fit import Start
 from dichroic.operators import Dense, Diagonal, Function, Learned, Scale
-from dichroic.operators.double import adjoints, images, rounding
-from dichroic.operators.units import check_units, offset_parameters, offsets_of
-from dichroic.run import Start
-from dichroic.screening import screened
-from dichroic.statement import load_problem
-from dichroic.stream import separate_to
+from dichroic.operators.double_precision import adjoints, images, rounding
+from dichroic.operators.noise import Isotropic
+from dichroic.operators.scaling import check_units, offset_parameters, offsets_of
+from dichroic.problem.identifiability import advice
+from dichroic.problem.offsets import NEEDED, offsets
+from dichroic.problem.screening import screened
+from dichroic.separation.streaming import separate_to
 
 N, D, STD = 300, 8, 0.05
 SOURCES = [Source("wave", (D,)), Source("pulse", (D,))]

@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 
 from dichroic import Separator
-from dichroic.baselines import ClvmLinear, ClvmVae, Ddprism, WienerFilter
-from dichroic.checkpoint import load_state, save_state
+from dichroic.benchmark.baselines import ClvmLinear, ClvmVae, Ddprism, WienerFilter
 from dichroic.config import FitConfig, MixtureConfig
-from dichroic.denoise import Mixture, gaussian
-from dichroic.em import State
 from dichroic.errors import DataError, FormatError
-from dichroic.io import read_tensors, write_tensors
-from dichroic.operator_em import observation_scores, operator_lap
+from dichroic.io import load_problem, summary_rows
+from dichroic.io.model_files import read_tensors, write_tensors
+from dichroic.learning.checkpoint import load_state, save_state
+from dichroic.learning.mixture.operator_em import observation_scores, operator_lap
+from dichroic.learning.state import State
 from dichroic.operators import Dense, Function, Identity, Learned, Place, Scale
-from dichroic.operators.learned import from_lists, parameters, to_lists, with_parameters
-from dichroic.problem import Problem, Source, View
-from dichroic.slopes import check_slopes
-from dichroic.statement import load_problem, summary_rows
+from dichroic.operators.learnable import from_lists, parameters, to_lists, with_parameters
+from dichroic.operators.parameter_gradients import check_slopes
+from dichroic.priors import Mixture, gaussian
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
 
 CONFIG = MixtureConfig()
 

@@ -8,9 +8,7 @@ from jaxtyping import Array
 from test_operators import EVERY
 
 from dichroic import DataError, Problem, Source, View, load_problem, load_view
-from dichroic.cli import main
-from dichroic.identify import advice
-from dichroic.linearity import brought, is_zero, probe, zero_rows
+from dichroic.cli.main import main
 from dichroic.operators import (
     Convolve,
     Dense,
@@ -23,6 +21,8 @@ from dichroic.operators import (
     Scale,
     Zero,
 )
+from dichroic.operators.linearity import brought, is_zero, probe, zero_rows
+from dichroic.problem.identifiability import advice
 
 D = 24
 KERNEL = np.random.default_rng(0).normal(size=30).astype(np.float32)

@@ -6,8 +6,8 @@ import pytest
 from scipy import signal
 from scipy.sparse import csr_array
 
-from dichroic.batching import row_counts, split, take
 from dichroic.errors import DataError, ShapeError
+from dichroic.numerics.batching import row_counts, split, take
 from dichroic.operators import (
     BlockAverage,
     BlockProject,

@@ -5,14 +5,14 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from dichroic import Problem, Source, View
-from dichroic.baselines import ClvmLinear, Pcpca
-from dichroic.baselines import gaussian as g
-from dichroic.baselines.pcpca import Role, _falling, assign, noise_level
-from dichroic.baselines.pcpca_objective import Pair, closed_form
+from dichroic.benchmark.baselines import ClvmLinear, Pcpca
+from dichroic.benchmark.baselines import linear_gaussian as g
+from dichroic.benchmark.baselines.pcpca import Role, _falling, assign, noise_level
+from dichroic.benchmark.baselines.pcpca_objective import Pair, closed_form
 from dichroic.errors import ConfigError, RunError
-from dichroic.noise import DenseNoise, Isotropic, Masked
-from dichroic.observations import Observations
 from dichroic.operators import Dense, Identity, Scale
+from dichroic.operators.noise import DenseNoise, Isotropic, Masked
+from dichroic.problem.observations import Observations
 
 FLOOR = 1e-4
 

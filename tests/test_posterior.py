@@ -6,13 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.batching import take
-from dichroic.denoise import Mixture, Wrapped, gaussian
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Masked
-from dichroic.observations import Observations
-from dichroic.operators import Dense, Diagonal, Identity, Scale
-from dichroic.posterior import MatrixFreePosterior, Posterior
-from dichroic.sample import (
+from dichroic.inference.posterior import MatrixFreePosterior, Posterior
+from dichroic.inference.samplers import (
     Ancestral,
     Ddim,
     Ddpm,
@@ -22,7 +17,12 @@ from dichroic.sample import (
     PredictorCorrector,
     draw_posterior,
 )
-from dichroic.schedule import Geometric
+from dichroic.numerics.batching import take
+from dichroic.operators import Dense, Diagonal, Identity, Scale
+from dichroic.operators.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Masked
+from dichroic.priors import Mixture, Wrapped, gaussian
+from dichroic.priors.schedule import Geometric
+from dichroic.problem.observations import Observations
 
 N = 1024
 KEY = jax.random.key(3)
@@ -64,7 +64,7 @@ def simulate(denoisers, ops, noise, seed=0):
         for (k, d), key in zip(denoisers.items(), keys[1:], strict=True)
     }
     size = next(iter(ops.values())).out_shape[0]
-    from dichroic.batching import split
+    from dichroic.numerics.batching import split
 
     blank = Observations(jnp.zeros((N, size)), ops, noise)
     rows, shared = split(blank)
@@ -249,7 +249,7 @@ def test_the_evidence_bound_is_below_the_evidence_and_tightens(rng):
     denoisers = gaussians(rng, "shared")
     ops, noise = operators("shared", rng)
     obs, _ = simulate(denoisers, ops, noise)
-    from dichroic.mixture_em import mean_log_evidence
+    from dichroic.learning.mixture.em import mean_log_evidence
 
     exact = mean_log_evidence(denoisers, [obs])
     bounds = [

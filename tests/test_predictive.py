@@ -9,18 +9,19 @@ import pytest
 from scipy import stats
 
 from dichroic.config import FitConfig
-from dichroic.data import prepare
-from dichroic.denoise import Mixture, gaussian
 from dichroic.errors import RunError
-from dichroic.leave_out import Fold, candidates, folds, predict
-from dichroic.linear_predictor import learn
-from dichroic.noise import DenseNoise, Isotropic, StationaryNoise
+from dichroic.learning.data import prepare
+from dichroic.learning.predictive.checks import predictive_checks
+from dichroic.learning.predictive.leave_out import Fold, candidates, folds, predict
+from dichroic.learning.predictive.linear_predictor import learn
+from dichroic.learning.predictive.residuals import LeftOut, examine
+from dichroic.learning.predictive.result import HEADER, PredictiveChecks
 from dichroic.operators import Dense, Identity
-from dichroic.prediction import HEADER, PredictiveChecks
-from dichroic.predictive import predictive_checks
-from dichroic.problem import Problem, Source, View, joint_observations
-from dichroic.residuals import LeftOut, examine
-from dichroic.separator import Separator
+from dichroic.operators.noise import DenseNoise, Isotropic, StationaryNoise
+from dichroic.priors import Mixture, gaussian
+from dichroic.problem.problem import Problem, Source, joint_observations
+from dichroic.problem.view import View
+from dichroic.separation.separator import Separator
 
 pytestmark = pytest.mark.checked
 

@@ -13,23 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.checks import values_and_mask
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DataError, ShapeError
-from dichroic.fingerprint import fingerprint
-from dichroic.identify import identifiability
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, JointNoise, LowRankNoise, Masked
+from dichroic.io import summary_rows
 from dichroic.operators import Dense, Function, Identity, Zero
-from dichroic.problem import (
+from dichroic.operators.noise import (
+    DenseNoise,
+    DiagonalNoise,
+    Isotropic,
+    JointNoise,
+    LowRankNoise,
+    Masked,
+)
+from dichroic.problem.identifiability import identifiability
+from dichroic.problem.problem import (
     Problem,
     Source,
-    View,
     held_out,
     holdout,
     joint_observations,
     missing_fraction,
 )
-from dichroic.statement import summary_rows
+from dichroic.problem.validation import values_and_mask
+from dichroic.problem.view import View
+from dichroic.runtime.fingerprint import fingerprint
 
 A, B = Source("a", (2, 2)), Source("b", (3,))
 Y = np.ones((6, 2, 2))
@@ -221,7 +228,7 @@ def test_parameters_that_are_no_real_numbers_are_refused(make, array):
 def test_a_view_is_checked_and_copied_once(monkeypatch):
     calls = []
     count = lambda *args: calls.append(args) or values_and_mask(*args)
-    monkeypatch.setattr("dichroic.view.values_and_mask", count)
+    monkeypatch.setattr("dichroic.problem.view.values_and_mask", count)
     problem = Problem([A], [view()])
     summary_rows(problem)
     identifiability(problem)
@@ -288,7 +295,7 @@ def test_of_very_many_each_is_held_out_by_itself(monkeypatch):
     views = [view(observations=np.zeros((10_000, 2, 2)))]
     before = held_out(views, 0.3, 1)
     assert before.sum() == 3000
-    monkeypatch.setattr("dichroic.problem.SHUFFLED", 1000)
+    monkeypatch.setattr("dichroic.problem.problem.SHUFFLED", 1000)
     mask = held_out(views, 0.3, 1)
     parts = mask.reshape(10, 1000)
     assert not np.array_equal(mask, before)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dichroic.programs import _processor, keep_programs
+from dichroic.runtime.compilation_cache import _processor, keep_programs
 
 COMMAND = """
 import sys

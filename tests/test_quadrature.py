@@ -5,13 +5,18 @@ import pytest
 from scipy.ndimage import label
 from scipy.spatial import KDTree
 
-from dichroic.datasets import quadrature
-from dichroic.datasets.manifolds import manifold_curves, manifold_problem, observe
-from dichroic.datasets.quadrature import images, limit_draws, partition, quadrature_draws
+from dichroic.benchmark.problems import exact_posterior
+from dichroic.benchmark.problems.exact_posterior import (
+    images,
+    limit_draws,
+    partition,
+    quadrature_draws,
+)
+from dichroic.benchmark.problems.manifolds import manifold_curves, manifold_problem, observe
 from dichroic.errors import DataError, ShapeError
 from dichroic.metrics import coverage, psnr, rank_histogram
 from dichroic.operators import Dense, Identity
-from dichroic.problem import View
+from dichroic.problem.view import View
 
 
 def simulate(sources, n, *, noise, seed=0, obs=3, f=1.0):
@@ -108,9 +113,9 @@ def test_the_bounds_hold_within_every_box_and_boxes_are_apart():
     at = lambda u: (boxes.nodes + u) / size - 1
     for seed in range(20):
         s = at(np.random.default_rng(seed).uniform(size=boxes.nodes.shape))
-        log = quadrature._fit(curves, y[0] / 0.05, a[0] / 0.05, s)
+        log = exact_posterior._fit(curves, y[0] / 0.05, a[0] / 0.05, s)
         assert np.all(log <= boxes.upper)
-    log = quadrature._fit(curves, y[0] / 0.05, a[0] / 0.05, at(0.5))
+    log = exact_posterior._fit(curves, y[0] / 0.05, a[0] / 0.05, at(0.5))
     # The middle of a smallest interval is that of its chord: off by `bends` in a direction.
     np.testing.assert_allclose(log, boxes.centre, rtol=1e-3, atol=1e-2)
     # No box contains the centre of another.
@@ -252,7 +257,7 @@ def test_what_does_not_fit_is_said():
 
 
 def test_intervals_that_are_too_wide_are_said(monkeypatch):
-    monkeypatch.setattr(quadrature, "_TRIALS", 1000)
+    monkeypatch.setattr(exact_posterior, "_TRIALS", 1000)
     curves, y, a, _, _ = simulate(2, 1, noise=1e-4)
     with pytest.raises(DataError, match="more levels"):
         quadrature_draws(curves, y, a, 1e-4, levels=2)

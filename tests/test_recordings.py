@@ -6,8 +6,8 @@ import pytest
 import soundfile
 
 from dichroic.errors import DataError, ShapeError
-from dichroic.limits import VARIABLE
-from dichroic.statement import load_array
+from dichroic.io import load_array
+from dichroic.runtime.limits import VARIABLE
 
 
 @pytest.fixture

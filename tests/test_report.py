@@ -7,20 +7,26 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from dichroic import plot
-from dichroic.datasets.manifolds import manifold_problem
+from dichroic.benchmark.problems.manifolds import manifold_problem
+from dichroic.diagnostics import plots
+from dichroic.diagnostics.report import write_report
+from dichroic.diagnostics.report.html import duration
+from dichroic.diagnostics.report.page import Page
+from dichroic.diagnostics.report.scores import Held, own_warnings
+from dichroic.diagnostics.report.sections import (
+    _data_fit,
+    _parts_shown,
+    _visible_entries,
+    _what_shown,
+)
+from dichroic.diagnostics.report.timings import timings
 from dichroic.errors import RunError
+from dichroic.learning.predictive.result import PredictiveChecks
 from dichroic.metrics import coverage, psnr
 from dichroic.operators import Identity
-from dichroic.prediction import PredictiveChecks
-from dichroic.problem import Problem, Source, View, holdout
-from dichroic.report import write_report
-from dichroic.report.markup import duration
-from dichroic.report.page import Page
-from dichroic.report.scores import Held, own_warnings
-from dichroic.report.sections import _data_fit, _parts_shown, _visible_entries, _what_shown
-from dichroic.report.timings import timings
-from dichroic.separator import Separation, Separator
+from dichroic.problem.problem import Problem, Source, holdout
+from dichroic.problem.view import View
+from dichroic.separation.separator import Separation, Separator
 
 SETTINGS = {
     "polish": 0,
@@ -182,7 +188,7 @@ def test_predictive_checks_are_in_the_page_with_their_warnings(tmp_path):
     ],
 )
 def test_the_verdict_says_what_diffusion_gained(gains, words):
-    from dichroic.report.sections import _verdict
+    from dichroic.diagnostics.report.sections import _verdict
 
     lap = lambda g, e: {
         "phase": "diffusion",
@@ -242,7 +248,7 @@ def test_three_channels_are_shown_as_rgb_with_one_scale_for_a_row(rng):
     seen[0, :2, 0, 0] = np.nan  # missing in some channels: dark there
     seen[1, :, 0, 0] = np.nan  # in all: grey
     draws = truth + 1e-3 * rng.normal(size=(4, 2, 3, 8, 9))
-    (figure,) = plot.separated(draws, truth, seen, plot.colour(0)).values()
+    (figure,) = plots.separated(draws, truth, seen, plots.colour(0)).values()
     found = pictures(figure)
     assert len(found) == 2 * 7  # observation, truth, mean, three draws, standard deviation
     shown = found[:7], found[7:]
@@ -260,7 +266,7 @@ def test_three_channels_are_shown_as_rgb_with_one_scale_for_a_row(rng):
 @pytest.mark.parametrize("scale", [0.003, 0.05, 0.5, 7.0, 1e5])
 def test_numbers_at_colour_bars_do_not_touch(rng, scale):
     x = scale * rng.uniform(-0.9, 1.0, size=(4, 2, 9, 9))
-    (figure,) = plot.separated(x, x[0], x[0], plot.colour(0)).values()
+    (figure,) = plots.separated(x, x[0], x[0], plots.colour(0)).values()
     FigureCanvasAgg(figure).draw()
     bars = [a for a in figure.axes if not a.images]
     assert len(bars) == 3
@@ -277,7 +283,7 @@ def test_numbers_at_colour_bars_do_not_touch(rng, scale):
 def test_other_channels_are_shown_as_their_mean(rng, channels):
     x = rng.normal(size=(3, channels, 8, 9))
     x[0, 0, 1, 1], x[0, :, 2, 2] = np.nan, np.nan
-    first, *_ = pictures(plot.several(x, None, plot.colour(0), what="samples"))
+    first, *_ = pictures(plots.several(x, None, plots.colour(0), what="samples"))
     expected = x[0].mean(axis=0)
     expected[1, 1] = x[0, 1:, 1, 1].mean()
     np.testing.assert_allclose(first, expected)
@@ -296,7 +302,9 @@ def test_other_channels_are_shown_as_their_mean(rng, channels):
 )
 def test_captions_say_what_is_shown_of_an_image(shape, words):
     assert _what_shown(shape, "sample") == words
-    assert all(x.ndim == 2 + (shape[0] == 3) for x in pictures(plot.observed(np.ones((2, *shape)))))
+    assert all(
+        x.ndim == 2 + (shape[0] == 3) for x in pictures(plots.observed(np.ones((2, *shape))))
+    )
 
 
 def test_captions_of_separated_images_say_so_too():

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from followers import KillAt, Killed
 
-from dichroic import run as runs
-from dichroic.checkpoint import load_state, save_state
-from dichroic.em import State
 from dichroic.errors import FormatError, RunError, VersionError
-from dichroic.files import locked
-from dichroic.io import load_model, pack, read_tensors, write_tensors
+from dichroic.io.model_files import load_model, pack, read_tensors, write_tensors
+from dichroic.learning import fit as runs
+from dichroic.learning.checkpoint import load_state, save_state
+from dichroic.learning.state import State
 from dichroic.operators import Dense, Identity
-from dichroic.problem import Problem, Source, View
-from dichroic.records import read_record, write_record
-from dichroic.separator import Separator
-from dichroic.tracking import read_metrics
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
+from dichroic.runtime.files import locked
+from dichroic.runtime.records import read_record, write_record
+from dichroic.runtime.tracking import read_metrics
+from dichroic.separation.separator import Separator
 
 SMALL = {"polish": 2, "mixture": {"components": 1, "gaussian_laps": 4}, "diffusion": {"laps": 0}}
 STATES = ("latest.safetensors", "previous.safetensors")
@@ -281,7 +282,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, sent):
     out = tmp_path / "a run"
     heeding = (  # what a shell starts in the background ignores Ctrl-C
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from dichroic.cli import main; sys.exit(main())"
+        "from dichroic.cli.main import main; sys.exit(main())"
     )
     words = ["fit", str(tmp_path / "p.yaml"), "--out", str(out), "--no-report"]
     process = subprocess.Popen(

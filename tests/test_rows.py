@@ -12,14 +12,14 @@ import yaml
 import zarr
 from test_stream import environment
 
-from dichroic import dataset
-from dichroic.cli import main
+from dichroic.cli.main import main
 from dichroic.config import FitConfig
-from dichroic.data import prepare
 from dichroic.errors import ConfigError
-from dichroic.limits import within
-from dichroic.statement import load_array, load_problem, rows
-from dichroic.statement.rows import chunked_rows, runs
+from dichroic.io import load_array, load_problem, row_reader
+from dichroic.io.row_reader import chunked_rows, runs
+from dichroic.learning.data import prepare
+from dichroic.problem import dataset
+from dichroic.runtime.limits import within
 
 KINDS = ["npy", "fortran", "npz", "packed", "flat", "h5", "columns", "zarr"]
 CHUNKS = {"flat": None, "h5": (7, 2, 3), "columns": (40, 1, 2)}
@@ -52,9 +52,9 @@ def write(folder, kind, y):
 @pytest.mark.parametrize("window", [1, 100, 2**24])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_the_array(tmp_path, monkeypatch, kind, window):
-    monkeypatch.setattr(rows, "WINDOW", window)
+    monkeypatch.setattr(row_reader, "WINDOW", window)
     for near in ("AHEAD", "NEAR"):
-        monkeypatch.setattr(rows, near, 60)
+        monkeypatch.setattr(row_reader, near, 60)
     y = np.random.default_rng(0).normal(size=(97, 2, 3)).astype(np.float32)
     reference = write(tmp_path, kind, y)
     for index in INDEX.values():
@@ -86,8 +86,8 @@ class Counted:
 
 @pytest.mark.parametrize("chunks", [(50, 64), (50, 8), (1000, 64), (1, 64), (300, 1)])
 def test_a_chunk_is_decoded_once_at_most(monkeypatch, chunks):
-    monkeypatch.setattr(rows, "WINDOW", 2**14)
-    monkeypatch.setattr(rows, "NEAR", 2**12)
+    monkeypatch.setattr(row_reader, "WINDOW", 2**14)
+    monkeypatch.setattr(row_reader, "NEAR", 2**12)
     y = np.random.default_rng(0).normal(size=(1000, 64))
     index = np.unique(np.r_[np.arange(0, 1000, 90), 500:520])
     array = Counted(y, chunks)
@@ -186,7 +186,7 @@ def test_too_little_memory_is_said_before_values_are_read(tmp_path, capsys):
 
 def test_held_out_observations_take_an_eighth_of_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "rows_within", lambda memory, views: 64)
-    monkeypatch.setattr("dichroic.data.rows_within", lambda memory, views: 64)
+    monkeypatch.setattr("dichroic.learning.data.rows_within", lambda memory, views: 64)
     np.save(tmp_path / "y.npy", np.zeros((2000, 100), np.float32))
     problem = load_problem(problem_of(tmp_path, "y.npy", 100), stored=True)[0]
     config = FitConfig(holdout=0.5)

@@ -12,16 +12,16 @@ import pytest
 import yaml
 from followers import KillAt, Killed
 
-from dichroic.cli import main
+from dichroic.benchmark.problems.manifolds import manifold_problem
+from dichroic.cli.main import main
 from dichroic.config import FitConfig
-from dichroic.datasets.manifolds import manifold_problem
-from dichroic.denoise import gaussian
 from dichroic.errors import ConfigError, FormatError, RunError, ShapeError
-from dichroic.io import load_model
+from dichroic.io.model_files import load_model
 from dichroic.operators import Identity
-from dichroic.problem import View
-from dichroic.separator import Separator
-from dichroic.tracking import read_metrics
+from dichroic.priors import gaussian
+from dichroic.problem.view import View
+from dichroic.runtime.tracking import read_metrics
+from dichroic.separation.separator import Separator
 
 SMALL = {
     "polish": 2,
@@ -56,7 +56,7 @@ def assert_same_model(a, b):
 
 
 def denoiser_arrays(denoiser):
-    from dichroic.io import pack
+    from dichroic.io.model_files import pack
 
     arrays, _ = pack(denoiser)
     return [arrays[k] for k in sorted(arrays)]
@@ -111,10 +111,10 @@ def test_what_a_start_left_that_was_killed_is_no_state_of_another_run(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("dichroic.run.write_record", killed)
+        patch.setattr("dichroic.learning.fit.write_record", killed)
         Separator(problem, SMALL).fit(tmp_path, start=mixtures, progress=False)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("dichroic.run.advance", killed)
+        patch.setattr("dichroic.learning.fit.advance", killed)
         Separator(problem, SMALL).fit(tmp_path, progress=False)
     resumed = Separator(problem, SMALL).fit(tmp_path, resume=True, progress=False)
     assert resumed.metrics[0]["phase"] == "mixture"
@@ -268,18 +268,15 @@ def test_errors_are_one_clear_line(stated, capsys):
 
 def test_help_is_instant():
     began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "dichroic.cli", "--help"], check=True, capture_output=True
-    )
-    heavy = "import sys, dichroic.cli; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-m", "dichroic", "--help"], check=True, capture_output=True)
+    heavy = "import sys, dichroic.cli.main; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", heavy], check=True)
     assert time.perf_counter() - began < 10  # the real guard is that nothing heavy is imported
 
 
-@pytest.mark.parametrize("module", ["dichroic", "dichroic.cli"])
-def test_the_command_line_is_a_module_too(module, tmp_path):
+def test_the_command_line_is_a_module_too(tmp_path):
     run = lambda *words: subprocess.run(
-        [sys.executable, "-m", module, *words], capture_output=True, text=True
+        [sys.executable, "-m", "dichroic", *words], capture_output=True, text=True
     )
     assert run("--help").stdout.startswith("usage: dichroic ")
     failed = run("check", str(tmp_path / "nothing.yaml"))
@@ -289,7 +286,7 @@ def test_the_command_line_is_a_module_too(module, tmp_path):
 
 def test_a_process_killed_with_sigkill_loses_nothing(stated):
     run = stated / "killed"
-    command = [sys.executable, "-m", "dichroic.cli", "fit", str(stated / "problem.yaml")]
+    command = [sys.executable, "-m", "dichroic", "fit", str(stated / "problem.yaml")]
     command += ["--out", str(run), "--resume", "--no-report"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

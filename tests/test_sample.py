@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dichroic.batching import take
 from dichroic.config import SamplerConfig
-from dichroic.denoise import Mixture, gaussian
-from dichroic.lanes import chunks, lanes_width, own_lanes
-from dichroic.noise import Isotropic
-from dichroic.observations import Observations
-from dichroic.operators import Dense, Identity
-from dichroic.sample import (
+from dichroic.inference.samplers import (
     Ancestral,
     Ddim,
     Ddpm,
@@ -24,7 +18,13 @@ from dichroic.sample import (
     make_sampler,
     observation_keys,
 )
-from dichroic.schedule import Geometric, Karras
+from dichroic.numerics.batching import take
+from dichroic.numerics.deterministic_map import chunks, lanes_width, own_lanes
+from dichroic.operators import Dense, Identity
+from dichroic.operators.noise import Isotropic
+from dichroic.priors import Mixture, gaussian
+from dichroic.priors.schedule import Geometric, Karras
+from dichroic.problem.observations import Observations
 
 KEY = jax.random.key(11)
 N = 4000

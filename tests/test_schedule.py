@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dichroic.errors import ConfigError
-from dichroic.schedule import Geometric, Karras
+from dichroic.priors.schedule import Geometric, Karras
 
 both = pytest.mark.parametrize("kind", [Geometric, Karras])
 levels = pytest.mark.parametrize(("low", "high"), [(1e-3, 30.0), (0.02, 0.021), (1e-5, 1e4)])

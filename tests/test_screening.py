@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 from dichroic import DichroicWarning, FitConfig, Identity, Problem, Separator, Source, View
-from dichroic.data import prepare
-from dichroic.datasets.digits import digits_problem
-from dichroic.datasets.manifolds import manifold_problem
-from dichroic.noise import DiagonalNoise
-from dichroic.screening import left_out, screened, suspicions
-from dichroic.statement import load_problem
+from dichroic.benchmark.problems.digits import digits_problem
+from dichroic.benchmark.problems.manifolds import manifold_problem
+from dichroic.io import load_problem
+from dichroic.learning.data import prepare
+from dichroic.operators.noise import DiagonalNoise
+from dichroic.problem.screening import left_out, screened, suspicions
 
 NOISE = 0.05
 SHORT = {

@@ -3,14 +3,19 @@
 import numpy as np
 import pytest
 
-from dichroic.datasets import seismic
-from dichroic.datasets.local_cosine import inverse_local_cosine, local_cosine, tiles, untile
-from dichroic.datasets.remote import DATA_VARIABLE, find_file
-from dichroic.datasets.seismic_baselines import average_noise, best_band, wiener
+from dichroic.benchmark.problems import seismic
+from dichroic.benchmark.problems.local_cosine import (
+    inverse_local_cosine,
+    local_cosine,
+    tiles,
+    untile,
+)
+from dichroic.benchmark.problems.remote import DATA_VARIABLE, find_file
+from dichroic.benchmark.problems.seismic_baselines import average_noise, best_band, wiener
 from dichroic.errors import DataError, ShapeError
+from dichroic.io import load_problem, load_view
 from dichroic.metrics import coverage, output_snr
-from dichroic.separator import Separator
-from dichroic.statement import load_problem, load_view
+from dichroic.separation.separator import Separator
 
 ARRIVAL, SAMPLES, RATE = 3000, 4800, 100  # of the raw records
 EXAMPLE = "examples/earthquakes/problem.yaml"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dichroic.errors import DataError
-from dichroic.limits import VARIABLE
-from dichroic.statement import load_array, load_problem, load_view
+from dichroic.io import load_array, load_problem, load_view
+from dichroic.runtime.limits import VARIABLE
 
 with warnings.catch_warnings():  # of obspy, about its own dependencies
     warnings.simplefilter("ignore")

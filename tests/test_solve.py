@@ -4,7 +4,7 @@ import lineax as lx
 import numpy as np
 import pytest
 
-from dichroic.solve import (
+from dichroic.numerics.conjugate_gradient import (
     CONVERGED,
     NEGATIVE_CURVATURE,
     OUT_OF_STEPS,

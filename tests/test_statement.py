@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import zarr
 
-from dichroic.cli import _config, parser
+from dichroic.cli.main import _config, parser
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
-from dichroic.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Masked
+from dichroic.io import load_array, load_problem, load_view, summary_rows
 from dichroic.operators import (
     BlockAverage,
     Compose,
@@ -28,8 +28,9 @@ from dichroic.operators import (
     Sum,
     Zero,
 )
-from dichroic.problem import Problem, Source, View
-from dichroic.statement import load_array, load_problem, load_view, summary_rows
+from dichroic.operators.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Masked
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
 
 N = 6
 

@@ -12,21 +12,21 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 from dichroic import FitConfig, Problem, Separator, Source, View
-from dichroic.backgrounds import low_rank_log_evidence
-from dichroic.cli import main
+from dichroic.cli.main import main
 from dichroic.config import MixtureConfig
-from dichroic.denoise import Mixture
 from dichroic.errors import ConfigError, FormatError
-from dichroic.identify import scarcity
-from dichroic.io import load_denoiser, save_denoiser
-from dichroic.lowrank_em import from_columns, low_rank_lap, low_rank_statistics
-from dichroic.lowrank_sample import low_rank_draws
-from dichroic.mixture_em import em_lap, mean_log_evidence, split_components
-from dichroic.noise import DenseNoise
-from dichroic.observations import Observations
+from dichroic.inference.low_rank_background import low_rank_log_evidence
+from dichroic.inference.low_rank_sampling import low_rank_draws
+from dichroic.io.model_files import load_denoiser, save_denoiser
+from dichroic.learning.mixture.em import em_lap, mean_log_evidence, split_components
+from dichroic.learning.mixture.low_rank_em import from_columns, low_rank_lap, low_rank_statistics
 from dichroic.operators import Dense, Identity
-from dichroic.packing import pack, unpack
-from dichroic.stationary import Torus, symmetric_power, torus_of
+from dichroic.operators.noise import DenseNoise
+from dichroic.priors import Mixture
+from dichroic.priors.serialization import pack, unpack
+from dichroic.priors.stationary import Torus, symmetric_power, torus_of
+from dichroic.problem.identifiability.sample_size import scarcity
+from dichroic.problem.observations import Observations
 
 pytestmark = pytest.mark.usefixtures("x64")
 GRIDS = [(1, (5,)), (2, (4,)), (1, (3, 4)), (3, (2, 3))]  # channels and positions
@@ -166,8 +166,8 @@ def test_both_kinds_of_em_take_the_same_step(textbook, rng, monkeypatch):
     weights, means = np.exp(mixtures["star"].log_weights), np.asarray(mixtures["star"].means)
     dense["star"] = Mixture.from_moments(weights, means, full)
     if textbook:
-        for module in ("mixture_em", "lowrank_em"):
-            monkeypatch.setattr(f"dichroic.{module}.ascend", _textbook_only)
+        for module in ("em", "low_rank_em"):
+            monkeypatch.setattr(f"dichroic.learning.mixture.{module}.ascend", _textbook_only)
     one, a = em_lap(dense, [obs], ["sky"], FREE)
     two, b = low_rank_lap(mixtures, [obs], ["sky"], FREE)
     assert a == pytest.approx(b, rel=1e-7)
@@ -190,7 +190,7 @@ def _textbook_only(mixtures, evaluate, update, *, steps, **_):
 def test_steps_raise_the_evidence_and_stay_stationary(textbook, rng, monkeypatch):
     mixtures, obs = case(rng, n=200)
     if textbook:
-        monkeypatch.setattr("dichroic.lowrank_em.ascend", _textbook_only)
+        monkeypatch.setattr("dichroic.learning.mixture.low_rank_em.ascend", _textbook_only)
     before = -np.inf
     for _ in range(12):
         mixtures, value = low_rank_lap(mixtures, [obs], ["sky", "star"], FREE)

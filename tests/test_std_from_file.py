@@ -7,10 +7,11 @@ import pytest
 import zarr
 
 from dichroic.errors import ConfigError, DataError, ShapeError
+from dichroic.io import load_problem, load_view, open_view
+from dichroic.io.lazy_view import StoredView
 from dichroic.operators import Identity
-from dichroic.problem import Problem, Source, View
-from dichroic.statement import load_problem, load_view, open_view
-from dichroic.statement.stored import StoredView
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
 
 Y = np.random.default_rng(0).normal(size=(5, 3))
 STATEMENT = """

@@ -13,20 +13,20 @@ import pytest
 import yaml
 import zarr
 
-from dichroic.cli import main
+from dichroic.cli.main import main
 from dichroic.config import FitConfig
-from dichroic.denoise import Mixture
+from dichroic.diagnostics.report import write_report
+from dichroic.diagnostics.report.scores import separate_held_out
 from dichroic.errors import DataError, DichroicError, ShapeError
-from dichroic.identify import identifiability
-from dichroic.noise import DenseNoise
-from dichroic.problem import check_values, held_out, holdout
-from dichroic.report import write_report
-from dichroic.report.scores import separate_held_out
-from dichroic.run import describe
-from dichroic.separator import Separator
-from dichroic.statement import StoredView, load_array, load_problem, open_view, summary_rows
-from dichroic.stream import separate_to
-from dichroic.view import some_of, spread
+from dichroic.io import StoredView, load_array, load_problem, open_view, summary_rows
+from dichroic.learning.fit import describe
+from dichroic.operators.noise import DenseNoise
+from dichroic.priors import Mixture
+from dichroic.problem.identifiability import identifiability
+from dichroic.problem.problem import check_values, held_out, holdout
+from dichroic.problem.view import some_of, spread
+from dichroic.separation.separator import Separator
+from dichroic.separation.streaming import separate_to
 
 N, D, M = 150, 3, 4
 KINDS = ["npy", "fortran", "npz", "packed", "h5", "zarr"]
@@ -326,7 +326,7 @@ def test_a_sample_is_of_the_same_observations_in_a_group(tmp_path, monkeypatch):
     stored = load_problem(write(tmp_path, numbers()), stored=True)[0]
     group = stored.joint_views()[0]
     assert [v.count for v in some_of(group)] == [N, N]
-    monkeypatch.setattr("dichroic.view.SOME_BYTES", 1)
+    monkeypatch.setattr("dichroic.problem.view.SOME_BYTES", 1)
     p, q = some_of(group)
     index = spread(N, 64, 1)
     np.testing.assert_array_equal(p.observations, numbers()["p"][index])
@@ -342,7 +342,7 @@ def test_identifiability_and_summary(tmp_path, monkeypatch):
     memory, stored = both(write(tmp_path, numbers()))
     assert summary_rows(stored) == summary_rows(memory)
     assert identifiability(stored) == identifiability(memory)
-    monkeypatch.setattr("dichroic.view.SOME", 64)
+    monkeypatch.setattr("dichroic.problem.view.SOME", 64)
     sampled = identifiability(stored)
     assert [s.verdict for s in sampled.sources] == [
         s.verdict for s in identifiability(memory).sources
@@ -364,9 +364,9 @@ def test_equations_are_those_of_all_observations(tmp_path, monkeypatch):
     table = {"sources": {"a": [16]}, "views": {"v": view}}
     (tmp_path / "problem.yaml").write_text(yaml.safe_dump(table))
     memory, stored = both(tmp_path / "problem.yaml")
-    monkeypatch.setattr("dichroic.identify.probe.UNKNOWNS", 100)
+    monkeypatch.setattr("dichroic.problem.identifiability.probe.UNKNOWNS", 100)
     want = identifiability(memory)
-    monkeypatch.setattr("dichroic.view.SOME", 128)  # fewer than the 136 unknowns
+    monkeypatch.setattr("dichroic.problem.view.SOME", 128)  # fewer than the 136 unknowns
     got = identifiability(stored)
     assert not got.exact
     assert got.warnings == want.warnings
@@ -491,7 +491,7 @@ def fits(monkeypatch):
         calls.append((self.problem, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dichroic.separator.Separator.fit", fit)
+    monkeypatch.setattr("dichroic.separation.separator.Separator.fit", fit)
     return calls
 
 
@@ -520,7 +520,7 @@ def test_a_bad_value_ends_a_fit_before_it_begins(tmp_path, fits, capsys, monkeyp
     assert not fits
     run.mkdir()
     (run / "run.json").touch()
-    monkeypatch.setattr("dichroic.view.SOME", 64)
+    monkeypatch.setattr("dichroic.problem.view.SOME", 64)
     assert main(["fit", path, "--out", str(run), "--memory", "8GiB", "--resume"]) == 130
     assert len(fits) == 1  # what is gone on with has been checked when it began
 

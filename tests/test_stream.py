@@ -19,27 +19,28 @@ import pytest
 import yaml
 import zarr
 
-from dichroic import cli
-from dichroic.blocks import block_size, bytes_each, parse_bytes, parse_shard, shard_blocks
-from dichroic.cli import main
-from dichroic.denoise import Mixture
+from dichroic.cli import commands
+from dichroic.cli.main import main
 from dichroic.errors import ConfigError, DataError, DichroicError, RunError, ShapeError
-from dichroic.files import writing
+from dichroic.io import load_array, load_view, open_view
+from dichroic.io.zarr_store import Job, finished_blocks, open_store
 from dichroic.metrics import mean_chi2
-from dichroic.noise import DiagonalNoise
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.problem import Problem, Source, View
-from dichroic.separator import Separator
-from dichroic.statement import load_array, load_view, open_view
-from dichroic.store import Job, finished_blocks, open_store
-from dichroic.stream import separate_to
+from dichroic.operators.noise import DiagonalNoise
+from dichroic.priors import Mixture
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import View
+from dichroic.runtime.blocks import block_size, bytes_each, parse_bytes, parse_shard, shard_blocks
+from dichroic.runtime.files import writing
+from dichroic.separation.separator import Separator
+from dichroic.separation.streaming import separate_to
 
 N, D, M = 200, 6, 4
-COMMAND = ["-m", "dichroic.cli"]
+COMMAND = ["-m", "dichroic"]
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # writing more to a file fails as on a full disk
-from dichroic.cli import main
+from dichroic.cli import commands
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -337,7 +338,7 @@ def test_a_store_holds_what_separate_gives(stated):
 
 
 def problem_at(folder):
-    from dichroic.statement import load_problem
+    from dichroic.io import load_problem
 
     return load_problem(folder / "problem.yaml")[0]
 
@@ -574,7 +575,7 @@ def test_how_to_go_on_after_a_full_disk_fits_the_command(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.json").touch()
-    monkeypatch.setattr(cli, f"_{words[0]}", fails)
+    monkeypatch.setattr(commands, words[0], fails)
     assert main(words) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said

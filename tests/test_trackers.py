@@ -7,12 +7,12 @@ import logging
 import numpy as np
 import pytest
 
-from dichroic.cli import main
-from dichroic.datasets.manifolds import manifold_problem
+from dichroic.benchmark.problems.manifolds import manifold_problem
+from dichroic.cli.main import main
 from dichroic.errors import ConfigError
-from dichroic.separator import Separator
-from dichroic.tracking import Several, as_tracker, event, logged, parse_tracker
-from dichroic.tracking.adapters import MLflow, TensorBoard, WandB, flat, numbers
+from dichroic.runtime.tracking import Several, as_tracker, event, logged, parse_tracker
+from dichroic.runtime.tracking.adapters import MLflow, TensorBoard, WandB, flat, numbers
+from dichroic.separation.separator import Separator
 
 TINY = {"polish": 0, "mixture": {"components": 1, "gaussian_laps": 3}, "diffusion": {"laps": 0}}
 ROWS = [

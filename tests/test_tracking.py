@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.tracking import Console, MetricsFile, Silent, Tracker, read_metrics
+from dichroic.runtime.tracking import Console, MetricsFile, Silent, Tracker, read_metrics
 
 LAP = {"lap": 3, "phase": "mixture", "sources": "a+b", "components": 4, "seconds": 1.25}
 

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from dichroic.config import DiffusionConfig
-from dichroic.denoise import Mixture, Preconditioned, gaussian
-from dichroic.nn import Mlp
-from dichroic.train import evidence_gain, score_matching_loss, train_denoiser
+from dichroic.learning.diffusion.score_matching import (
+    evidence_gain,
+    score_matching_loss,
+    train_denoiser,
+)
+from dichroic.priors import Mixture, Preconditioned, gaussian
+from dichroic.priors.networks import Mlp
 
 DIM, SIGMA_MIN = 2, 1e-2
 CONFIG = DiffusionConfig(steps=800, batch_size=256, learning_rate=3e-3, ema=0.99)

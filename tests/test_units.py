@@ -9,16 +9,16 @@ from followers import KillAt, Killed
 from scipy.stats import multivariate_normal
 
 from dichroic import Problem, Separator, Source, View
-from dichroic.backgrounds import low_rank_log_evidence
-from dichroic.columns import diagonal_of
-from dichroic.data import prepare
-from dichroic.denoise import gaussian
 from dichroic.errors import FormatError
-from dichroic.lowrank import moments
-from dichroic.lowrank_em import from_columns
-from dichroic.mixture_em import LEAST_UNIT, chosen_units, deviations
+from dichroic.inference.low_rank import moments
+from dichroic.inference.low_rank_background import low_rank_log_evidence
+from dichroic.inference.matrix_free import diagonal_of
+from dichroic.learning.data import prepare
+from dichroic.learning.fit import Start
+from dichroic.learning.mixture.em import LEAST_UNIT, chosen_units, deviations
+from dichroic.learning.mixture.low_rank_em import from_columns
 from dichroic.operators import Dense, Diagonal, Identity, Learned, Scale
-from dichroic.operators.units import (
+from dichroic.operators.scaling import (
     as_parameters,
     check_units,
     from_units,
@@ -27,7 +27,7 @@ from dichroic.operators.units import (
     units_of,
     without_units,
 )
-from dichroic.run import Start
+from dichroic.priors import gaussian
 
 DIM, LOUD, NOISE, OWN = 150, 50, 0.3, 0.5
 FIT = {
@@ -118,7 +118,7 @@ def test_a_fit_chooses_the_units_that_help(fits):
 def test_bounds_are_compared_with_a_source_before_it_is_in_units(fits, monkeypatch):
     problem, compared = fits["each"].problem, []
     keep = lambda priors, bounds: compared.append((list(priors), dict(bounds)))
-    monkeypatch.setattr("dichroic.em.check_learned", keep)
+    monkeypatch.setattr("dichroic.learning.phases.mixture.check_learned", keep)
     separator = Separator(problem, {**FIT, "bounds": {"a": [-9, 9]}}).fit(progress=False)
     assert list(units_of(separator.operators)) == ["a"]
     assert compared == [(["a"], {"a": (-9, 9)}), ([], {"a": (-9, 9)})]

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from dichroic import DichroicWarning, Identity, Problem, Separator, Source, View, identifiability
-from dichroic.baselines import ClvmLinear
-from dichroic.cli import main
-from dichroic.tracking import quiet, warn
+from dichroic.benchmark.baselines import ClvmLinear
+from dichroic.cli.main import main
+from dichroic.runtime.tracking import quiet, warn
 
 SHORT = {
     "mixture": {"components": 1, "gaussian_laps": 1, "laps": 1, "final_laps": 1},

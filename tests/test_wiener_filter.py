@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from dichroic import Problem, Source, View
-from dichroic.baselines import WienerFilter
-from dichroic.baselines.wiener_filter import moments_of
+from dichroic.benchmark.baselines import WienerFilter
+from dichroic.benchmark.baselines.wiener_filter import moments_of
 from dichroic.errors import DataError
-from dichroic.noise import DiagonalNoise, Isotropic, Masked
-from dichroic.observations import Observations
 from dichroic.operators import Dense, Identity, Scale
+from dichroic.operators.noise import DiagonalNoise, Isotropic, Masked
+from dichroic.problem.observations import Observations
 
 NOISE, DIM = 0.5, 4
 

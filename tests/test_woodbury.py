@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dichroic.batching import split
-from dichroic.denoise import Mixture, Wrapped
-from dichroic.noise import DiagonalNoise, Isotropic, Masked
-from dichroic.observations import Observations
+from dichroic.inference.posterior import MatrixFreePosterior
+from dichroic.inference.woodbury import approximate_inverse
+from dichroic.numerics.batching import split
 from dichroic.operators import Convolve, Dense, Diagonal, Identity, Scale
-from dichroic.posterior import MatrixFreePosterior
-from dichroic.woodbury import approximate_inverse
+from dichroic.operators.noise import DiagonalNoise, Isotropic, Masked
+from dichroic.priors import Mixture, Wrapped
+from dichroic.problem.observations import Observations
 
 D, RANK, ROWS = 24, 3, 4
 

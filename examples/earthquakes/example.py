@@ -2,8 +2,8 @@
 
     python examples/earthquakes/example.py --data-dir DATA
 
-`DATA/signals/seismic.npz` holds the records (see `dichroic.datasets.seismic`). Writes `data.npz`, to which
-`problem.yaml` refers, and a run folder with the report; started again, it goes on where it was.
+`DATA/signals/seismic.npz` holds the records (see `dichroic.benchmark.problems.seismic`). Writes `data.npz`, to
+which `problem.yaml` refers, and a run folder with the report; started again, it goes on where it was.
 """
 
 import argparse
@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dichroic.datasets import seismic
-from dichroic.datasets.seismic_baselines import (
+from dichroic.benchmark.problems import seismic
+from dichroic.benchmark.problems.seismic_baselines import (
     average_noise,
     band_passed,
     best_band,
     wiener,
 )
+from dichroic.diagnostics.plots import colour, png
+from dichroic.diagnostics.report import write_report
+from dichroic.io import load_problem, load_view
 from dichroic.metrics import coverage, output_snr
-from dichroic.plot import colour, png
-from dichroic.problem import Problem
-from dichroic.report import write_report
-from dichroic.separator import Separator, save_npz
-from dichroic.statement import load_problem, load_view
-from dichroic.tables import text_table
+from dichroic.problem.problem import Problem
+from dichroic.runtime.tables import text_table
+from dichroic.separation.separator import Separator, save_npz
 
 HERE = Path(__file__).parent
 SNR = (0, 5, 10)  # dB

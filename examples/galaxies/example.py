@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from dichroic import Separator
-from dichroic.datasets import blends, galaxies
+from dichroic.benchmark.problems import blends, galaxies
+from dichroic.diagnostics.report import write_report
+from dichroic.io import load_problem
 from dichroic.metrics import coverage, output_snr
-from dichroic.report import write_report
-from dichroic.separator import save_npz
-from dichroic.statement import load_problem
-from dichroic.tables import text_table
+from dichroic.runtime.tables import text_table
+from dichroic.separation.separator import save_npz
 
 HERE = Path(__file__).parent
 DRAWS = 64

@@ -23,10 +23,10 @@ from scarlet2.psf import ArrayPSF, GaussianPSF
 from scarlet2.scene import Scene
 from scarlet2.source import Source
 
-from dichroic.datasets import blends, galaxies
+from dichroic.benchmark.problems import blends, galaxies
 from dichroic.metrics import output_snr
 from dichroic.operators import Compose, Operator, Place
-from dichroic.tables import text_table
+from dichroic.runtime.tables import text_table
 
 STEPS = 300
 

@@ -3,8 +3,8 @@
     python examples/heartbeats/example.py --data-dir DATA
 
 `DATA/signals/ecg.dat` holds the electrocardiogram (without it, SciPy fetches the same; see
-`dichroic.datasets.ecg`). Writes `data.npz`, to which `problem.yaml` refers, and a run folder with the report;
-started again, it goes on where it was.
+`dichroic.benchmark.problems.ecg`). Writes `data.npz`, to which `problem.yaml` refers, and a run folder with the
+report; started again, it goes on where it was.
 """
 
 import argparse
@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dichroic.baselines import second_moments, wiener
-from dichroic.datasets import ecg
+from dichroic.benchmark.baselines import second_moments, wiener
+from dichroic.benchmark.problems import ecg
+from dichroic.diagnostics.plots import colour, png
+from dichroic.diagnostics.report import write_report
+from dichroic.io import load_problem, load_view
 from dichroic.metrics import coverage, mean_chi2, output_snr
-from dichroic.plot import colour, png
-from dichroic.problem import View, joint_observations
-from dichroic.report import write_report
-from dichroic.separator import Separation, Separator, save_npz
-from dichroic.statement import load_problem, load_view
-from dichroic.tables import text_table
+from dichroic.problem.problem import joint_observations
+from dichroic.problem.view import View
+from dichroic.runtime.tables import text_table
+from dichroic.separation.separator import Separation, Separator, save_npz
 
 HERE = Path(__file__).parent
 DRAWS = 32

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dichroic.datasets.manifolds import manifold_problem
-from dichroic.separator import save_npz
+from dichroic.benchmark.problems.manifolds import manifold_problem
+from dichroic.separation.separator import save_npz
 
 problem = manifold_problem(seed=0, count=1024)
 arrays = {}

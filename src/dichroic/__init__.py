@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _WHERE = {
-    "batching": ["take"],
+    "numerics.batching": ["take"],
     "config": ["DiffusionConfig", "FitConfig", "MixtureConfig", "SamplerConfig"],
-    "denoise": ["Denoiser", "Mixture", "Preconditioned", "Wrapped", "gaussian", "spectrum_of"],
+    "priors": ["Denoiser", "Mixture", "Preconditioned", "Wrapped", "gaussian", "spectrum_of"],
     "errors": [
         "ConfigError",
         "DataError",
@@ -25,9 +25,16 @@ _WHERE = {
         "RunError",
         "ShapeError",
     ],
-    "identify": ["identifiability"],
-    "noise": ["DenseNoise", "DiagonalNoise", "Isotropic", "LowRankNoise", "Masked", "Noise"],
-    "observations": ["Observations"],
+    "problem.identifiability": ["identifiability"],
+    "operators.noise": [
+        "DenseNoise",
+        "DiagonalNoise",
+        "Isotropic",
+        "LowRankNoise",
+        "Masked",
+        "Noise",
+    ],
+    "problem.observations": ["Observations"],
     "operators": [
         "BlockAverage",
         "Compose",
@@ -45,9 +52,10 @@ _WHERE = {
         "Zero",
         "as_operator",
     ],
-    "posterior": ["MatrixFreePosterior", "Posterior", "Prior", "build_posterior"],
-    "problem": ["Problem", "Source", "View", "check_values", "joint_observations"],
-    "sample": [
+    "inference.posterior": ["MatrixFreePosterior", "Posterior", "Prior", "build_posterior"],
+    "problem.problem": ["Problem", "Source", "joint_observations"],
+    "problem.view": ["View", "check_values"],
+    "inference.samplers": [
         "Ancestral",
         "Ddim",
         "Ddpm",
@@ -58,22 +66,22 @@ _WHERE = {
         "draw_posterior",
         "draw_prior",
     ],
-    "schedule": ["Geometric", "Karras"],
-    "separator": ["Separation", "Separator"],
-    "stamps": ["pad_stamps"],
-    "statement": ["load_problem", "load_view", "open_view"],
-    "store": ["finished_blocks"],
-    "stream": ["separate_to"],
+    "priors.schedule": ["Geometric", "Karras"],
+    "separation.separator": ["Separation", "Separator"],
+    "problem.stamps": ["pad_stamps"],
+    "io": ["load_problem", "load_view", "open_view"],
+    "io.zarr_store": ["finished_blocks"],
+    "separation.streaming": ["separate_to"],
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)
 
 if TYPE_CHECKING:
-    from dichroic.batching import take as take
-    from dichroic.problem import Problem as Problem
-    from dichroic.problem import Source as Source
-    from dichroic.problem import View as View
-    from dichroic.separator import Separator as Separator
+    from dichroic.numerics.batching import take as take
+    from dichroic.problem.problem import Problem as Problem
+    from dichroic.problem.problem import Source as Source
+    from dichroic.problem.view import View as View
+    from dichroic.separation.separator import Separator as Separator
 
 
 def __getattr__(name: str):

@@ -2,7 +2,7 @@
 
 import sys
 
-from dichroic.cli import main
+from dichroic.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

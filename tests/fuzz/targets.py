@@ -24,19 +24,20 @@ import numpy as np
 import soundfile
 from astropy.io import fits
 
-from dichroic.checkpoint import load_state, save_state
 from dichroic.config import FitConfig
-from dichroic.denoise import Mixture, Preconditioned
-from dichroic.em import State
-from dichroic.fingerprint import fingerprint
-from dichroic.io import load_denoiser, load_model, pack, save_denoiser, save_model
-from dichroic.nn import Mlp
+from dichroic.io import load_array, load_problem, load_view
+from dichroic.io.model_files import load_denoiser, load_model, pack, save_denoiser, save_model
+from dichroic.learning.checkpoint import load_state, save_state
+from dichroic.learning.fit import describe, write_record
+from dichroic.learning.state import State
 from dichroic.operators import Dense, Identity
-from dichroic.problem import Problem, Source, View, check_values
-from dichroic.records import read_record
-from dichroic.run import describe, write_record
-from dichroic.statement import load_array, load_problem, load_view
-from dichroic.tracking import read_metrics
+from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors.networks import Mlp
+from dichroic.problem.problem import Problem, Source, check_values
+from dichroic.problem.view import View
+from dichroic.runtime.fingerprint import fingerprint
+from dichroic.runtime.records import read_record
+from dichroic.runtime.tracking import read_metrics
 
 with warnings.catch_warnings():  # of obspy, about its own dependencies
     warnings.simplefilter("ignore")
@@ -233,7 +234,7 @@ def resealed(data: bytes) -> bytes | None:
     """A safetensors file with its hash made right again, as a stranger would; `None` if it is none any more."""
     from safetensors.numpy import load, save
 
-    from dichroic.io import _digest
+    from dichroic.io.model_files import _digest
 
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -6,7 +6,7 @@ import pytest
 
 from dichroic.errors import DataError, ShapeError
 from dichroic.metrics import sinkhorn_divergence, transport
-from dichroic.precision import float64
+from dichroic.numerics.precision import float64
 
 
 def pot_divergence(x, y, epsilon):

@@ -9,10 +9,10 @@ from dichroic.metrics.calibration import mean_chi2 as mean_chi2
 from dichroic.metrics.calibration import predictive_chi2 as predictive_chi2
 from dichroic.metrics.calibration import rank_histogram as rank_histogram
 from dichroic.metrics.frechet import frechet_distance as frechet_distance
+from dichroic.metrics.output_snr import output_snr as output_snr
 from dichroic.metrics.pqmass import PQMassResult as PQMassResult
 from dichroic.metrics.pqmass import pqm_pvalues as pqm_pvalues
 from dichroic.metrics.pqmass import pqmass as pqmass
-from dichroic.metrics.psnr import psnr as psnr
-from dichroic.metrics.snr import output_snr as output_snr
+from dichroic.metrics.reconstruction import psnr as psnr
 from dichroic.metrics.transport import SinkhornResult as SinkhornResult
 from dichroic.metrics.transport import sinkhorn_divergence as sinkhorn_divergence

@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from dichroic.arrays import unmasked
 from dichroic.errors import DataError, ShapeError
+from dichroic.numerics.arrays import unmasked
 
 
 def positive(where: str, **values: float) -> None:

@@ -35,9 +35,9 @@ import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Real
 from scipy import stats
 
-from dichroic.arrays import as_booleans, nan_where_masked, split_mask, unmasked
 from dichroic.errors import DataError, ShapeError
 from dichroic.metrics._inputs import finite, same_shape
+from dichroic.numerics.arrays import as_booleans, nan_where_masked, split_mask, unmasked
 
 _BLOCK = 2**22
 

@@ -44,7 +44,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from dichroic.errors import DataError
 from dichroic.metrics._inputs import clouds, positive
-from dichroic.precision import float64
+from dichroic.numerics.precision import float64
 
 _ANNEALING = 0.9
 _BLOCK = 2**21

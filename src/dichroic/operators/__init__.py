@@ -1,8 +1,8 @@
 """Known linear operators that take a source to a view."""
 
-from dichroic.operators.adapt import as_operator as as_operator
 from dichroic.operators.base import Operator as Operator
 from dichroic.operators.base import Shape as Shape
+from dichroic.operators.conversion import as_operator as as_operator
 from dichroic.operators.convolve import Convolve as Convolve
 from dichroic.operators.elementary import Dense as Dense
 from dichroic.operators.elementary import Diagonal as Diagonal
@@ -11,10 +11,10 @@ from dichroic.operators.elementary import Identity as Identity
 from dichroic.operators.elementary import Scale as Scale
 from dichroic.operators.elementary import Zero as Zero
 from dichroic.operators.external import External as External
-from dichroic.operators.image import BlockAverage as BlockAverage
-from dichroic.operators.image import BlockProject as BlockProject
-from dichroic.operators.image import Place as Place
-from dichroic.operators.learned import Learned as Learned
+from dichroic.operators.imaging import BlockAverage as BlockAverage
+from dichroic.operators.imaging import BlockProject as BlockProject
+from dichroic.operators.imaging import Place as Place
+from dichroic.operators.learnable import Learned as Learned
 from dichroic.operators.sparse import Sparse as Sparse
 from dichroic.operators.structure import Compose as Compose
 from dichroic.operators.structure import Stack as Stack

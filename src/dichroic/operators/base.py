@@ -3,7 +3,7 @@
 An operator is an immutable pytree that describes the map for *one* observation: `mv(x)` takes an array
 of shape `in_shape` to one of `out_shape`, and `rmv(y)` is the adjoint, `⟨A x, y⟩ = ⟨x, Aᵀ y⟩`. A
 parameter with one more axis than the constructor asks for is per observation (see
-`dichroic.batching`). Operators compose with `@`, add with `+`, and scale with `*`:
+`dichroic.numerics.batching`). Operators compose with `@`, add with `+`, and scale with `*`:
 
     blur @ (0.5 * Identity((8, 8)))
 """
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dichroic.arrays import unmasked
-from dichroic.batching import split
 from dichroic.errors import DataError, DichroicError, ShapeError
-from dichroic.precision import float64
+from dichroic.numerics.arrays import unmasked
+from dichroic.numerics.batching import split
+from dichroic.numerics.precision import float64
 
 Shape = tuple[int, ...]
 _PROBES = 32

@@ -11,8 +11,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dichroic.batching import as_float, param
 from dichroic.errors import ShapeError
+from dichroic.numerics.batching import as_float, param
 from dichroic.operators.base import Shape, as_shape
 from dichroic.operators.elementary import Square
 

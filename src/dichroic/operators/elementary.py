@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from dichroic.batching import as_float, as_jax, flagged, param
 from dichroic.errors import ShapeError
+from dichroic.numerics.batching import as_float, as_jax, flagged, param
 from dichroic.operators.base import Operator, Shape, as_shape, broadcasts, traced
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dichroic.batching import param
 from dichroic.errors import ShapeError
+from dichroic.numerics.batching import param
 from dichroic.operators.base import Operator, Shape
 from dichroic.operators.elementary import matrix_shapes
 

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from dichroic.errors import ShapeError
 from dichroic.operators.base import Operator, Shape
 from dichroic.operators.elementary import Diagonal, Identity, Scale
-from dichroic.operators.learned import Learned
+from dichroic.operators.learnable import Learned
 
 
 class Compose(Operator):

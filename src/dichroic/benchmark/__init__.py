@@ -1,0 +1,1 @@
+"""Methods to compare with, problems whose answers are known, and what compares them."""

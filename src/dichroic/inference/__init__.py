@@ -1,0 +1,1 @@
+"""Posteriors of sources given observations: evidence, draws, chains, constraints."""

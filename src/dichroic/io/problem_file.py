@@ -1,0 +1,73 @@
+"""A problem file: its sources, its views, and the settings of a fit."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dichroic.config import check_keys
+from dichroic.io.lazy_view import StoredView
+from dichroic.io.location import Spot, as_table, naming, read_yaml, require
+from dichroic.io.values import parse_shape
+from dichroic.io.view_spec import VIEW_KEYS
+from dichroic.operators import Shape
+from dichroic.problem.problem import Problem, Source, check_view
+from dichroic.problem.view import View
+
+
+def load_problem(
+    path: str | Path, *, stored: bool = False, probe: bool = True
+) -> tuple[Problem, dict[str, Any]]:
+    """Read a problem from a YAML file.
+
+    Args:
+        path: the file; array references in it are relative to its folder.
+        stored: leave the arrays in their files, for more observations than fit in memory: the views are
+            `StoredView`s, checked as far as their statements and first observations go; `check_values` reads
+            and checks the others.
+        probe: false to probe no operators, whatever the file says (see `View`).
+
+    Returns:
+        The problem, checked, and the `fit:` section as it stands (`FitConfig.from_dict` checks it).
+
+    Raises:
+        DichroicError: if anything is wrong; the message starts with the file and the position.
+    """
+    table, spot = read_yaml(Path(path))
+    check_keys(table, ("sources", "views", "fit"), str(spot))
+    require(table, ("sources", "views"), spot)
+    sources = _sources(table["sources"], spot.at("sources"))
+    shapes = {s.name: s.shape for s in sources}
+    here = spot.at("views")
+    specs = as_table(table["views"], here)
+    views = [_problem_view(k, v, shapes, here.at(k), stored, probe) for k, v in specs.items()]
+    with naming(spot):
+        problem = Problem(sources, views, str(Path(path).resolve()))
+    section = table.get("fit")
+    return problem, {} if section is None else as_table(section, spot.at("fit"))
+
+
+def _sources(value: Any, spot: Spot) -> list[Source]:
+    sources = []
+    for name, spec in as_table(value, spot).items():
+        here = spot.at(name)
+        if isinstance(spec, Mapping):
+            check_keys(spec, ("shape",), str(here))
+            require(spec, ("shape",), here)
+            spec = spec["shape"]
+        with naming(here):
+            sources.append(Source(name, parse_shape(spec)))
+    return sources
+
+
+def _problem_view(
+    name: str, value: Any, shapes: Mapping[str, Shape], spot: Spot, stored: bool, probe: bool
+) -> View | StoredView:
+    table = as_table(value, spot) | ({} if probe else {"probe": False})
+    check_keys(table, VIEW_KEYS, str(spot))
+    require(table, ("observations", "operators", "noise"), spot)
+    view = StoredView(name, table, spot, shapes)
+    if not stored:
+        return view.read()
+    with naming(spot):
+        check_view(view, shapes)
+    return view

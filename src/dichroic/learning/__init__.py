@@ -1,0 +1,1 @@
+"""Expectation-maximisation: learn the prior of every source from mixtures alone."""

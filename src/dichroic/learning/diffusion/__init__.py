@@ -1,0 +1,1 @@
+"""EM of diffusion models: posterior draws, and score matching on them."""

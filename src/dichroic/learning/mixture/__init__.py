@@ -1,0 +1,1 @@
+"""EM of mixtures of Gaussians: statistics, and the step they give."""

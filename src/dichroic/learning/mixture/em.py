@@ -1,0 +1,318 @@
+"""Expectation-maximisation of mixtures of Gaussians seen only through noisy, incomplete mixtures.
+
+A step is an E-step (`dichroic.learning.mixture.statistics`) and an M-step (`dichroic.learning.mixture.m_step`);
+one that lowers the evidence is taken back, for a textbook step, which cannot.
+
+Components are grown by splitting: each becomes two, apart along its principal axis. That converges
+far faster than a random start of all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer
+
+from dichroic.config import MixtureConfig
+from dichroic.inference.evidence import DEFAULT_MAX_TUPLES, best_tuples, log_evidence, project
+from dichroic.inference.low_rank_background import low_rank_log_evidence
+from dichroic.inference.posterior import is_large
+from dichroic.learning.mixture.low_rank_em import low_rank_lap
+from dichroic.learning.mixture.low_rank_initialisation import initial_low_rank, mean_gain
+from dichroic.learning.mixture.m_step import MOST_MEANS, ascend, joint_shifts, maximise
+from dichroic.learning.mixture.statistics import Statistics, chunks, pairs, view_statistics
+from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics
+from dichroic.numerics.batching import split
+from dichroic.priors import Denoiser, Mixture, gaussian
+from dichroic.priors.components import Components
+from dichroic.priors.stationary import split_stationary
+from dichroic.problem.observations import Observations, Observed, every_block, is_shared
+from dichroic.runtime import distributed
+from dichroic.runtime.tracking import Clock
+
+Mixtures = dict[str, Mixture]
+# Tuples (n, T, sources) of each observation; None where a view is one mixture, see
+# `dichroic.learning.mixture.statistics_shared`.
+Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
+LEAST_UNIT = 1e-3  # of a number of a source, relative to the root mean square of all
+_EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, grass and sky 0.9 to 1
+_MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
+
+
+def em_lap(
+    mixtures: Mixtures,
+    views: Sequence[Observed],
+    names: Sequence[str],
+    config: MixtureConfig,
+    clock: Clock | None = None,
+    shrinkage: Mapping[str, float] = MappingProxyType({}),
+) -> tuple[Mixtures, float]:
+    """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
+
+    Returns all mixtures, and the mean log evidence before the last step. `shrinkage` is the strength of the prior
+    on the components of each source, in pseudo-observations (`dichroic.learning.mixture.m_step`). Sources of low
+    rank have an EM of their own: `dichroic.learning.mixture.low_rank_em`.
+    """
+    if any(is_low_rank(mixtures, obs) for obs in views):
+        return low_rank_lap(mixtures, views, names, config, clock)
+    clock = clock or Clock()
+    with clock.during("e_step"):
+        chosen = [choose(mixtures, obs, config) for obs in every_block(views)]
+    share = max(len(set(names) & set(obs.sources)) for obs in views)
+    free = [n for n in names if not mixtures[n].stationary]  # of whose means each number is
+    coupled = free if sum(mixtures[n].means.size for n in free) <= MOST_MEANS else ()
+
+    def evaluate(mixtures: Mixtures) -> tuple[float, Statistics]:
+        own = partial(statistics, mixtures, every_block(views), chosen, coupled)
+        found = views[0].total(own)
+        return float(found.log_evidence), found
+
+    def update(mixtures: Mixtures, found: Statistics, textbook: bool) -> Mixtures:
+        together = found.cross and not textbook
+        shifts = joint_shifts(mixtures, found, free, shrinkage) if together else {}
+        step = partial(maximise, damping=1 / share, textbook=textbook)
+
+        def new(name: str) -> Mixture:
+            floor = config.floor * float(mixtures[name].scale) ** 2
+            options = {"shrinkage": shrinkage.get(name, 0.0), "shift": shifts.get(name)}
+            return step(mixtures[name], found.sums[name], floor=floor, **options)
+
+        return {**mixtures, **{n: new(n) for n in names}}
+
+    # With a prior on components a step raises the evidence and that prior together, not the evidence alone.
+    pulled = any(shrinkage.get(n) and mixtures[n].log_weights.size > 1 for n in names)
+    tolerance = math.inf if pulled else 1e-6
+    options = {"steps": config.steps, "tolerance": tolerance, "clock": clock}
+    mixtures, value = ascend(mixtures, evaluate, update, **options)
+    return mixtures, value / sum(obs.count for obs in views)
+
+
+def choose(mixtures: Mixtures, obs: Observations, config: MixtureConfig) -> Chosen:
+    """The most probable tuples of components of each observation, `config.active_tuples` for a pair.
+
+    And as many again for every further source: there are then more ways to explain an observation.
+    """
+    priors = {k: mixtures[k].prior() for k in obs.sources}
+    if _one_mixture(priors, obs):
+        return None
+    index = np.asarray(active_tuples(priors, obs, config))
+    return index.astype(np.min_scalar_type(int(index.max())))  # there may be many observations
+
+
+def active_tuples(
+    priors: dict[str, Components], obs: Observations, config: MixtureConfig
+) -> Int[Array, "n T sources"]:
+    """The tuples that `choose` speaks of, of any view."""
+    pairs = max(1, sum(c.log_weights.size > 1 for c in priors.values()) - 1)
+    return _view_tuples(priors, obs, config.max_tuples, pairs * config.active_tuples)
+
+
+def statistics(
+    mixtures: Mixtures,
+    blocks: Iterable[Observations],
+    chosen: Sequence[Chosen],
+    together: Sequence[str] = (),
+) -> Statistics:
+    """The E-step over all `blocks`, on the tuples `chosen` for the observations of each, in float64.
+
+    With the sums that couple the sources that are learned `together`.
+    """
+    total: Statistics | None = None
+    for obs, index in zip(blocks, chosen, strict=True):
+        priors = {k: mixtures[k].prior() for k in obs.sources}
+        coupled = pairs(together, obs.sources)
+        if index is None:
+            found = shared_statistics(priors, obs, coupled)
+        else:
+            found = view_statistics(priors, obs, jnp.asarray(index, int), coupled)
+        found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
+        total = found if total is None else total + found
+    assert total is not None
+    return total
+
+
+def mean_log_evidence(
+    mixtures: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
+) -> float:
+    """The mean of `log p(y)` over all observations of `views`."""
+    own = lambda: sum(
+        float(log_evidences(mixtures, o, max_tuples=max_tuples).sum()) for o in every_block(views)
+    )
+    return views[0].total(own) / sum(obs.count for obs in views)
+
+
+def gain_in_evidence(
+    old: Mixtures, new: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
+) -> tuple[float, float]:
+    """The mean of `log p(y)` by `new` mixtures less that by the `old`, and its standard error.
+
+    Over all observations of `views`, observation by observation.
+    """
+
+    def own() -> np.ndarray:
+        of = lambda mixtures, obs: log_evidences(mixtures, obs, max_tuples=max_tuples)
+        gains = [of(new, obs) - of(old, obs) for obs in every_block(views)]
+        return sum((np.array([g.sum(), (g**2).sum()]) for g in gains), np.zeros(2))
+
+    n = sum(obs.count for obs in views)
+    mean, square = views[0].total(own) / n
+    return float(mean), math.sqrt(max(square - mean**2, 0.0) / max(n - 1, 1))
+
+
+def log_evidences(
+    mixtures: Mixtures, obs: Observations, *, max_tuples: int = DEFAULT_MAX_TUPLES
+) -> np.ndarray:
+    """`log p(y)` of each observation, `(n,)`."""
+    if is_low_rank(mixtures, obs):
+        return low_rank_log_evidence(mixtures, obs)
+    priors = {k: mixtures[k].prior() for k in obs.sources}
+    if _one_mixture(priors, obs):
+        return shared_log_evidence(priors, obs)
+    return np.asarray(_view_log_evidence(priors, obs, max_tuples), np.float64)
+
+
+def is_low_rank(mixtures: Mixtures, obs: Observed) -> bool:
+    """Whether `dichroic.inference.low_rank` is for this view."""
+    return is_large([obs]) or any(not mixtures[k].full_rank for k in obs.sources)
+
+
+def _one_mixture(priors: dict[str, Components], obs: Observations) -> bool:
+    """Whether all observations share one mixture, of no more components than can all be kept."""
+    return is_shared(obs) and _count(priors) <= _MOST_SHARED
+
+
+def _count(priors: dict[str, Components]) -> int:
+    return math.prod(c.log_weights.size for c in priors.values())
+
+
+@eqx.filter_jit
+def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
+    rows, shared = split(obs)
+
+    def one(row: Observations) -> Array:
+        y, matrices, cov_noise, seen = eqx.combine(row, shared).parts()
+        views = [project(priors[k], a, seen) for k, a in matrices.items()]
+        return best_tuples(y, views, cov_noise, count=active, max_tuples=max_tuples)
+
+    return _of_each(one, rows, min(_count(priors), max_tuples) * obs.size**2)
+
+
+@eqx.filter_jit
+def _view_log_evidence(priors, obs, max_tuples) -> Float[Array, " n"]:
+    rows, shared = split(obs)
+
+    def one(row: Observations) -> Array:
+        y, matrices, cov_noise, seen = eqx.combine(row, shared).parts()
+        sources, a = [priors[k] for k in matrices], list(matrices.values())
+        return log_evidence(y, a, cov_noise, sources, seen=seen, max_tuples=max_tuples)
+
+    return _of_each(one, rows, min(_count(priors), max_tuples) * obs.size**2)
+
+
+def _of_each(function: Callable[[Observations], Array], rows: Observations, numbers: int) -> Array:
+    """`function` of each of the observations `rows`, as many at once as memory allows."""
+
+    def found(rows: Observations) -> Array:
+        which, _ = chunks(rows.count, numbers)
+        each = jax.vmap(function)
+        values = jax.lax.map(lambda i: each(jax.tree.map(lambda a: a[i], rows)), which)
+        return values.reshape(-1, *values.shape[2:])[: rows.count]
+
+    return distributed.map_by_device(found, rows)
+
+
+def initial_gaussians(
+    names: Sequence[str],
+    views: Sequence[Observed],
+    known: Mapping[str, Denoiser],
+    rank: int | None,
+    stationary: Mapping[str, int] = MappingProxyType({}),
+) -> Mixtures:
+    """One Gaussian for each of the sources `names`, which are new; `stationary` along so many of their axes."""
+    mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, Mixture)}
+    start = partial(initial_gaussian, views=views, group=names, known=mixtures, rank=rank)
+    return {n: start(n, stationary=stationary.get(n, 0)) for n in names}
+
+
+def initial_gaussian(
+    name: str,
+    views: Sequence[Observed],
+    group: Sequence[str],
+    *,
+    known: Mixtures | None = None,
+    rank: int | None = None,
+    stationary: int = 0,
+) -> Mixture:
+    """A Gaussian with the variance that explains the power of the views, shared equally by the `group`.
+
+    Isotropic; or, with a `rank`, from the moments that the sources `known` leave (`initial_low_rank`), but for one
+    that is to be `stationary` along so many axes. At least one of `views` sees it: see
+    `dichroic.learning.data.prepare`.
+    """
+    seeing, powers = [obs for obs in views if name in obs.sources], []
+    for obs in seeing:
+        some = obs.head(64)
+        gain = sum(mean_gain(some, n) for n in obs.sources if n in group)
+        power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
+        powers.append(power / max(gain, 1e-30))
+    variance, shape = max(min(powers), 1e-30), seeing[0].operators[name].in_shape
+    if rank is not None and not stationary:
+        return initial_low_rank(name, seeing, rank, variance, known or {}, len(group))
+    white = gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
+    return replace(white, stationary=stationary)
+
+
+def chosen_units(gaussians: Mapping[str, Mixture], choice: str) -> dict[str, np.ndarray]:
+    """The units, `(*shape)`, of those sources that are to have some, of which each is one Gaussian yet.
+
+    By `"auto"` these are the ones of whose numbers some vary much less than others.
+    """
+    found = {n: deviations(g) for n, g in gaussians.items()} if choice != "same" else {}
+    evenness = lambda s: math.exp(np.mean(np.log(s**2))) / np.mean(s**2)
+    return {n: s for n, s in found.items() if choice == "each" or evenness(s) < _EVEN}
+
+
+def deviations(mixture: Mixture) -> np.ndarray:
+    """The standard deviation of each number of one Gaussian, `(*shape)`, relative to their root mean square."""
+    basis, variances = np.asarray(mixture.basis[0], np.float64), np.asarray(mixture.variances[0])
+    square = basis**2 @ variances + float(mixture.floor[0])
+    relative = np.sqrt(square / square.mean())
+    return np.maximum(relative, LEAST_UNIT).reshape(mixture.shape)
+
+
+def split_components(mixture: Mixture, components: int) -> Mixture:
+    """Up to twice as many components, at most `components`: the heaviest are split in two.
+
+    A component `N(μ, C)` with principal axis `λ u uᵀ` becomes `N(μ ± √(λ/2) u, C − ½ λ u uᵀ)`, which
+    keeps its mean and covariance; of a stationary one see `split_stationary`.
+    """
+    log_weights, means, variances = (
+        np.array(a, np.float64) for a in (mixture.log_weights, mixture.means, mixture.variances)
+    )
+    basis, floor = np.asarray(mixture.basis, np.float64), np.asarray(mixture.floor, np.float64)
+    parents = np.argsort(-log_weights)[: max(0, components - log_weights.size)]
+    if mixture.stationary:
+        return split_stationary(mixture, parents)
+    which = np.argmax(variances[parents], axis=1)
+    along = floor[parents] if mixture.full_rank else np.zeros(len(parents))
+    value = variances[parents, which] + along
+    axis = np.sqrt(value / 2)[:, None] * basis[parents, :, which]
+    log_weights[parents] -= np.log(2)
+    child_means = means[parents] + axis
+    means[parents] -= axis
+    variances[parents, which] = np.maximum(value / 2 - along, 0)
+    grown = lambda a: np.concatenate([a, a[parents]])
+    return Mixture(
+        log_weights=grown(log_weights),
+        means=np.concatenate([means, child_means]),
+        basis=grown(basis),
+        variances=grown(variances),
+        floor=grown(floor),
+        shape=mixture.shape,
+    )

@@ -1,0 +1,273 @@
+"""Expectation-maximisation of mixtures of probabilistic PCA, of which only noisy mixtures are observed.
+
+The likelihood is that of `dichroic.inference.low_rank`.
+
+The missing data are the components, the latents `z` and, in the textbook step, the sources. With `z̄ = (1, z)` its
+M-step regresses one source on its latents, over all observations and tuples in which component `k` takes part,
+
+    (μ_k, B_k) = (Σ r E[x z̄ᵀ]) (Σ r E[z̄ z̄ᵀ])⁻¹,   τ = Σ r E‖x − μ_k − B_k z‖² / (n D),
+
+(Tipping and Bishop, Neural Computation 11, 1999; Ghahramani and Hinton, CRG-TR-96-1), and lets the latents have
+the mean and covariance `Ψ_k` that they have, which is absorbed: `U_k = B_k Ψ_k^½` (parameter-expanded EM, Liu,
+Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall either). With the columns
+`X = (A μ_k, A U_k)` of all components, all that observations say is
+
+    E = Σ r E[z̄ z̄ᵀ],   Y = Σ r y z̄ᵀ,   Σ r E[e z̄ᵀ] = Y − X E,   Σ r E‖Aᵀ B⁻¹ e‖²,
+
+over pairs of components that are in a tuple together. No matrix of D × D numbers is formed.
+
+In terms of these sums the textbook step is `(μ_k, B_k) ← (μ_k, U_k) + τ G_k (Σ r E[z̄ z̄ᵀ])⁻¹` with the force
+`G_k = Σ r Aᵀ B⁻¹ E[e z̄ᵀ]`: it stands still where `τ` is far below the noise. The step taken first has the
+observations in place of the source as what the latents explain, `1 / h` in place of `τ`, with the mean `h` over
+observations of a diagonal bound of `Aᵀ B⁻¹ A` (itself for diagonal operators, 0 where an entry is missing).
+"""
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from dichroic.config import MixtureConfig
+from dichroic.inference.low_rank import moments
+from dichroic.inference.low_rank_background import Backgrounds, every_tuple
+from dichroic.inference.matrix_free import Common
+from dichroic.learning.mixture.low_rank_statistics import Totals, sums_behind
+from dichroic.learning.mixture.m_step import ascend, maximise
+from dichroic.learning.mixture.statistics import Sums, merged
+from dichroic.priors import Mixture
+from dichroic.problem.observations import Observations, Observed, every_block, groups, is_shared
+from dichroic.runtime.tracking import Clock
+
+_FEW = (
+    4  # tuples, or observations: for them components are picked only beyond, or only up to, as many
+)
+_NOTED = 2**27  # tuples of all observations, of which it is noted whether they are likely
+_RENEWED = 5  # steps after which all tuples are looked at again
+_ALIVE = 1e-2  # observations, below which a component stays as it is
+
+
+class LatentSums(eqx.Module):
+    """Of one source: per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[Aᵀ B⁻¹ e z̄ᵀ]`; in all `Σ r E‖x‖²` and `n`.
+
+    And `scatter`, `Σ r ‖Aᵀ C_y⁻¹ (y − m)‖²`, with its expectation `information`, `Σ r tr(Aᵀ C_y⁻¹ A)`; and the
+    `bound` `(D,)`, the sum of diagonal matrices that bound the `Aᵀ B⁻¹ A`.
+    """
+
+    inner: np.ndarray
+    force: np.ndarray
+    bound: np.ndarray
+    square: float
+    scatter: float
+    information: float
+    count: float
+
+
+AnySums = LatentSums | Sums
+
+
+def low_rank_lap(
+    mixtures: Mapping[str, Mixture],
+    views: Sequence[Observed],
+    names: Sequence[str],
+    config: MixtureConfig,
+    clock: Clock | None = None,
+) -> tuple[dict[str, Mixture], float]:
+    """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last.
+
+    Tuples of components that a step finds negligible for an observation are left out for it in the few after.
+    """
+
+    share = max(len(set(names) & set(obs.sources)) for obs in views)
+
+    def update(mixtures, found, textbook: bool) -> dict[str, Mixture]:
+        options = {"least": config.floor, "damping": 1 / share, "textbook": textbook}
+        step = lambda m: _maximise_stationary if m.stationary else maximise_low_rank
+        new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
+        return {**mixtures, **{n: new(n) for n in names}}
+
+    counter, near = itertools.count(), {}
+
+    def of_block(mixtures, i: int, obs: Observations) -> tuple[float, dict[str, AnySums]]:
+        if i not in near:
+            room = _NOTED - sum(a.size for a in near.values() if a is not None)
+            near[i] = every_tuple(mixtures, obs, room)
+        return low_rank_statistics(mixtures, obs, names, near[i])
+
+    def own(mixtures: Mapping[str, Mixture]) -> tuple[float, dict[str, AnySums]]:
+        return _added(of_block(mixtures, i, obs) for i, obs in enumerate(every_block(views)))
+
+    def evaluate(mixtures: Mapping[str, Mixture]) -> tuple[float, dict[str, AnySums]]:
+        if next(counter) % _RENEWED == 0:
+            near.clear()
+        return views[0].total(partial(own, mixtures))
+
+    options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
+    mixtures, value = ascend(dict(mixtures), evaluate, update, **options)
+    return mixtures, value / sum(obs.count for obs in views)
+
+
+def low_rank_statistics(
+    mixtures: Mapping[str, Mixture],
+    obs: Observations,
+    names: Collection[str] | None = None,
+    near: np.ndarray | None = None,
+) -> tuple[float, dict[str, AnySums]]:
+    """`Σ_i log p(y_i)`, and the sums of every source that the view sees, or of those among `names`.
+
+    `near` `(J, T, n)` says which tuples observations that are alike may be of, before which backgrounds; it is
+    narrowed to those that are not negligible.
+    """
+    names = obs.sources if names is None else names
+    if is_shared(obs):
+        return _shared_statistics(mixtures, obs, names, near=near)
+    mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
+    common = Common()
+    return _added(_statistics_of_few(mixtures, some, names, common) for _, some in groups(obs))
+
+
+def _statistics_of_few(
+    mixtures: Mapping[str, Mixture], obs: Observations, names: Collection[str], common: Common
+) -> tuple[float, dict[str, AnySums]]:
+    """The same of observations alike, if they are few by the components alone that they may be of."""
+    tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
+    if obs.count > _FEW or tuples < _FEW:
+        return _shared_statistics(mixtures, obs, names, common)
+    kept = Backgrounds(mixtures, obs, common).likely(obs)
+    picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
+    value, sums = _shared_statistics(picked, obs, names, common)
+    return value, {k: _among(s, kept[k], mixtures[k]) for k, s in sums.items()}
+
+
+def _among(sums: AnySums, index: np.ndarray, mixture: Mixture) -> AnySums:
+    """Sums of the components `index`, as those of all components of `mixture`."""
+
+    def spread(a: np.ndarray) -> np.ndarray:
+        out = np.zeros((mixture.log_weights.size, *a.shape[1:]))
+        out[index] = a
+        return out
+
+    if isinstance(sums, LatentSums):
+        return replace(sums, inner=spread(sums.inner), force=spread(sums.force))
+    return jax.tree.map(spread, sums)
+
+
+def _added(parts: Iterable[tuple[float, dict[str, AnySums]]]) -> tuple[float, dict[str, AnySums]]:
+    value, sums = 0.0, {}
+    for here, found in parts:
+        value += here
+        sums = merged(sums, found)
+    return value, sums
+
+
+def _shared_statistics(
+    mixtures: Mapping[str, Mixture],
+    obs: Observations,
+    names: Collection[str],
+    common: Common | None = None,
+    near: np.ndarray | None = None,
+) -> tuple[float, dict[str, AnySums]]:
+    """The same of observations that share their operators and noise."""
+    behind, value = Backgrounds(mixtures, obs, common), 0.0
+    totals = [Totals(b, names) for b in behind.each]
+    for rows, y in behind.chunks(obs, near):
+        found = behind.given(y, None if near is None else near[:, :, rows])
+        value += float(found.log_evidence.sum())
+        each = zip(totals, found.rows, found.residuals, found.given, strict=True)
+        for j, (total, some, residual, given) in enumerate(each):
+            total.add(residual, given, found.log_evidence[some])
+            if near is not None:
+                near[j, :, rows] = found.likely(j)
+    _, sums = _added((0.0, _sums_of(mixtures, total)) for total in totals)
+    return value, sums
+
+
+def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, AnySums]:
+    """The sums of every source before one background."""
+    view, inner = totals.view, totals.tuples + totals.uncertain
+    found: dict[str, AnySums] = {}
+    for name, square in totals.squares.items():
+        back = view.parts[name].back
+        x, xy = back(view.solved), back(totals.solved)  # Aᵀ B⁻¹ X, and Aᵀ B⁻¹ Y
+        xe = view.times(x, inner)
+        norm = square - 2 * np.sum(x * xy) + np.sum(x * xe)
+        lost = float(np.sum(x * view.times(x, totals.uncertain)))
+        left, own = (xy - xe)[:, view.blocks[name]], view.own(name, inner)
+        count = float(totals.count.sum())
+        found[name] = _sums(view, name, mixtures[name], own, left, norm, lost, count)
+    behind = [k for k in totals.background.parts if k in totals.names]
+    return found | {k: sums_behind(k, mixtures[k], totals) for k in behind}
+
+
+def _sums(view, name, mixture, own, left, norm, lost, count) -> LatentSums:
+    """The sums of one source: `x = (μ, U) z̄ + √τ ε`, `E[√τ ε | y, z] = τ Aᵀ B⁻¹ e`."""
+    k, width, _ = own.shape
+    columns, floor = moments(mixture)
+    force = left.reshape(-1, k, width).swapaxes(0, 1)
+    information = count * view.base.traces[name]
+    spread = floor**2 * (norm - information) + count * floor * mixture.dim
+    along = np.sum((columns.swapaxes(1, 2) @ columns) * own)
+    square = along + 2 * floor * np.sum(columns * force) + spread
+    told = norm - lost, information - lost
+    bound = count * view.information_bound(name)
+    return LatentSums(own, force, bound, float(square), *map(float, told), count)
+
+
+def maximise_low_rank(
+    mixture: Mixture,
+    sums: LatentSums,
+    *,
+    least: float,
+    damping: float = 1.0,
+    textbook: bool = False,
+) -> Mixture:
+    """The M-step of one source; `least` is the smallest floor, relative to the source's variance.
+
+    The floor is by the fixed point of `dichroic.learning.mixture.em`, `τ ← τ scatter / information`, which does
+    not stall where it should be 0, or by the formula above (`textbook`), with which no step lowers the evidence.
+    Components with next to no observations left stay as they are, with their small weight.
+    """
+    n = sums.inner[:, 0, 0]
+    alive = n > _ALIVE
+    columns, floor = moments(mixture)
+    new, spread = columns.copy(), sums.square
+    bound = np.where(sums.bound > 0, sums.bound, np.inf) / sums.count
+    gain = floor if textbook else (damping / bound)[:, None]
+    for k in np.flatnonzero(alive):
+        inner = sums.inner[k] + 1e-9 * np.trace(sums.inner[k]) * np.eye(len(sums.inner[k]))
+        cross = columns[k] @ sums.inner[k] + floor * sums.force[k]
+        fit = columns[k] + gain * np.linalg.solve(inner, sums.force[k].T).T
+        spread += np.sum((fit.T @ fit) * sums.inner[k]) - 2 * np.sum(fit * cross)
+        mean = sums.inner[k, 1:, 0] / n[k]
+        psi = sums.inner[k, 1:, 1:] / n[k] - np.outer(mean, mean)
+        values, vectors = np.linalg.eigh(0.5 * (psi + psi.T))
+        new[k, :, 0] = fit[:, 0] + fit[:, 1:] @ mean
+        new[k, :, 1:] = fit[:, 1:] @ (vectors * np.sqrt(np.maximum(values, 0)))
+    ratio = sums.scatter / sums.information
+    floor = spread / (sums.count * mixture.dim) if textbook else floor * ratio
+    floor = max(floor, least * float(mixture.scale) ** 2)
+    return from_columns(np.maximum(n, 1e-6 * n.sum()), new, floor, mixture.shape)
+
+
+def _maximise_stationary(
+    mixture: Mixture, sums: Sums, *, least: float, damping: float, textbook: bool = False
+) -> Mixture:
+    floor = least * float(mixture.scale) ** 2
+    return maximise(mixture, sums, floor=floor, textbook=textbook)
+
+
+def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) -> Mixture:
+    """The mixture with `(μ_k, U_k)` `(K, D, 1 + R)` and the floor `τ`."""
+    basis, values, _ = np.linalg.svd(columns[:, :, 1:], full_matrices=False)
+    return Mixture(
+        log_weights=np.log(weights / weights.sum()),
+        means=columns[:, :, 0],
+        basis=basis,
+        variances=values**2,
+        floor=np.full(len(weights), floor),
+        shape=tuple(shape),
+    )

@@ -1,0 +1,64 @@
+"""Exact EM of the mixtures of all sources on all views together, after they were learned group by group."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from dichroic.config import FitConfig
+from dichroic.learning.data import Data
+from dichroic.learning.mixture.em import em_lap, mean_log_evidence
+from dichroic.learning.phases.base import Context, Order, ended, is_last, learn_operators, learned
+from dichroic.learning.scoring import scores
+from dichroic.learning.state import Metrics, State
+from dichroic.priors import Mixture
+
+
+class JointRefinement:
+    """All sources at once; what it learned is kept if held-out observations prefer it."""
+
+    name = "polish"
+
+    def iterate(self, state: State, data: Data, context: Context) -> tuple[State, Metrics]:
+        """Some EM steps; after the last of them, the comparison with what was before."""
+        config, clock = context.config, context.clock
+        names = [n for group in data.order for n in group]
+        evaluate = partial(mean_log_evidence, max_tuples=config.mixture.max_tuples)
+        with clock.during("scoring"):
+            score = evaluate(state.current, data.test) if state.lap == 0 else state.score
+        current, evidence = em_lap(
+            state.current, data.train, names, config.mixture, clock, state.shrinkage
+        )
+        with clock.during("m_step"):
+            operators, values = learn_operators(state, current, data.train, config.mixture)
+        clock.progress("all sources together", state.lap + 1, config.polish)
+        metrics: Metrics = {"sources": "+".join(names), "log_evidence": evidence, **values}
+        last = is_last(state, config.polish)
+        state = replace(state, current=current, operators=operators, lap=state.lap + 1, score=score)
+        if not last:
+            return state, metrics
+        with clock.during("scoring"):
+            new = evaluate(current, data.at(operators).test)
+        if new > score:
+            state = replace(state, best=current, best_operators=operators)
+        metrics["heldout_log_evidence"] = max(new, score)
+        best = data.at(state.best_operators)
+        with clock.during("scoring"):
+            metrics |= scores(state.best, best, range(len(data.test)), config)
+        return ended(replace(state, current=state.best, operators=state.best_operators)), metrics
+
+    def iterations(self, config: FitConfig, order: Order) -> int:
+        """None for sources that were all learned together."""
+        return config.polish if len(order) > 1 else 0
+
+    def cost(self, state: State, data: Data) -> float:
+        """The same for each."""
+        return 1.0
+
+    def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
+        """Of all that are to come."""
+        return iter([1.0] * max(config.polish - state.lap, 0))
+
+    def admits(self, state: State, order: Order) -> bool:
+        """Whether all sources have mixtures."""
+        mixtures = all(isinstance(d, Mixture) for d in state.current.values())
+        return mixtures and learned(state, order)

@@ -1,0 +1,1 @@
+"""Arrays and linear algebra that know nothing of sources."""

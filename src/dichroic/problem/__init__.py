@@ -1,0 +1,1 @@
+"""What is separated: observations, sources, views; their validation, and what can be learned from them."""

@@ -1,0 +1,232 @@
+"""Observations of one view, with their operators and noise, as one pytree.
+
+Everything that computes takes this, not a `View`: it is an argument of the jitted functions, so new
+data of the same shapes never recompile. Views of the same draws are already stacked here.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import blake2b
+from typing import Protocol, TypeVar, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dichroic.numerics.batching import param, split, take
+from dichroic.operators import Operator
+from dichroic.operators.learnable import Parameters, with_parameters
+from dichroic.operators.noise import Noise
+from dichroic.operators.scaling import in_units
+
+Tree = TypeVar("Tree")
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """What sources are learned from: `Observations`, or those that processes share (`data.Dataset`)."""
+
+    @property
+    def count(self) -> int:
+        """The number of observations, of all processes."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of entries of one observation."""
+        ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources seen."""
+        ...
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The number of entries of each source."""
+        ...
+
+    @property
+    def operators(self) -> Mapping[str, Operator]:
+        """The operators, of all or of some of the observations."""
+        ...
+
+    @property
+    def first(self) -> int:
+        """The number of the first observation of this process."""
+        ...
+
+    def blocks(self) -> "Iterator[Observations]":
+        """The observations of this process, as many at a time as there is room for."""
+        ...
+
+    def head(self, count: int) -> "Observations":
+        """The first `count` of all, or all."""
+        ...
+
+    def some(self, count: int) -> "Observations":
+        """`count` of all, evenly spread, or all."""
+        ...
+
+    def total(self, work: Callable[[], Tree]) -> Tree:
+        """The sum of what `work` finds in every process."""
+        ...
+
+    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """The rows that all processes have."""
+        ...
+
+    def at(self, operators: Parameters) -> "Observed":
+        """With the numbers of operators that are learned replaced by `operators`."""
+        ...
+
+
+class Observations(eqx.Module):
+    """`y = Σ_β A_β x_β + η`: `y` is `(n, M)` flattened (or `(M,)`, one of them), 0 where missing."""
+
+    y: Float[Array, "*n obs"] = param(1)
+    operators: dict[str, Operator]
+    noise: Noise
+
+    @property
+    def count(self) -> int:
+        """The number of observations."""
+        return self.y.shape[0]
+
+    @property
+    def size(self) -> int:
+        """The number of entries `M` of one observation."""
+        return self.y.shape[-1]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources seen."""
+        return tuple(self.operators)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The number of entries of each source."""
+        return {name: math.prod(op.in_shape) for name, op in self.operators.items()}
+
+    @property
+    def first(self) -> int:
+        """The number of the first of them: there are no others."""
+        return 0
+
+    def blocks(self) -> "Iterator[Observations]":
+        """All of them at once."""
+        yield self
+
+    def head(self, count: int) -> "Observations":
+        """The first `count`, or all."""
+        return take(self, slice(0, count))
+
+    def some(self, count: int) -> "Observations":
+        """`count` of them, evenly spread, or all."""
+        return take(self, np.linspace(0, self.count - 1, min(self.count, count)).astype(int))
+
+    def total(self, work: Callable[[], Tree]) -> Tree:
+        """What `work` finds here is all."""
+        return work()
+
+    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """The rows of all `blocks` are all."""
+        return rows
+
+    def at(self, operators: Parameters) -> "Observations":
+        """With the numbers of operators that are learned replaced by `operators`, and sources in their units."""
+        obs = with_parameters(self, operators)
+        return Observations(obs.y, in_units(obs.operators, operators), obs.noise)
+
+    def one(self, i: int) -> "Observations":
+        """Observation number `i` alone, without a leading axis."""
+        return take(self, i)
+
+    # One observation (no leading axis) from here on.
+
+    def parts(self) -> tuple[Array, dict[str, Array], Array, Array]:
+        """`(y, {β: A_β}, Σ, seen)` as dense arrays; `seen` is 1 where an entry was observed, else 0.
+
+        `y` is 0 where missing, and `Σ` there that of independent unit noise. `A_β` is whole, so that it
+        stays shared by observations with other missing entries.
+        """
+        seen = self.noise.observed(self.size)
+        matrices = {name: op.as_matrix() for name, op in self.operators.items()}
+        return seen * self.y, matrices, self.noise.as_matrix(self.size), seen
+
+    def system(self) -> tuple[Array, dict[str, Array], Array]:
+        """`(y, {β: A_β}, Σ)` as dense arrays, with the rows of missing entries taken out."""
+        y, matrices, cov_noise, seen = self.parts()
+        return y, {name: seen[:, None] * a for name, a in matrices.items()}, cov_noise
+
+    def apply(self, x: dict[str, Array]) -> Float[Array, " obs"]:
+        """`Σ_β A_β x_β`, 0 where missing."""
+        total = sum((op.mv(x[k]).ravel() for k, op in self.operators.items()), jnp.zeros(self.size))
+        return self.noise.observed(self.size) * total
+
+    def adjoint(self, v: Float[Array, " obs"]) -> dict[str, Array]:
+        """`{β: A_βᵀ v}`, shaped as the sources."""
+        v = self.noise.observed(self.size) * v
+        return {k: op.rmv(v.reshape(op.out_shape)) for k, op in self.operators.items()}
+
+    def simulate(self, x: dict[str, Array], key: PRNGKeyArray) -> "Observations":
+        """The same observation with `y` drawn anew from the sources `x`."""
+        noise = self.noise.observed(self.size) * self.noise.sample(key, self.size)
+        return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
+
+
+def every_block(views: Iterable[Observed]) -> Iterator[Observations]:
+    """The blocks of all `views`."""
+    return itertools.chain.from_iterable(obs.blocks() for obs in views)
+
+
+def numbered(obs: Observed) -> Iterator[tuple[int, Observations]]:
+    """The blocks of this process, each with the number of its first observation."""
+    start = obs.first
+    for block in obs.blocks():
+        yield start, block
+        start += block.count
+
+
+def is_shared(obs: Observations) -> bool:
+    """Whether every observation has the same operators, noise and missing entries."""
+    rows, _ = split((obs.operators, obs.noise))
+    return not jax.tree.leaves(rows)
+
+
+def groups(obs: Observations) -> Iterator[tuple[np.ndarray, Observations]]:
+    """The observations with the same operators, noise and missing entries, and their numbers.
+
+    Masks that recur, stamps of a few sizes, amplitudes in classes: groups are found by comparing the numbers.
+    """
+    if is_shared(obs):
+        yield np.arange(obs.count), obs
+        return
+    obs = jax.tree.map(np.asarray, obs)  # many slices of JAX arrays take their time
+    leaves = jax.tree.leaves(split((obs.operators, obs.noise))[0])
+    found: dict[bytes, list[int]] = {}
+    for i in range(obs.count):
+        key = blake2b(digest_size=16)
+        for leaf in leaves:
+            key.update(np.ascontiguousarray(leaf[i]).data)
+        found.setdefault(key.digest(), []).append(i)
+    for index in found.values():
+        yield np.array(index), take(obs, np.array(index))
+
+
+def whitened_chi2(
+    obs: Observations, x: dict[str, Array]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`(rᵀ Σ⁻¹ r, number of observed entries)` of one observation, `r = y − Σ_β A_β x_β`.
+
+    `Σ⁻¹ r` comes from conjugate gradients on what is scaled to variances of 1: exact in one step where noise is
+    diagonal, and of any units.
+    """
+    seen = obs.noise.observed(obs.size)
+    std = jnp.sqrt(obs.noise.variances(obs.size))
+    r = (seen * obs.y - obs.apply(x)) / std
+    v, _ = jax.scipy.sparse.linalg.cg(lambda v: obs.noise.mv(v / std) / std, r, maxiter=64)
+    return r @ v, jnp.sum(seen)

@@ -1,0 +1,1 @@
+"""What computing takes besides mathematics: files, processes, memory, progress, logs."""

@@ -1,0 +1,1 @@
+"""Fit a problem, separate observations, sample priors: what users call first."""
