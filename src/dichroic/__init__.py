@@ -53,8 +53,8 @@ _WHERE = {
         "as_operator",
     ],
     "inference.posterior": ["MatrixFreePosterior", "Posterior", "Prior", "build_posterior"],
-    "problem.problem": ["Problem", "Source", "joint_observations"],
-    "problem.view": ["View", "check_values"],
+    "problem.problem": ["Problem", "Source", "check_values", "joint_observations"],
+    "problem.view": ["View"],
     "inference.samplers": [
         "Ancestral",
         "Ddim",
