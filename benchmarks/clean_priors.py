@@ -92,15 +92,17 @@ def main() -> None:
     if args.start:
         mixtures = Separator.load(args.start)
     else:
-        mixtures = Separator(problem, config.replace({"diffusion.laps": 0, "polish": 0})).fit()
+        mixtures = Separator(
+            problem, config.replace({"diffusion.iterations": 0, "joint_iterations": 0})
+        ).fit()
     if args.save:
         mixtures.save(args.save)
     table = rows(case, "mixtures", taking(mixtures, "base", 32), args.draws)
     if args.ways:
-        few = {"diffusion.laps": 1, "diffusion.steps": args.steps, "sampler.steps": 2}
+        few = {"diffusion.iterations": 1, "diffusion.steps": args.steps, "sampler.steps": 2}
         networks = Separator(problem, config.replace({**few, **given})).fit(start=mixtures)
-        for lap in networks.metrics:
-            print({k: v for k, v in lap.items() if isinstance(v, float)}, flush=True)
+        for iteration in networks.metrics:
+            print({k: v for k, v in iteration.items() if isinstance(v, float)}, flush=True)
         for covariance, steps in [("base", 32), ("base", 64), ("jacobian", 32)][: args.ways]:
             with_it = taking(networks, covariance, steps)
             table += rows(case, f"networks, {covariance}, {steps} steps", with_it, args.draws)

@@ -1,4 +1,4 @@
-"""What a lap of mixture EM and an exact posterior draw cost, against each size of a problem.
+"""What an iteration of mixture EM and an exact posterior draw cost, against each size of a problem.
 
 From a base case (2 sources of 5 dimensions, 3 numbers observed of each mixture, 4,096 observations, 16
 components per source, an operator per observation), one size is changed at a time. Seconds of the first call
@@ -17,7 +17,7 @@ from cost_frame import print_costs
 
 from dichroic.config import MixtureConfig
 from dichroic.inference.samplers import Exact, draw_posterior
-from dichroic.learning.mixture.em import em_lap
+from dichroic.learning.mixture.em import em_iteration
 from dichroic.operators import Dense
 from dichroic.priors import Mixture
 from dichroic.problem.view import View
@@ -70,13 +70,18 @@ def twice(work) -> tuple[float, float]:
 
 
 def measure(size: Size) -> list[str]:
-    """Seconds of a lap (five EM steps), and microseconds of a draw."""
+    """Seconds of an iteration (five EM steps), and microseconds of a draw."""
     mixtures, obs = case(size)
     config = MixtureConfig()
-    lap = twice(lambda: em_lap(mixtures, [obs], list(mixtures), config))
+    iteration = twice(lambda: em_iteration(mixtures, [obs], list(mixtures), config))
     options = {"sampler": Exact(), "max_tuples": config.max_tuples, "batch_size": 1024}
     draw = twice(lambda: draw_posterior(mixtures, obs, jax.random.key(0), **options))
-    return [f"{lap[0]:.1f}", f"{lap[1]:.2f}", f"{draw[0]:.1f}", f"{1e6 * draw[1] / obs.count:.0f}"]
+    return [
+        f"{iteration[0]:.1f}",
+        f"{iteration[1]:.2f}",
+        f"{draw[0]:.1f}",
+        f"{1e6 * draw[1] / obs.count:.0f}",
+    ]
 
 
 def cost(name: str, value: int) -> list[str]:
@@ -89,7 +94,7 @@ def cost(name: str, value: int) -> list[str]:
 
 def main() -> None:
     """One table."""
-    print_costs(CURVES, ["first lap, s", "lap, s", "first draws, s", "draw, µs"], cost)
+    print_costs(CURVES, ["first iteration, s", "iteration, s", "first draws, s", "draw, µs"], cost)
 
 
 if __name__ == "__main__":

@@ -68,15 +68,15 @@ def measure(size: Size) -> list[str]:
 
     from dichroic.config import MixtureConfig
     from dichroic.inference.low_rank_sampling import low_rank_draws
-    from dichroic.learning.mixture.low_rank_em import low_rank_lap
+    from dichroic.learning.mixture.low_rank_em import low_rank_iteration
     from dichroic.runtime.hardware import peak_memory
 
     mixtures, obs = case(size)
     data = obs.y.nbytes / 2**20
     config = MixtureConfig(steps=1)
-    low_rank_lap(mixtures, [obs], list(mixtures), config)  # compiles
+    low_rank_iteration(mixtures, [obs], list(mixtures), config)  # compiles
     began = time.perf_counter()
-    low_rank_lap(mixtures, [obs], list(mixtures), config)
+    low_rank_iteration(mixtures, [obs], list(mixtures), config)
     step = time.perf_counter() - began
     low_rank_draws(mixtures, obs, jax.random.key(0))
     began = time.perf_counter()

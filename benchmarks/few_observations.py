@@ -31,7 +31,7 @@ from dichroic.operators import Identity
 from dichroic.runtime.tables import text_table
 
 DIRECTIONS, NOISE, HELD_OUT, DRAWS = 4, 0.3, 400, 64
-FIT = {"mixture": {"components": 4, "rank": 32}, "diffusion": {"laps": 0}}
+FIT = {"mixture": {"components": 4, "rank": 32}, "diffusion": {"iterations": 0}}
 TIMES, PULSE_NOISE, NEW = np.linspace(0, 1, 8), 0.05, 1000
 Maker = Callable[[Problem, int], Separator]
 
@@ -75,7 +75,7 @@ def waves_and_pulses(rng: np.random.Generator, mixed: int, alone: int) -> list[V
 def makers(args: argparse.Namespace) -> dict[str, Maker]:
     """The methods that were asked for, by how the table calls them."""
     pairs = (text.split("=", 1) for text in args.set)
-    given = {"diffusion.laps": 0, **{name: yaml.safe_load(value) for name, value in pairs}}
+    given = {"diffusion.iterations": 0, **{name: yaml.safe_load(value) for name, value in pairs}}
 
     def mixtures(changes: Mapping[str, Any]) -> Maker:
         config = FitConfig().replace({**given, **changes})

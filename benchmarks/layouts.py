@@ -22,7 +22,7 @@ import numpy as np
 from dichroic.config import DiffusionConfig, FitConfig, MixtureConfig
 from dichroic.learning.diffusion.e_step import expectation
 from dichroic.learning.diffusion.score_matching import train_denoiser
-from dichroic.learning.mixture.em import em_lap
+from dichroic.learning.mixture.em import em_iteration
 from dichroic.operators import Dense
 from dichroic.operators.noise import Isotropic
 from dichroic.priors import Mixture, Preconditioned
@@ -68,7 +68,7 @@ def measure(count: int) -> dict[str, float]:
     samples = draws(mixtures)["a"][0]
     training = {"config": DiffusionConfig(steps=TRAINED), "sigma_min": config.sampler.sigma_min}
     return {
-        "EM": count * STEPS / best(lambda: em_lap(mixtures, views, ["a", "b"], em)),
+        "EM": count * STEPS / best(lambda: em_iteration(mixtures, views, ["a", "b"], em)),
         "draws": count / best(lambda: draws(mixtures)),
         "network": count / best(lambda: draws(corrected)),
         "steps": TRAINED / best(lambda: train_denoiser(corrected["a"], samples, key, **training)),

@@ -93,8 +93,14 @@ def measure_fit(folder: Path, count: int, size: int, draws: int) -> list[str]:
         rows = y[start : start + CHUNK]
         rows[...] = rng.normal(size=(len(rows), 4)) @ a.T + 0.1 * rng.normal(size=rows.shape)
     del y
-    mixture = {"components": 2, "steps": 2, "laps": 1, "final_laps": 1, "gaussian_laps": 2}
-    network = {"laps": 1, "steps": 100, "width": 16, "depth": 1, "evidence_observations": 64}
+    mixture = {
+        "components": 2,
+        "steps": 2,
+        "iterations": 1,
+        "final_iterations": 1,
+        "gaussian_iterations": 2,
+    }
+    network = {"iterations": 1, "steps": 100, "width": 16, "depth": 1, "evidence_observations": 64}
     view = {"observations": "y.npy", "noise": 0.1, "operators": {"x": {"dense": "A.npy"}}}
     table = {"sources": {"x": [4]}, "views": {"v": view}, "fit": {"holdout": 0.01}}
     table["fit"] |= {"mixture": mixture, "diffusion": network, "sampler": {"steps": 4}}

@@ -17,7 +17,11 @@ import jax
 import numpy as np
 from estep import D, N, problem
 
-from dichroic.benchmark.baselines.ddprism_laps import DdprismConfig, fresh_network, make_sampler
+from dichroic.benchmark.baselines.ddprism_iterations import (
+    DdprismConfig,
+    fresh_network,
+    make_sampler,
+)
 from dichroic.benchmark.baselines.ddprism_sampling import Absolute
 from dichroic.benchmark.baselines.ddprism_training import train
 from dichroic.benchmark.harness.published import PUBLISHED
@@ -181,21 +185,21 @@ def published_cost(found) -> tuple[str, float]:
     """Hours of the published settings on contrastive-2, whose views see one source and two."""
     one, two, training = network_costs()
     gaussian = found[-1][-1] / found[-1][1] / N
-    laps = [CONFIG.diffusion_laps(g) for g in (0, 1)]
-    sampled = lambda seconds, laps: seconds * OBSERVATIONS * CONFIG.steps * laps / 3600
-    trained = training * CONFIG.training_steps * sum(laps) / 3600
+    iterations = [CONFIG.diffusion_iterations(g) for g in (0, 1)]
+    sampled = lambda seconds, iterations: seconds * OBSERVATIONS * CONFIG.steps * iterations / 3600
+    trained = training * CONFIG.training_steps * sum(iterations) / 3600
     parts = [
-        ("E-step, Gaussian, 1 source (as 2, halved)", CONFIG.gaussian_laps, gaussian / 2),
-        ("E-step, Gaussian, 2 sources", CONFIG.gaussian_laps, gaussian),
-        ("E-step, networks, 1 source", laps[0], one),
-        ("E-step, networks, 2 sources", laps[1], two),
+        ("E-step, Gaussian, 1 source (as 2, halved)", CONFIG.gaussian_iterations, gaussian / 2),
+        ("E-step, Gaussian, 2 sources", CONFIG.gaussian_iterations, gaussian),
+        ("E-step, networks, 1 source", iterations[0], one),
+        ("E-step, networks, 2 sources", iterations[1], two),
     ]
     rows = [[k, n, f"{s * 1e6:.2f}", f"{sampled(s, n):,.1f}"] for k, n, s in parts]
     rows.append(
-        ["M-step, per training step", sum(laps), f"{training * 1e6:.0f}", f"{trained:,.1f}"]
+        ["M-step, per training step", sum(iterations), f"{training * 1e6:.0f}", f"{trained:,.1f}"]
     )
     total = sum(sampled(s, n) for _, n, s in parts) + trained
-    table = text_table(["published, contrastive-2", "laps", "microseconds", "hours"], rows)
+    table = text_table(["published, contrastive-2", "iterations", "microseconds", "hours"], rows)
     text = (
         f"{table}\nTotal on this machine, extrapolated: {total:,.0f} hours ({total / 24:,.0f} days)"
     )
@@ -211,7 +215,11 @@ def our_cost(published_hours: float) -> str:
     problem = manifold_problem(seed=SEED, problem_seed=SEED, count=OUR_OBSERVATIONS)
     goal, rows = PUBLISHED["contrastive-2"]["ddprism"].psnr, []
     for components in OUR_COMPONENTS:
-        settings = {"seed": SEED, "mixture": {"components": components}, "diffusion": {"laps": 0}}
+        settings = {
+            "seed": SEED,
+            "mixture": {"components": components},
+            "diffusion": {"iterations": 0},
+        }
         began = time.perf_counter()
         ours = Separator(problem, settings).fit(progress=False)
         seconds = time.perf_counter() - began

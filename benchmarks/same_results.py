@@ -34,9 +34,9 @@ from dichroic import Identity, Problem, Separator, Source, View
 
 Results = dict[str, Any]
 SHORT: dict[str, Any] = {
-    "mixture": {"components": 4, "gaussian_laps": 3, "laps": 2, "final_laps": 2},
-    "polish": 1,
-    "diffusion": {"laps": 0},
+    "mixture": {"components": 4, "gaussian_iterations": 3, "iterations": 2, "final_iterations": 2},
+    "joint_iterations": 1,
+    "diffusion": {"iterations": 0},
 }
 LINE, RING = np.array([1.0, 2.0, -1.0]), np.array([0.5, -1.0, 1.0])
 
@@ -162,7 +162,7 @@ def scaled(rng: np.random.Generator) -> Results:
 
 
 NETWORK = {
-    "diffusion.laps": 1,
+    "diffusion.iterations": 1,
     "diffusion.steps": 30,
     "diffusion.width": 32,
     "diffusion.keep": "all",

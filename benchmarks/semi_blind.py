@@ -64,7 +64,7 @@ def main() -> None:
             held = test if start is None else with_unknown(test, args.f, start)
             config = {"seed": seed, "mixture": {"components": args.components}}
             began = time.perf_counter()
-            separator = Separator(learn, config | {"diffusion": {"laps": 0}}).fit()
+            separator = Separator(learn, config | {"diffusion": {"iterations": 0}}).fit()
             seconds = time.perf_counter() - began
             last = [m for m in separator.metrics if "operator_f" in m][-1:]
             f = f"{separator.operators['f'][0]:.5f}" if last else "known"

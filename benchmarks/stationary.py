@@ -17,7 +17,7 @@ from dichroic.operators import Identity
 from dichroic.runtime.tables import text_table
 
 DIRECTIONS, NOISE, HELD_OUT, DRAWS, LENGTH = 4, 0.1, 400, 64, 10
-FIT = {"mixture": {"components": 4, "rank": 199}, "diffusion": {"laps": 0}, "holdout": 0.2}
+FIT = {"mixture": {"components": 4, "rank": 199}, "diffusion": {"iterations": 0}, "holdout": 0.2}
 SOURCES = ("background", "signal")
 
 

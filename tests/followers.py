@@ -6,12 +6,12 @@ class Killed(BaseException):
 
 
 class KillAt:
-    """A tracker that ends the fit at a lap."""
+    """A tracker that ends the fit at an iteration."""
 
-    def __init__(self, lap):
-        self.left = lap
+    def __init__(self, iteration):
+        self.left = iteration
 
-    def lap(self, metrics):
+    def iteration(self, metrics):
         self.left -= 1
         if not self.left:
             raise Killed
@@ -21,12 +21,12 @@ class KillAt:
 
 
 class Rows:
-    """A tracker that keeps the metrics of all laps."""
+    """A tracker that keeps the metrics of all iterations."""
 
     def __init__(self):
         self.rows = []
 
-    def lap(self, metrics):
+    def iteration(self, metrics):
         self.rows.append(metrics)
 
     def progress(self, what, done, total):

@@ -89,8 +89,14 @@ def main(out: str) -> None:
     found["loss"] = np.asarray(loss)
     found["network"] = np.asarray(jax.vmap(lambda u: trained(u, 0.5))(x))
     settings = {
-        "mixture": {"components": 2, "steps": 3, "laps": 2, "final_laps": 2, "gaussian_laps": 2},
-        "diffusion": {"laps": 0},
+        "mixture": {
+            "components": 2,
+            "steps": 3,
+            "iterations": 2,
+            "final_iterations": 2,
+            "gaussian_iterations": 2,
+        },
+        "diffusion": {"iterations": 0},
     }
     both = Problem(stated.sources, stated.views[1:])
     state, _ = fit(both, FitConfig.from_dict(settings))

@@ -176,8 +176,13 @@ def test_a_fit_is_that_with_the_matrix(shape, rng):
     x = rng.normal(size=(60, 2)) @ rng.normal(size=(2, size))
     y = x @ sparse.toarray().T + 0.1 * rng.normal(size=(60, size - 1))
     settings = {
-        "mixture": {"components": 1, "gaussian_laps": 2, "laps": 1, "final_laps": 1},
-        "diffusion": {"laps": 0},
+        "mixture": {
+            "components": 1,
+            "gaussian_iterations": 2,
+            "iterations": 1,
+            "final_iterations": 1,
+        },
+        "diffusion": {"iterations": 0},
     }
 
     def mean(op):

@@ -29,13 +29,13 @@ from dichroic.metrics import psnr
 TINY = BenchConfig(count=300, held_out=60, draws=8, points=60, limit_two=5, quick=True)
 SMALL_FIT = {
     "mixture.components": 2,
-    "mixture.gaussian_laps": 2,
-    "mixture.laps": 1,
-    "mixture.final_laps": 1,
-    "polish": 1,
-    "diffusion.laps": 0,
+    "mixture.gaussian_iterations": 2,
+    "mixture.iterations": 1,
+    "mixture.final_iterations": 1,
+    "joint_iterations": 1,
+    "diffusion.iterations": 0,
 }
-FIT = "{mixture: {components: 2, gaussian_laps: 2, final_laps: 1}, diffusion: {laps: 0}}"
+FIT = "{mixture: {components: 2, gaussian_iterations: 2, final_iterations: 1}, diffusion: {iterations: 0}}"
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_peak_memory_is_of_the_process_alone():
 def test_quick_settings_do_not_override_those_of_the_file(users):
     case = jobs.build_case(parse_problem(str(users)), 0, TINY)
     found = methods.make_method("dichroic", case, TINY).config
-    assert (found.mixture.components, found.diffusion.laps) == (2, 0)
+    assert (found.mixture.components, found.diffusion.iterations) == (2, 0)
     assert found.diffusion.steps == methods.QUICK_FIT["diffusion.steps"]
 
 

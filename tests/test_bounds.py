@@ -24,9 +24,9 @@ from dichroic.priors import gaussian
 
 DIM, NOISE = 6, 0.05
 FIT = {
-    "mixture": {"components": 2, "gaussian_laps": 3, "laps": 1, "final_laps": 2},
-    "polish": 0,
-    "diffusion": {"laps": 0},
+    "mixture": {"components": 2, "gaussian_iterations": 3, "iterations": 1, "final_iterations": 2},
+    "joint_iterations": 0,
+    "diffusion": {"iterations": 0},
 }
 KEY = jax.random.key(3)
 

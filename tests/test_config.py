@@ -62,7 +62,7 @@ def test_settings_are_replaced_by_dotted_name():
     [
         ({"sed": 1}, r"fit: unknown key 'sed'; did you mean 'seed'\?"),
         ({"zzz": 1}, r"fit: unknown key 'zzz'; known keys: seed, holdout"),
-        ({"mixture": {"lap": 1}}, r"fit\.mixture: unknown key 'lap'; did you mean 'laps'\?"),
+        ({"mixture": {"iteration": 1}}, r"fit\.mixture: unknown key 'iteration'; did you mean 'iterations'\?"),
         ({"mixture": 3}, r"fit\.mixture: expected a table of settings, got 3"),
         ({"mixture": None}, r"fit\.mixture: expected a table of settings, got None"),
         ({"seed": "one"}, r"fit\.seed: expected int, got 'one'"),
@@ -109,7 +109,7 @@ def test_values_that_mean_the_same_are_the_same(values, expect):
 
 COUNTS = """
     batch_size sampler.steps sampler.max_tuples
-    mixture.components mixture.steps mixture.laps mixture.gaussian_laps mixture.final_laps
+    mixture.components mixture.steps mixture.iterations mixture.gaussian_iterations mixture.final_iterations
     mixture.active_tuples mixture.max_tuples mixture.rank diffusion.channels diffusion.levels diffusion.level_depth
     diffusion.steps diffusion.batch_size diffusion.width diffusion.depth
     diffusion.evidence_draws diffusion.evidence_observations

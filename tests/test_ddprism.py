@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dichroic.benchmark.baselines.ddprism import FILE, Ddprism, DdprismConfig
-from dichroic.benchmark.baselines.ddprism_laps import expectation, in_range
+from dichroic.benchmark.baselines.ddprism_iterations import expectation, in_range
 from dichroic.benchmark.baselines.ddprism_sampling import (
     Absolute,
     PublishedGibbs,
@@ -281,8 +281,8 @@ def problem():
 JOINT = DdprismConfig(
     steps=8,
     gaussian_steps=8,
-    gaussian_laps=2,
-    laps=(1, 2),
+    gaussian_iterations=2,
+    iterations=(1, 2),
     training_steps=50,
     training_batch=32,
     width=8,
@@ -310,16 +310,16 @@ def fitted(problem):
 
 
 class Killed(Silent):
-    """Stops a fit in the middle of lap `at`."""
+    """Stops a fit in the middle of iteration `at`."""
 
     def __init__(self, at):
-        self.at, self.laps = at, 0
+        self.at, self.iterations = at, 0
 
-    def lap(self, metrics):
-        self.laps += 1
+    def iteration(self, metrics):
+        self.iterations += 1
 
     def progress(self, what, done, total):
-        if self.laps + 1 == self.at and what.startswith("E-step"):
+        if self.iterations + 1 == self.at and what.startswith("E-step"):
             raise KeyboardInterrupt
 
 
@@ -421,9 +421,9 @@ def test_no_draw_in_range_is_an_error(problem):
         ({"tau": 0.0}, "tau: must be positive"),
         ({"limit": float("nan")}, "limit: must be positive"),
         ({"ridge": -1.0}, "ridge: must not be negative"),
-        ({"laps": ()}, "laps"),
-        ({"laps": (1, -1)}, "laps"),
-        ({"gaussian_laps": 0}, "Gaussian lap"),
+        ({"iterations": ()}, "iterations"),
+        ({"iterations": (1, -1)}, "iterations"),
+        ({"gaussian_iterations": 0}, "Gaussian iteration"),
         ({"sigma_min": 20.0}, "sigma_min < sigma_max"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
@@ -437,8 +437,8 @@ def test_published_settings():
     config = DdprismConfig.published()
     assert config == DdprismConfig()
     assert (config.steps, config.training_steps, config.cg_steps) == (16384, 65536, 1)
-    assert [config.diffusion_laps(g) for g in range(4)] == [16, 32, 64, 64]
-    assert DdprismConfig.published("mixed").gaussian_laps == 8192
+    assert [config.diffusion_iterations(g) for g in range(4)] == [16, 32, 64, 64]
+    assert DdprismConfig.published("mixed").gaussian_iterations == 8192
     assert DdprismConfig.published("mixed", "gibbs").rounds == 512
     assert DdprismConfig.small("gibbs").sampling == "gibbs"
     with pytest.raises(ConfigError, match="none of 'contrastive', 'mixed'"):

@@ -89,7 +89,12 @@ def test_the_problem_file_finds_the_weak_heartbeat(strong, tmp_path, request):
     np.savez(tmp_path / "data.npz", **arrays)
     (tmp_path / "problem.yaml").write_text((request.config.rootpath / EXAMPLE).read_text())
     problem, settings = load_problem(tmp_path / "problem.yaml")
-    settings["mixture"] |= {"components": 4, "gaussian_laps": 3, "laps": 1, "final_laps": 2}
+    settings["mixture"] |= {
+        "components": 4,
+        "gaussian_iterations": 3,
+        "iterations": 1,
+        "final_iterations": 2,
+    }
     separator = Separator(problem, settings).fit(progress=False)
     w = ecg.held_out_windows(strong, 0, repeats=1)
     view = load_view({"observations": w.y.astype(np.float32)}, problem, like="both")

@@ -1,4 +1,4 @@
-"""Whole fits of small problems whose answer is known, lap by lap."""
+"""Whole fits of small problems whose answer is known, iteration by iteration."""
 
 import dataclasses
 from itertools import groupby
@@ -32,12 +32,12 @@ COVARIANCE = {
     "b": np.array([[1.0, -0.6], [-0.6, 0.5]]),
     "c": np.diag([0.1, 2.0]),
 }
-TINY = FitConfig(polish=3, batch_size=128).replace(
+TINY = FitConfig(joint_iterations=3, batch_size=128).replace(
     {
         "mixture.components": 1,
-        "mixture.gaussian_laps": 4,
+        "mixture.gaussian_iterations": 4,
         "mixture.steps": 5,
-        "diffusion.laps": 0,
+        "diffusion.iterations": 0,
         "diffusion.steps": 20,
         "diffusion.width": 16,
         "diffusion.depth": 1,
@@ -69,8 +69,8 @@ CONTRASTIVE = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
 MIXED = [[1, 0.3], [0.3, 1]]
 
 
-def laps(problem, config):
-    """`(state after the lap, metrics)` of all laps."""
+def iterations(problem, config):
+    """`(state after the iteration, metrics)` of all iterations."""
     data, state, out = prepare(problem, config), State(), []
     while not state.done:
         state, metrics = advance(state, data, config)
@@ -167,25 +167,25 @@ def test_a_fit_starts_from_the_power_of_the_views(rng):
 
 
 def runs(metrics):
-    """`(phase, sources, components, number of laps)` of the fit."""
+    """`(phase, sources, components, number of iterations)` of the fit."""
     key = lambda m: (m["phase"], m["sources"], m.get("components"))
     return [(*k, len(list(g))) for k, g in groupby(metrics, key)]
 
 
 @pytest.fixture(scope="module")
 def contrastive():
-    return laps(gaussian_problem(CONTRASTIVE), TINY)
+    return iterations(gaussian_problem(CONTRASTIVE), TINY)
 
 
 def test_contrastive_sources_are_learned_in_turn_and_then_together(contrastive):
     _, out = contrastive
     assert runs([m for _, m in out]) == [
         *[("mixture", k, 1, 4) for k in "abc"],
-        ("polish", "a+b+c", None, 3),
+        ("refinement", "a+b+c", None, 3),
     ]
     states, metrics = zip(*out, strict=True)
-    assert [m["lap"] for m in metrics] == [s.total for s in states] == list(range(1, 16))
-    assert [s.phase for s in states[-4:]] == ["polish"] * 3 + ["done"]
+    assert [m["iteration"] for m in metrics] == [s.total for s in states] == list(range(1, 16))
+    assert [s.phase for s in states[-4:]] == ["refinement"] * 3 + ["done"]
     assert np.diff([s.seconds for s in states]).min() > 0
     scores = {f"psnr_{k}_view{i}" for i in (1, 2, 3) for k in "abc"[:i]}
     assert scores | {f"chi2_view{i}" for i in (1, 2, 3)} <= metrics[-1].keys()
@@ -221,7 +221,7 @@ def test_the_evidence_grows_within_each_size(contrastive):
         assert np.diff([m["log_evidence"] for m in group]).min() > -1e-4
 
 
-def test_every_lap_is_a_function_of_the_state_before_it(contrastive):
+def test_every_iteration_is_a_function_of_the_state_before_it(contrastive):
     data, out = contrastive
     states = [State(), *(s for s, _ in out)]
     for i in (0, 3, 4, 11, 12, 14):
@@ -240,7 +240,7 @@ def arrays(denoisers):
 OVERFIT = TINY.replace(
     {
         "mixture.components": 4,
-        "mixture.laps": 4,
+        "mixture.iterations": 4,
         "mixture.patience": 9,
         "mixture.shrinkage": 0.0,
         "holdout": 0.5,
@@ -251,7 +251,7 @@ OVERFIT = TINY.replace(
 @pytest.fixture(scope="module")
 def overfitted():
     """Few observations of Gaussians: more components fit them better and predict others worse."""
-    return laps(gaussian_problem([[1, 0], [1, 1]], count=60, seed=1), OVERFIT)
+    return iterations(gaussian_problem([[1, 0], [1, 1]], count=60, seed=1), OVERFIT)
 
 
 def scores_of(out, source):
@@ -265,7 +265,9 @@ def scores_of(out, source):
 def test_with_a_prior_on_components_more_of_them_hardly_predict_worse(overfitted):
     free = scores_of(overfitted[1], "a")
     config = OVERFIT.replace({"mixture.shrinkage": None})
-    pulled = scores_of(laps(gaussian_problem([[1, 0], [1, 1]], count=60, seed=1), config)[1], "a")
+    pulled = scores_of(
+        iterations(gaussian_problem([[1, 0], [1, 1]], count=60, seed=1), config)[1], "a"
+    )
     assert len(pulled) == len(free) == 3
     assert pulled[0] == pytest.approx(free[0], abs=1e-5)
     assert min(free) < free[0] - 0.25
@@ -284,9 +286,9 @@ def test_the_best_state_has_the_highest_held_out_evidence(source, overfitted):
     np.testing.assert_allclose(mean_log_evidence(best, [data.test[view]]), max(scores), rtol=1e-5)
 
 
-def test_polishing_never_lowers_the_held_out_evidence(overfitted):
+def test_refinement_never_lowers_the_held_out_evidence(overfitted):
     data, out = overfitted
-    at = [m["phase"] for _, m in out].index("polish")
+    at = [m["phase"] for _, m in out].index("refinement")
     before, after = (mean_log_evidence(out[i][0].best, data.test) for i in (at - 1, -1))
     assert after >= before
     np.testing.assert_allclose(out[-1][1]["heldout_log_evidence"], after, rtol=1e-5)
@@ -296,13 +298,13 @@ def test_growth_stops_after_sizes_without_a_better_score():
     config = TINY.replace(
         {
             "mixture.components": 64,
-            "mixture.laps": 4,
+            "mixture.iterations": 4,
             "mixture.patience": 1,
             "mixture.shrinkage": 0.0,
             "holdout": 0.5,
         }
     )
-    _, out = laps(gaussian_problem([[1]], count=60, seed=1), config)
+    _, out = iterations(gaussian_problem([[1]], count=60, seed=1), config)
     scores = [m["heldout_log_evidence"] for _, m in out if "heldout_log_evidence" in m]
     better = np.diff(scores) > 0
     assert np.all(better[:-1])
@@ -311,7 +313,7 @@ def test_growth_stops_after_sizes_without_a_better_score():
 
 
 def test_mixed_sources_are_learned_at_once():
-    _, out = laps(gaussian_problem(MIXED), TINY)
+    _, out = iterations(gaussian_problem(MIXED), TINY)
     assert runs([m for _, m in out]) == [("mixture", "a+b", 1, 4)]
     # A view says 0.3 times as much of one source as of the other, so of both there is something to know.
     found = {k: np.asarray(d.prior().covariance) for k, d in out[-1][0].best.items()}
@@ -320,8 +322,8 @@ def test_mixed_sources_are_learned_at_once():
 
 @pytest.fixture(scope="module")
 def diffused():
-    config = TINY.replace({"diffusion.laps": 1, "sampler.name": "ddpm", "sampler.steps": 8})
-    return config, laps(gaussian_problem([[1]]), config)
+    config = TINY.replace({"diffusion.iterations": 1, "sampler.name": "ddpm", "sampler.steps": 8})
+    return config, iterations(gaussian_problem([[1]]), config)
 
 
 def test_diffusion_keeps_what_gains_evidence(diffused):
@@ -334,8 +336,8 @@ def test_diffusion_keeps_what_gains_evidence(diffused):
     assert last.score == (gain if gain > 2 * error else 0)
 
 
-def test_a_lap_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch):
-    config = TINY.replace({"diffusion.laps": 3})
+def test_a_iteration_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch):
+    config = TINY.replace({"diffusion.iterations": 3})
     for gain, count in ((-1.0, 1), (0.19, 1), (0.21, 3)):
         monkeypatch.setattr(
             "dichroic.learning.phases.diffusion.evidence_gain", lambda *a, g=gain, **k: (g, 0.1)
@@ -347,11 +349,13 @@ def test_a_lap_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch):
 
 
 def test_every_network_is_kept_where_that_is_asked_for(monkeypatch):
-    """Laps without a gain still count as such."""
+    """Iterations without a gain still count as such."""
     monkeypatch.setattr(
         "dichroic.learning.phases.diffusion.evidence_gain", lambda *a, **k: (-1.0, 0.1)
     )
-    config = TINY.replace({"diffusion.laps": 3, "diffusion.keep": "all", "diffusion.patience": 2})
+    config = TINY.replace(
+        {"diffusion.iterations": 3, "diffusion.keep": "all", "diffusion.patience": 2}
+    )
     state, rows = fit(gaussian_problem([[1]]), config)
     assert runs(rows)[-1] == ("diffusion", "a", None, 2)
     assert isinstance(state.best["a"], Preconditioned)
@@ -375,7 +379,7 @@ def test_sources_are_learned_in_the_order_asked_for():
     assert [r[:2] for r in runs(rows)] == [
         ("mixture", "a+b"),
         ("mixture", "c"),
-        ("polish", "a+b+c"),
+        ("refinement", "a+b+c"),
     ]
     assert set(state.best) == {"a", "b", "c"}
 
@@ -390,7 +394,7 @@ def test_co_observed_views_separate_better_together_than_alone():
     """With both views the sources are all but solved for: a draw is off by √2 posterior deviations."""
     mixing = np.array([[1, 1], [1, -0.5]])
     problem = gaussian_problem(mixing, group="g")
-    config = TINY.replace({"mixture.gaussian_laps": 10})
+    config = TINY.replace({"mixture.gaussian_iterations": 10})
     truth = problem.views[0].truth["a"]
     joint = error(Separator(problem, config).fit(progress=False), list(problem.views), truth)
     alone = [
@@ -439,8 +443,8 @@ def test_the_rank_of_large_sources_doubles_while_held_out_evidence_grows(true, m
     rng = np.random.default_rng(true)
     x = rng.normal(size=(800, true)) @ rng.normal(size=(true, 150)) / np.sqrt(true)
     view = View(x + 0.1 * rng.normal(size=x.shape), {"a": Identity(150)}, 0.1)
-    settings = {"components": 1, "rank": most, "gaussian_laps": 2}
-    config = {"mixture": settings, "diffusion": {"laps": 0}}
+    settings = {"components": 1, "rank": most, "gaussian_iterations": 2}
+    config = {"mixture": settings, "diffusion": {"iterations": 0}}
     separator = Separator(Problem([Source("a", (150,))], [view]), config).fit(progress=False)
     assert separator.denoisers["a"].variances.shape == (1, found)
     tried = [m["rank"] for m in separator.metrics if "heldout_log_evidence" in m]
@@ -467,10 +471,10 @@ def test_images_are_separated_by_mixtures_of_low_rank_and_a_unet():
         {
             "mixture.components": 4,
             "mixture.rank": 8,
-            "mixture.gaussian_laps": 3,
-            "mixture.laps": 2,
-            "mixture.final_laps": 8,
-            "diffusion.laps": 1,
+            "mixture.gaussian_iterations": 3,
+            "mixture.iterations": 2,
+            "mixture.final_iterations": 8,
+            "diffusion.iterations": 1,
             "diffusion.evidence_draws": 1,
             "diffusion.steps": 5,
             "diffusion.batch_size": 64,

@@ -30,14 +30,14 @@ from dichroic.runtime.tracking import read_metrics
 from dichroic.separation.separator import Separator
 
 COUNT = 80
-CONFIG = FitConfig(polish=2, batch_size=128).replace(
+CONFIG = FitConfig(joint_iterations=2, batch_size=128).replace(
     {
         "mixture.components": 2,
-        "mixture.gaussian_laps": 3,
-        "mixture.laps": 2,
-        "mixture.final_laps": 2,
+        "mixture.gaussian_iterations": 3,
+        "mixture.iterations": 2,
+        "mixture.final_iterations": 2,
         "mixture.steps": 4,
-        "diffusion.laps": 0,
+        "diffusion.iterations": 0,
         "diffusion.steps": 20,
         "diffusion.width": 16,
         "diffusion.depth": 1,
@@ -46,7 +46,9 @@ CONFIG = FitConfig(polish=2, batch_size=128).replace(
         "sampler.steps": 8,
     }
 )
-DIFFUSION = CONFIG.replace({"mixture.components": 1, "diffusion.laps": 2, "diffusion.patience": 9})
+DIFFUSION = CONFIG.replace(
+    {"mixture.components": 1, "diffusion.iterations": 2, "diffusion.patience": 9}
+)
 LATEST = "latest.safetensors"
 
 
@@ -63,7 +65,7 @@ def sources(names, gain=None):
 
 
 @pytest.fixture(autouse=True)
-def every_lap_is_kept(monkeypatch):
+def every_iteration_is_kept(monkeypatch):
     monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
 
 
@@ -152,7 +154,7 @@ FAULTS = {
 }
 
 
-# Laps of mixtures
+# Iterations of mixtures
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -162,7 +164,7 @@ def test_an_em_step_that_is_not_finite_is_taken_back_for_a_textbook_step(
     name, change = FAULTS[fault]
     breaking(mixture_em, name, 6, change=change)
     found = fit(one, tmp_path)
-    undone = {m["lap"]: m["steps_undone"] for m in found.metrics if "steps_undone" in m}
+    undone = {m["iteration"]: m["steps_undone"] for m in found.metrics if "steps_undone" in m}
     assert undone == {2: 1}
     assert not any("steps_lost" in m for m in found.metrics)
     assert len(found.metrics) == len(whole_one.metrics)
@@ -176,13 +178,13 @@ def test_an_em_step_that_is_not_finite_is_taken_back_for_a_textbook_step(
 def test_a_size_whose_steps_are_not_finite_ends_with_its_last_good_mixtures(
     one, breaking, tmp_path, fault
 ):
-    """From a step of the first lap of two components on: 12 steps of one component come before."""
+    """From a step of the first iteration of two components on: 12 steps of one component come before."""
     name, change = FAULTS[fault]
     breaking(mixture_em, name, 14, ALWAYS, change)
     rows = Rows()
     found = fit(one, tmp_path, tracker=rows)
     last = found.metrics[-1]
-    assert last["lap"] == 4
+    assert last["iteration"] == 4
     assert (last["components"], last["steps_lost"]) == (2, 1)
     told = [rows.rows[-1], read_metrics(tmp_path / "metrics.jsonl")[-1]]
     assert [m["steps_lost"] for m in told] == [1, 1]
@@ -218,7 +220,7 @@ def test_a_first_prior_without_evidence_is_an_error_and_a_resume_goes_on(
     """When `a` is learned already, and nothing can be computed of `b`."""
     breaking(mixture_em, "statistics", 5 * 4 + 1, ALWAYS)
     with pytest.raises(
-        RunError, match=r"the first prior of b has a log evidence of nan.*are kept\. Laps run"
+        RunError, match=r"the first prior of b has a log evidence of nan.*are kept\. Iterations run"
     ):
         fit(two, tmp_path)
     breaking.mend()
@@ -227,14 +229,14 @@ def test_a_first_prior_without_evidence_is_an_error_and_a_resume_goes_on(
     assert said(fit(two, tmp_path).denoisers) == said(whole_two.denoisers)
 
 
-def test_a_polish_that_is_not_finite_keeps_the_mixtures_of_before(two, breaking, tmp_path):
+def test_a_refinement_that_is_not_finite_keeps_the_mixtures_of_before(two, breaking, tmp_path):
     breaking(mixture_em, "statistics", 2 * 5 * 4 + 1, ALWAYS)
     found = fit(two, tmp_path)
-    polish = [m for m in found.metrics if m["phase"] == "polish"]
-    assert [m["steps_lost"] for m in polish] == [1, 1]
+    rows = [m for m in found.metrics if m["phase"] == "refinement"]
+    assert [m["steps_lost"] for m in rows] == [1, 1]
     before = next(m for m in reversed(found.metrics) if m["phase"] == "mixture")
     assert finite(found.denoisers)
-    assert all(np.isfinite(polish[-1][k]) for k in before if k.startswith("chi2_"))
+    assert all(np.isfinite(rows[-1][k]) for k in before if k.startswith("chi2_"))
     assert load_state(tmp_path / LATEST).done
 
 
@@ -245,7 +247,7 @@ def test_an_observation_far_from_the_others_is_borne(reach, tmp_path):
     y = np.vstack([base.observations, [[reach, reach]]])
     held_out = np.arange(COUNT + 1) % 8 == 1
     view = dataclasses.replace(base, observations=y, held_out=held_out, truth={})
-    config = CONFIG.replace({"mixture.components": 4, "mixture.final_laps": 8})
+    config = CONFIG.replace({"mixture.components": 4, "mixture.final_iterations": 8})
     found = fit(Problem([Source("a", 2)], [view]), tmp_path, config)
     assert load_state(tmp_path / LATEST).done
     assert finite(found.denoisers)
@@ -269,7 +271,9 @@ def test_an_observation_beyond_all_bounds_is_named(tmp_path):
 
 def test_units_beyond_single_precision_are_an_error():
     view = View(np.full((20, 2), 1e25), {"a": Identity(2)}, 1e17, "v")
-    with pytest.raises(RunError, match=r"lap 1 \(mixture\) cannot be computed.*single precision"):
+    with pytest.raises(
+        RunError, match=r"iteration 1 \(mixture\) cannot be computed.*single precision"
+    ):
         fit(Problem([Source("a", 2)], [view]), None)
 
 
@@ -286,7 +290,9 @@ def test_steps_of_low_rank_are_taken_back_too(breaking, tmp_path, fault):
     }[fault]
     breaking(low_rank_em, fault, 6, change=change)
     found = fit(problem, tmp_path, config)
-    assert {m["lap"]: m["steps_undone"] for m in found.metrics if "steps_undone" in m} == {2: 1}
+    assert {m["iteration"]: m["steps_undone"] for m in found.metrics if "steps_undone" in m} == {
+        2: 1
+    }
     assert finite(found.denoisers)
     last = [m["heldout_log_evidence"] for m in (found.metrics[-1], whole.metrics[-1])]
     assert last[0] == pytest.approx(last[1], rel=0.02)
@@ -323,9 +329,9 @@ def test_a_network_that_cannot_be_trained_leaves_the_prior_as_it_was(one, tmp_pa
     found = fit(one, tmp_path, config)
     assert load_state(tmp_path / LATEST).done
     assert isinstance(found.denoisers["a"], Mixture)
-    laps = [m for m in found.metrics if m["phase"] == "diffusion"]
-    assert [m["diverged_a"] for m in laps] == [2, 2]
-    assert [m["evidence_gain_a"] for m in laps] == [0, 0]
+    iterations = [m for m in found.metrics if m["phase"] == "diffusion"]
+    assert [m["diverged_a"] for m in iterations] == [2, 2]
+    assert [m["evidence_gain_a"] for m in iterations] == [0, 0]
     assert [w.rpartition("; ")[2] for w in warnings_of(tmp_path)] == [
         "once more with a tenth of it",
         "the prior of before is kept",
@@ -374,7 +380,7 @@ def test_draws_that_are_not_finite_are_an_error_and_cost_no_state(
         fit(one, tmp_path, DIFFUSION)
     breaking.mend()
     state = load_state(tmp_path / LATEST)
-    assert (state.phase, state.lap, state.total) == ("diffusion", 0, 3)
+    assert (state.phase, state.iteration, state.total) == ("diffusion", 0, 3)
     assert said(load_model(tmp_path / "best")[0]) == said(state.best)
     again = fit(one, tmp_path, DIFFUSION)
     assert said(again.denoisers) == said(whole_diffusion.denoisers)
@@ -386,7 +392,7 @@ def test_the_error_of_draws_says_what_to_look_at(one):
     good = draw(prior, obs, jax.random.key(0), CONFIG)
     safeguards.check_draws("v", obs, good, prior)
     bad = some_not_finite(good)
-    with pytest.raises(RunError, match="Laps run in single precision"):
+    with pytest.raises(RunError, match="Iterations run in single precision"):
         safeguards.check_draws("v", obs, bad, prior)
     network = {"a": with_network(prior["a"], jax.random.key(0), CONFIG)}
     with pytest.raises(RunError, match="the network of a, far from what it has seen"):
@@ -445,9 +451,9 @@ def test_operators_whose_step_is_not_finite_are_taken_back(unknown, breaking):
 def test_no_state_is_ever_written_with_a_number_that_is_not_finite(
     unknown, whole_unknown, breaking, tmp_path
 ):
-    breaking(base, "operator_lap", 7, change=no_numbers)
+    breaking(base, "operator_iteration", 7, change=no_numbers)
     with pytest.raises(
-        RunError, match=r"lap \d+ \(mixture\) .*not finite: operators gain; the laps"
+        RunError, match=r"iteration \d+ \(mixture\) .*not finite: operators gain; the iterations"
     ):
         fit(unknown, tmp_path)
     state = load_state(tmp_path / LATEST)
@@ -455,7 +461,7 @@ def test_no_state_is_ever_written_with_a_number_that_is_not_finite(
     breaking.mend()
     again = fit(unknown, tmp_path)
     assert said(again.denoisers) == said(whole_unknown.denoisers)
-    assert [m["lap"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(
+    assert [m["iteration"] for m in read_metrics(tmp_path / "metrics.jsonl")] == list(
         range(1, len(again.metrics) + 1)
     )
 

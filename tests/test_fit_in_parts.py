@@ -32,9 +32,21 @@ from dichroic.runtime import distributed
 N, M, D, BLOCK = 150, 2, 3, 64
 MEMORY = 2**36  # a test process may hold much
 FIT = {
-    "mixture": {"components": 2, "steps": 3, "laps": 2, "final_laps": 2, "gaussian_laps": 2},
-    "polish": 2,
-    "diffusion": {"laps": 1, "steps": 60, "width": 8, "depth": 1, "evidence_observations": 16},
+    "mixture": {
+        "components": 2,
+        "steps": 3,
+        "iterations": 2,
+        "final_iterations": 2,
+        "gaussian_iterations": 2,
+    },
+    "joint_iterations": 2,
+    "diffusion": {
+        "iterations": 1,
+        "steps": 60,
+        "width": 8,
+        "depth": 1,
+        "evidence_observations": 16,
+    },
     "sampler": {"steps": 4},
 }
 
@@ -133,7 +145,7 @@ def test_a_fit_in_blocks_is_that_in_memory(stated, in_blocks, tmp_path):
     whole, _ = fit(problem, config)
     parts, rows = fit(problem, config, out=tmp_path / "run", memory=MEMORY)
     assert parts.phase == "done"
-    assert {r["phase"] for r in rows} == {"mixture", "polish", "diffusion"}
+    assert {r["phase"] for r in rows} == {"mixture", "refinement", "diffusion"}
     assert not (tmp_path / "run" / "draws").exists()
     for name, one in whole.best.items():
         want = np.asarray(one.covariances())
@@ -180,7 +192,7 @@ def test_draws_on_disk_are_those_in_memory_and_are_not_drawn_twice(stated, in_bl
     none = lambda obs, first: {k: np.zeros((1, obs.count, n)) for k, n in obs.dims.items()}
     found = draw_to_disk(tmp_path, larger, ["alone", "both"], [none, none], model="m", **options)
     assert not found["ring"].window(0).any()
-    draw_to_disk(*args, model="of another lap", **options)
+    draw_to_disk(*args, model="of another iteration", **options)
     assert len(calls) == 18
 
 
@@ -293,8 +305,20 @@ def test_a_fit_in_blocks_goes_on_after_a_kill(stated):
 def test_memory_of_a_fit_does_not_grow_with_the_observations(tmp_path):
     size, few, many = 128, 20_000, 160_000  # both more than a block
     settings = {
-        "mixture": {"components": 2, "steps": 1, "laps": 1, "final_laps": 1, "gaussian_laps": 1},
-        "diffusion": {"laps": 1, "steps": 10, "width": 8, "depth": 1, "evidence_observations": 16},
+        "mixture": {
+            "components": 2,
+            "steps": 1,
+            "iterations": 1,
+            "final_iterations": 1,
+            "gaussian_iterations": 1,
+        },
+        "diffusion": {
+            "iterations": 1,
+            "steps": 10,
+            "width": 8,
+            "depth": 1,
+            "evidence_observations": 16,
+        },
         "sampler": {"steps": 2},
         "holdout": 0.01,
     }

@@ -23,11 +23,11 @@ from dichroic.separation.separator import Separator
 CONFIG = FitConfig().replace(
     {
         "mixture.components": 6,
-        "mixture.gaussian_laps": 3,
-        "mixture.laps": 2,
-        "mixture.final_laps": 4,
-        "polish": 2,
-        "diffusion.laps": 5,
+        "mixture.gaussian_iterations": 3,
+        "mixture.iterations": 2,
+        "mixture.final_iterations": 4,
+        "joint_iterations": 2,
+        "diffusion.iterations": 5,
     }
 )
 
@@ -54,7 +54,7 @@ def test_the_iterations_of_mixtures_that_may_come(args, costs):
     [(JointRefinement(), 1, [1]), (DiffusionEM(), 2, [1, 1, 1]), (DiffusionEM(), 5, [])],
 )
 def test_the_iterations_of_other_phases_that_may_come(phase, done, costs):
-    assert list(phase.costs_left(State(lap=done), None, CONFIG)) == costs
+    assert list(phase.costs_left(State(iteration=done), None, CONFIG)) == costs
 
 
 LIMITS = Limits(rank=20, components=6, patience=2)
@@ -88,26 +88,31 @@ def test_sizes_double_up_to_the_last():
     assert list(sizes(8, 8)) == [8]
 
 
-def test_a_fit_that_grows_to_the_end_has_the_laps_of_the_bound():
-    small = {"mixture.components": 1, "mixture.gaussian_laps": 3, "polish": 2, "diffusion.laps": 0}
+def test_a_fit_that_grows_to_the_end_has_the_iterations_of_the_bound():
+    small = {
+        "mixture.components": 1,
+        "mixture.gaussian_iterations": 3,
+        "joint_iterations": 2,
+        "diffusion.iterations": 0,
+    }
     rows = Separator(manifold_problem(seed=1, count=60), FitConfig().replace(small)).fit(
         progress=False
     )
     phases = [row["phase"] for row in rows.metrics]
-    assert phases == ["mixture"] * 6 + ["polish"] * 2
+    assert phases == ["mixture"] * 6 + ["refinement"] * 2
     assert [row["seconds_left"] > 0 for row in rows.metrics] == [True] * 5 + [False, True, False]
 
 
 def test_the_console_says_what_is_left(capsys):
-    lap = {
+    iteration = {
         "phase": "mixture",
         "sources": "a",
         "components": 4,
         "seconds": 12.0,
         "seconds_left": 200.0,
     }
-    Console().lap(
-        {**lap, "seconds_e_step": 3.0, "peak_memory_mib": 9.0, "heldout_log_evidence": -1.0}
+    Console().iteration(
+        {**iteration, "seconds_e_step": 3.0, "peak_memory_mib": 9.0, "heldout_log_evidence": -1.0}
     )
     assert capsys.readouterr().err == (
         "[  12.0 s, at most 3 min 20 s left of this phase] mixture a × 4: heldout_log_evidence -1\n"

@@ -450,11 +450,13 @@ def test_json_of_any_size_is_not_read(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"seconds": "long"}', b"[1]", b'{"phase": 3}', b'{"lap": {"a": 1}}', b"\xff", b'{"x": 1e999}'],
+    [b'{"seconds": "long"}', b"[1]", b'{"phase": 3}', b'{"iteration": {"a": 1}}', b"\xff", b'{"x": 1e999}'],
 )  # fmt: skip
-def test_metrics_end_at_a_line_that_is_no_lap(tmp_path, line):
-    (tmp_path / "m.jsonl").write_bytes(b'{"lap": 1, "phase": "a"}\n' + line + b'\n{"lap": 2}\n')
-    assert read_metrics(tmp_path / "m.jsonl") == [{"lap": 1, "phase": "a"}]
+def test_metrics_end_at_a_line_that_is_no_iteration(tmp_path, line):
+    (tmp_path / "m.jsonl").write_bytes(
+        b'{"iteration": 1, "phase": "a"}\n' + line + b'\n{"iteration": 2}\n'
+    )
+    assert read_metrics(tmp_path / "m.jsonl") == [{"iteration": 1, "phase": "a"}]
     assert read_metrics(tmp_path / "nowhere") == []
 
 

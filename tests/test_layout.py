@@ -20,9 +20,15 @@ from dichroic.runtime import distributed
 WORKER = Path(__file__).parent / "layout_worker.py"
 LAYOUTS = {"one": (1, 1), "devices": (1, 8), "both": (2, 2)}
 FIT = {
-    "mixture": {"components": 2, "steps": 3, "laps": 3, "final_laps": 3, "gaussian_laps": 3},
-    "polish": 2,
-    "diffusion": {"laps": 0},
+    "mixture": {
+        "components": 2,
+        "steps": 3,
+        "iterations": 3,
+        "final_iterations": 3,
+        "gaussian_iterations": 3,
+    },
+    "joint_iterations": 2,
+    "diffusion": {"iterations": 0},
 }
 
 
@@ -109,7 +115,7 @@ def words(folder, out, *more, file="problem.yaml"):
     ]
 
 
-def laps(run):
+def iterations(run):
     try:
         return len((run / "metrics.jsonl").read_text().splitlines())
     except FileNotFoundError:
@@ -117,9 +123,9 @@ def laps(run):
 
 
 def killed_after(processes, run, count, which):
-    """Kill processes once `count` laps are on the disk."""
+    """Kill processes once `count` iterations are on the disk."""
     until = time.monotonic() + 120
-    while laps(run) < count and time.monotonic() < until:
+    while iterations(run) < count and time.monotonic() < until:
         assert all(p.poll() is None for p in processes), ended(processes)
         time.sleep(0.005)
     for i in which:
@@ -137,7 +143,7 @@ def test_a_fit_goes_on_in_another_layout(stated):
     two = start(words(stated, "moved"), processes=2)
     killed_after(two, stated / "moved", 1, which=(0, 1))
     ended(two)
-    assert 1 <= laps(stated / "moved") < laps(stated / "whole")
+    assert 1 <= iterations(stated / "moved") < iterations(stated / "whole")
     again = words(stated, "moved", "--resume")
     for status, _, errors in ended(start(again, devices=2)):
         assert status == 0, errors
@@ -152,7 +158,7 @@ def test_processes_share_the_blocks_of_observations_in_files(stated):
     assert_same_fit(stated / "whole", stated / "files")
 
 
-def test_the_loss_of_a_process_ends_the_others_and_no_finished_lap_is_lost(stated):
+def test_the_loss_of_a_process_ends_the_others_and_no_finished_iteration_is_lost(stated):
     two = start(words(stated, "lost"), processes=2)
     killed_after(two, stated / "lost", 1, which=[1])
     first, second = ended(two)

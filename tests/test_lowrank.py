@@ -21,7 +21,7 @@ from dichroic.inference.low_rank_sampling import low_rank_draws
 from dichroic.inference.samplers import Ancestral
 from dichroic.learning.mixture.low_rank_em import (
     from_columns,
-    low_rank_lap,
+    low_rank_iteration,
     low_rank_statistics,
     maximise_low_rank,
 )
@@ -333,7 +333,9 @@ def test_a_start_from_masked_observations_has_the_moments_of_the_source():
     start = initial_low_rank("a", [obs], 2, 1.0, {}, 1)
     assert np.isfinite(np.asarray(start.variances)).all()
     np.testing.assert_allclose(start.means[0], 2, rtol=0.15)
-    found, _ = low_rank_lap({"a": start}, [take(obs, slice(0, 100))], ["a"], MixtureConfig(steps=8))
+    found, _ = low_rank_iteration(
+        {"a": start}, [take(obs, slice(0, 100))], ["a"], MixtureConfig(steps=8)
+    )
     basis, variances = np.asarray(found["a"].basis[0]), np.asarray(found["a"].variances[0])
     top = basis[:, np.argmax(variances)]
     assert abs(top @ axis) / np.linalg.norm(axis) > 0.95
@@ -367,7 +369,7 @@ def test_a_floor_that_should_be_zero_falls_faster_than_in_the_textbook():
     obs = View(y, {"a": Identity(20)}, 0.1).prepare()
     start = {"a": initial_low_rank("a", [obs], 2, 1.0, {}, 1)}
     start = {"a": Mixture(**{**start["a"].__dict__, "floor": np.full(1, 0.1)})}
-    ours, _ = low_rank_lap(start, [obs], ["a"], MixtureConfig(steps=30))
+    ours, _ = low_rank_iteration(start, [obs], ["a"], MixtureConfig(steps=30))
     book = start
     for _ in range(30):
         _, sums = low_rank_statistics(book, obs)
@@ -423,7 +425,7 @@ def test_loadings_where_entries_are_missing_are_mended_though_the_floor_is_far_b
     columns[0, 10:25, 0] -= 30
     columns[0, 10:25, 3] = 40  # as if gaps were zeros
     wrong = {"a": from_columns(np.ones(1), columns, 1e-4, (60,))}
-    found, _ = low_rank_lap(wrong, [obs], ["a"], MixtureConfig(steps=60))
+    found, _ = low_rank_iteration(wrong, [obs], ["a"], MixtureConfig(steps=60))
     mixture = found["a"]
     seen = np.delete(np.arange(140), np.s_[::7])
     np.testing.assert_allclose(mixture.means[0][10:25], y[seen, 10:25].mean(axis=0), atol=1.0)
@@ -444,7 +446,7 @@ def test_one_component_without_noise_is_pca():
     y = x + noise * rng.normal(size=x.shape)
     obs = View(y, {"a": Identity(d)}, noise).prepare()
     mixture = {"a": initial_low_rank("a", [obs], r, 1.0, {}, 1)}
-    mixture, _ = low_rank_lap(mixture, [obs], ["a"], MixtureConfig(steps=60))
+    mixture, _ = low_rank_iteration(mixture, [obs], ["a"], MixtureConfig(steps=60))
     values, vectors = np.linalg.eigh(np.cov(y.T, bias=True))
     found = mixture["a"]
     floor = values[:-r].mean() - noise**2
@@ -473,8 +475,8 @@ def test_two_sources_in_two_views_are_told_apart():
     best = low_rank_log_evidence(truth, mixed).mean()
     config = MixtureConfig(steps=40)
     start = {k: ppca(20 + i, 2, 30, 2, 1.0) for i, k in enumerate("ab")}
-    found, _ = low_rank_lap({"a": start["a"]}, [alone], ["a"], config)
-    found, _ = low_rank_lap({**found, "b": start["b"]}, [mixed], ["b"], config)
+    found, _ = low_rank_iteration({"a": start["a"]}, [alone], ["a"], config)
+    found, _ = low_rank_iteration({**found, "b": start["b"]}, [mixed], ["b"], config)
     value = low_rank_log_evidence(found, mixed).mean()
     # Two components of 30 × 3 numbers each for two sources, and the floors: about half a nat each of n.
     assert abs(value - best) < 4 * 30 * 3 / 1500

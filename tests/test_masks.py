@@ -359,8 +359,13 @@ def test_a_survey_cube_is_separated_whatever_lies_under_its_flags(count, rng):
         noise = DiagonalNoise(np.where(good, 0.01, variance))
         seen = View(np.where(good, y, value), {"x": blur}, noise, "v", mask=good)
         settings = {
-            "mixture": {"components": 1, "gaussian_laps": 2, "laps": 1, "final_laps": 1},
-            "diffusion": {"laps": 0},
+            "mixture": {
+                "components": 1,
+                "gaussian_iterations": 2,
+                "iterations": 1,
+                "final_iterations": 1,
+            },
+            "diffusion": {"iterations": 0},
         }
         separator = Separator(Problem([Source("x", shape)], [seen]), settings)
         result = separator.fit(progress=False).separate("v", n_draws=2)

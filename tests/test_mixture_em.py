@@ -17,7 +17,7 @@ from dichroic.learning.mixture import statistics as mixture_statistics
 from dichroic.learning.mixture import statistics_shared
 from dichroic.learning.mixture.em import (
     choose,
-    em_lap,
+    em_iteration,
     mean_log_evidence,
     split_components,
     statistics,
@@ -298,12 +298,12 @@ def test_textbook_steps_never_lower_the_evidence(kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["shared", "per observation"])
-def test_laps_reach_a_higher_evidence_than_as_many_textbook_steps(kind, rng):
+def test_iterations_reach_a_higher_evidence_than_as_many_textbook_steps(kind, rng):
     start, obs = case(rng, kind=kind)
     config = MixtureConfig(steps=5, active_tuples=6, floor=1e-8)
     mixtures, evidences = start, []
     for _ in range(8):
-        mixtures, evidence = em_lap(mixtures, [obs], ["a", "b"], config)
+        mixtures, evidence = em_iteration(mixtures, [obs], ["a", "b"], config)
         evidences.append(evidence)
     assert np.diff(evidences).min() > -1e-5
     slow = start
@@ -314,9 +314,9 @@ def test_laps_reach_a_higher_evidence_than_as_many_textbook_steps(kind, rng):
     assert ours >= evidences[-1] - 1e-5
 
 
-def test_a_lap_of_some_sources_leaves_the_others(rng):
+def test_a_iteration_of_some_sources_leaves_the_others(rng):
     mixtures, obs = case(rng, kind="shared")
-    updated, _ = em_lap(mixtures, [obs], ["b"], MixtureConfig(steps=2))
+    updated, _ = em_iteration(mixtures, [obs], ["b"], MixtureConfig(steps=2))
     assert updated["a"] is mixtures["a"]
     assert not np.allclose(updated["b"].means, mixtures["b"].means)
 
@@ -399,7 +399,7 @@ def test_a_component_without_observations_does_not_move_with_the_others(rng):
 
 
 def test_nearly_the_same_mixture_in_two_views_takes_few_steps(rng, monkeypatch):
-    """Weights (1, 0.9) and (0.9, 1): one lap of 5 steps finds the means; source by source it does not."""
+    """Weights (1, 0.9) and (0.9, 1): one iteration of 5 steps finds the means; source by source it does not."""
     truth = {"a": np.array([1.0, -2.0, 0.5]), "b": np.array([-1.0, 0.5, 2.0])}
     views = []
     for weights in ((1, 0.9), (0.9, 1)):
@@ -414,7 +414,7 @@ def test_nearly_the_same_mixture_in_two_views_takes_few_steps(rng, monkeypatch):
     away = {}
     for most in (mixture_em.MOST_MEANS, 0):
         monkeypatch.setattr(mixture_em, "MOST_MEANS", most)
-        mixtures, _ = em_lap(start, views, ["a", "b"], MixtureConfig())
+        mixtures, _ = em_iteration(start, views, ["a", "b"], MixtureConfig())
         away[most > 0] = np.max([np.abs(mixtures[k].means[0] - m).max() for k, m in truth.items()])
     # 800 observations of 2 numbers with a spread of 0.14 tell the difference of the sources, seen at a
     # tenth, to about 0.14 / 0.1 / √800 = 0.05 a number.
@@ -425,16 +425,16 @@ def test_nearly_the_same_mixture_in_two_views_takes_few_steps(rng, monkeypatch):
 @pytest.mark.parametrize("textbook", [True, False])
 def test_a_variance_that_should_be_zero_falls_at_the_stated_rate(textbook):
     """One number with variance c seen n times in noise σ², where the data have just variance σ²: then
-    `S = W c̃` with `W = 1 / (c + σ²)`, and c falls as σ² / laps, or as σ² / √(2 laps) by the textbook."""
-    c, noise, n, laps = 1.0, 0.04, 100, 400
-    for _ in range(laps):
+    `S = W c̃` with `W = 1 / (c + σ²)`, and c falls as σ² / iterations, or as σ² / √(2 iterations) by the textbook."""
+    c, noise, n, iterations = 1.0, 0.04, 100, 400
+    for _ in range(iterations):
         w = n / (c + noise)
         sums = Sums(*(np.asarray(a, float) for a in (
             [n], [[0.0]], [[[w * noise / (c + noise)]]], [[[w]]]
         )))  # fmt: skip
         m = gaussian(np.zeros(1), [[c]])
         c = float(maximise(m, sums, floor=1e-12, textbook=textbook).covariances()[0, 0, 0])
-    expect = noise / np.sqrt(2 * laps) if textbook else noise / laps
+    expect = noise / np.sqrt(2 * iterations) if textbook else noise / iterations
     np.testing.assert_allclose(c, expect, rtol=0.1)
 
 
@@ -466,7 +466,7 @@ def test_two_gaussians_in_contrastive_views_are_recovered_within_the_sampling_er
     ]
     found = {k: gaussian(np.zeros(dim), np.eye(dim)) for k in cov}
     for _ in range(10):
-        found, _ = em_lap(found, views, ["a", "b"], MixtureConfig())
+        found, _ = em_iteration(found, views, ["a", "b"], MixtureConfig())
     s1 = cov["a"] + noise**2 * np.eye(dim)
     s2 = s1 + cov["b"]
     scatter = lambda s: (np.outer(np.diag(s), np.diag(s)) + s**2) / n

@@ -26,8 +26,8 @@ from dichroic.separation.streaming import separate_to
 N, D, STD = 300, 8, 0.05
 SOURCES = [Source("wave", (D,)), Source("pulse", (D,))]
 FAST = {
-    "mixture": {"components": 2, "gaussian_laps": 3, "laps": 1, "final_laps": 1},
-    "diffusion": {"laps": 0},
+    "mixture": {"components": 2, "gaussian_iterations": 3, "iterations": 1, "final_iterations": 1},
+    "diffusion": {"iterations": 0},
 }
 A = Identity((D,))
 
@@ -160,7 +160,7 @@ def test_views_in_files_give_what_those_in_memory_do(plain, high, tmp_path):
 
 def test_a_fit_that_goes_on_from_another_keeps_its_offsets(plain, high):
     alone, mixed, *_ = plain
-    config = FitConfig.from_dict({"diffusion": {"laps": 1}})
+    config = FitConfig.from_dict({"diffusion": {"iterations": 1}})
     start, near = Start(high.denoisers, high.operators), problem(alone + 1e8 + 3, mixed + 1e8 + 3)
     start.check(near, config)
     data = prepare(near, config, known=start.offsets(near))

@@ -14,7 +14,7 @@ from dichroic.errors import DataError, FormatError
 from dichroic.io import load_problem, summary_rows
 from dichroic.io.model_files import read_tensors, write_tensors
 from dichroic.learning.checkpoint import load_state, save_state
-from dichroic.learning.mixture.operator_em import observation_scores, operator_lap
+from dichroic.learning.mixture.operator_em import observation_scores, operator_iteration
 from dichroic.learning.state import State
 from dichroic.operators import Dense, Function, Identity, Learned, Place, Scale
 from dichroic.operators.learnable import from_lists, parameters, to_lists, with_parameters
@@ -26,11 +26,11 @@ from dichroic.problem.view import View
 CONFIG = MixtureConfig()
 
 
-def laps(mixtures, views, n):
+def iterations(mixtures, views, n):
     """`n` M-steps of the operators alone; the views with them, and the last errors."""
     errors = {}
     for _ in range(n):
-        found, errors = operator_lap(mixtures, views, CONFIG)
+        found, errors = operator_iteration(mixtures, views, CONFIG)
         views = with_parameters(views, found)
     return views, errors
 
@@ -45,7 +45,7 @@ def test_a_gain_and_its_error_are_those_of_the_closed_form():
     rng = np.random.default_rng(0)
     y = g * rng.normal(size=(n, 1)) + noise * rng.normal(size=(n, 1))
     obs = View(y, {"x": Learned(Scale(1, 0.2), "gain")}, noise).prepare()
-    views, errors = laps({"x": gaussian(np.zeros(1), np.eye(1))}, [obs], 6)
+    views, errors = iterations({"x": gaussian(np.zeros(1), np.eye(1))}, [obs], 6)
     best = np.sqrt(np.mean(y**2) - noise**2)
     assert learned(views)["gain"][0] == pytest.approx(best, abs=1e-4)
     exact = (best**2 + noise**2) / np.sqrt(2 * n) / best
@@ -76,7 +76,7 @@ def test_a_matrix_that_is_shared_by_a_view_is_found_within_its_errors():
     y = x["a"] @ matrix.T + x["b"] @ other.T + noise * rng.normal(size=(n, 4))
     start = Learned(Dense(matrix + 0.2 * rng.normal(size=matrix.shape)), "matrix")
     obs = View(y, {"a": start, "b": Dense(other)}, noise).prepare()
-    views, errors = laps(mixtures, [obs], 5)
+    views, errors = iterations(mixtures, [obs], 5)
     z = (learned(views)["matrix"][0] - matrix) / np.asarray(errors["matrix"][0])
     assert abs(np.mean(z**2) - 1) < 4.5 * np.sqrt(2 / z.size)
 
@@ -101,7 +101,7 @@ def test_scores_are_the_gradient_of_the_evidence_and_a_step_never_lowers_it():
         moved = [tuple(a + s * h * (i == j) for j, a in enumerate(values["turn"])) for s in (1, -1)]
         up, down = (float(at({"turn": v}).log_evidence) for v in moved)
         assert here.score[i] == pytest.approx((up - down) / (2 * h), rel=2e-2, abs=1.0)
-    found, _ = operator_lap({"a": m}, [obs], CONFIG)
+    found, _ = operator_iteration({"a": m}, [obs], CONFIG)
     assert at(found).log_evidence >= here.log_evidence
     np.testing.assert_allclose(here.information, here.information.T, rtol=1e-4)
 
@@ -122,8 +122,8 @@ def problem(f, *, start=None, n=1500, seed=0, held_out=None):
 
 FIT = FitConfig.from_dict(
     {
-        "mixture": {"components": 4, "gaussian_laps": 4, "final_laps": 6},
-        "diffusion": {"laps": 0},
+        "mixture": {"components": 4, "gaussian_iterations": 4, "final_iterations": 6},
+        "diffusion": {"iterations": 0},
     }
 )
 
@@ -229,11 +229,11 @@ def test_a_problem_file_states_what_is_to_be_learned(tmp_path):
 
 def test_a_state_written_before_operators_could_be_learned_is_read(tmp_path):
     path = tmp_path / "s.safetensors"
-    save_state(path, State(lap=3))
+    save_state(path, State(iteration=3))
     arrays, meta = read_tensors(path)
     counters = {k: v for k, v in meta["counters"].items() if "operators" not in k}
     write_tensors(path, arrays, {**meta, "counters": counters})
-    assert load_state(path) == State(lap=3)
+    assert load_state(path) == State(iteration=3)
 
 
 NU = np.array([30.0, 44.0, 70.0, 100.0], np.float32) / 30  # the first is the reference
@@ -258,8 +258,8 @@ def all_frequencies(rng, synchrotron):
 
 
 def test_a_reference_that_no_parameter_changes_settles_the_scale(rng):
-    mixture = {"components": 1, "gaussian_laps": 6, "laps": 1, "final_laps": 1}
-    settings = {"mixture": mixture, "diffusion": {"laps": 0}}
+    mixture = {"components": 1, "gaussian_iterations": 6, "iterations": 1, "final_iterations": 1}
+    settings = {"mixture": mixture, "diffusion": {"iterations": 0}}
     separator = Separator(all_frequencies(rng, spectrum()), settings).fit(progress=False)
     assert abs(float(separator.operators["beta"][0]) + 3) < 0.1
 

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.checked
 M = 12
 CONFIG = FitConfig()
 SMALL = {
-    "polish": 0,
-    "mixture": {"components": 1, "gaussian_laps": 3, "laps": 2, "final_laps": 2},
-    "diffusion": {"laps": 0},
+    "joint_iterations": 0,
+    "mixture": {"components": 1, "gaussian_iterations": 3, "iterations": 2, "final_iterations": 2},
+    "diffusion": {"iterations": 0},
 }
 
 
@@ -360,7 +360,7 @@ def test_views_of_one_group_are_checked_together_and_entries_named_by_view():
 def test_networks_have_no_log_score_and_are_judged_by_the_mean_square_error():
     settings = {
         **SMALL,
-        "diffusion": {"laps": 1, "steps": 2, "width": 8, "depth": 1, "keep": "all"},
+        "diffusion": {"iterations": 1, "steps": 2, "width": 8, "depth": 1, "keep": "all"},
     }
     separator = Separator(small_problem(), settings).fit(progress=False)
     (found,) = separator.predictive_checks().views

@@ -29,9 +29,9 @@ from dichroic.problem.view import View
 from dichroic.separation.separator import Separation, Separator
 
 SETTINGS = {
-    "polish": 0,
-    "mixture": {"components": 2, "gaussian_laps": 3, "laps": 2, "final_laps": 2},
-    "diffusion": {"laps": 0},
+    "joint_iterations": 0,
+    "mixture": {"components": 2, "gaussian_iterations": 3, "iterations": 2, "final_iterations": 2},
+    "diffusion": {"iterations": 0},
 }
 SECTIONS = [
     "Result",
@@ -124,7 +124,7 @@ def test_the_page_is_well_formed_and_has_every_section(reported):
         "mind the <gap>",
         "least <squares>",
         "31.23",
-        "No diffusion lap",
+        "No diffusion iteration",
     ):
         assert words in text
 
@@ -178,8 +178,8 @@ def test_predictive_checks_are_in_the_page_with_their_warnings(tmp_path):
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        ([], "No diffusion lap was run"),
-        ([(0.5, 0.1)], "x: improved by at least 0.500 nats per draw in the lap; the network"),
+        ([], "No diffusion iteration was run"),
+        ([(0.5, 0.1)], "x: improved by at least 0.500 nats per draw in the iteration; the network"),
         (
             [(0.5, 0.1), (0.25, 0.1), (0.1, 0.1)],
             "x: improved by at least 0.750 nats per draw in 2 of 3",
@@ -190,13 +190,13 @@ def test_predictive_checks_are_in_the_page_with_their_warnings(tmp_path):
 def test_the_verdict_says_what_diffusion_gained(gains, words):
     from dichroic.diagnostics.report.sections import _verdict
 
-    lap = lambda g, e: {
+    iteration = lambda g, e: {
         "phase": "diffusion",
         "sources": "x",
         "evidence_gain_x": g,
         "evidence_gain_error_x": e,
     }
-    assert words in _verdict([{"phase": "mixture"}, *(lap(*pair) for pair in gains)])
+    assert words in _verdict([{"phase": "mixture"}, *(iteration(*pair) for pair in gains)])
 
 
 def held(chi2):

@@ -24,7 +24,11 @@ from dichroic.runtime.records import read_record, write_record
 from dichroic.runtime.tracking import read_metrics
 from dichroic.separation.separator import Separator
 
-SMALL = {"polish": 2, "mixture": {"components": 1, "gaussian_laps": 4}, "diffusion": {"laps": 0}}
+SMALL = {
+    "joint_iterations": 2,
+    "mixture": {"components": 1, "gaussian_iterations": 4},
+    "diffusion": {"iterations": 0},
+}
 STATES = ("latest.safetensors", "previous.safetensors")
 
 
@@ -42,7 +46,7 @@ def problem():
 
 
 @pytest.fixture(autouse=True)
-def every_lap_is_kept(monkeypatch):
+def every_iteration_is_kept(monkeypatch):
     monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
 
 
@@ -66,7 +70,7 @@ def events(folder):
 
 @pytest.fixture
 def half(problem, tmp_path):
-    """A run that was killed after six laps."""
+    """A run that was killed after six iterations."""
     with pytest.raises(Killed):
         Separator(problem, SMALL).fit(tmp_path, progress=KillAt(6))
     assert load_state(tmp_path / STATES[0]).total == 6
@@ -83,10 +87,10 @@ def damage(path, where=-3):
 def test_a_damaged_state_is_put_aside_for_the_one_before(problem, half, whole, capsys):
     damage(half / STATES[0])
     assert said(fit(problem, half).denoisers) == whole
-    assert [r["lap"] for r in read_metrics(half / "metrics.jsonl")] == list(range(1, 11))
+    assert [r["iteration"] for r in read_metrics(half / "metrics.jsonl")] == list(range(1, 11))
     (note,) = [e for e in events(half) if e["level"] == "warning"]
     assert "latest.safetensors is damaged" in note["event"]
-    assert note["event"].endswith("going on from the state before it, of lap 5")
+    assert note["event"].endswith("going on from the state before it, of iteration 5")
     assert (half / note["damaged"]).is_file()
 
 
@@ -119,10 +123,10 @@ def test_a_state_of_a_newer_release_is_not_taken_for_damage(problem, half):
 @pytest.mark.parametrize(
     "change",
     [
-        {"phase": "polish"},
+        {"phase": "refinement"},
         {"group": 7},
         {"group": -1},
-        {"lap": 0.5},
+        {"iteration": 0.5},
         {"seconds": None},
         {"phase": "over"},
         {"score": "high"},
@@ -145,9 +149,9 @@ def test_a_state_that_no_fit_is_ever_in_is_refused(problem, tmp_path, change):
 def test_a_kill_before_any_rename_leaves_a_run_that_goes_on(problem, tmp_path, monkeypatch):
     """Every write ends in a rename, and the process may end before each of them."""
     short = {
-        "polish": 0,
-        "mixture": {"components": 1, "gaussian_laps": 2},
-        "diffusion": {"laps": 0},
+        "joint_iterations": 0,
+        "mixture": {"components": 1, "gaussian_iterations": 2},
+        "diffusion": {"iterations": 0},
     }
     go = lambda out: Separator(problem, short).fit(out, progress=False, resume=True).denoisers
     replace, left = os.replace, [-1]
@@ -213,11 +217,11 @@ size = 200
 y = np.random.default_rng(0).normal(size=(50, size))
 problem = Problem([Source("a", (size,))], [View(y, {"a": Identity(size)}, 0.1, "v")])
 class Limit:
-    def lap(self, metrics):
-        if metrics["lap"] == 2:
+    def iteration(self, metrics):
+        if metrics["iteration"] == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     def progress(self, *args): pass
-settings = {"mixture": {"components": 1, "gaussian_laps": 4, "rank": 4}, "diffusion": {"laps": 0}}
+settings = {"mixture": {"components": 1, "gaussian_iterations": 4, "rank": 4}, "diffusion": {"iterations": 0}}
 try:
     Separator(problem, settings).fit(sys.argv[1], progress=Limit(), resume=True)
 except RunError as error:
@@ -236,7 +240,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_state(tmp_path):
     assert "make room" in done.stdout
     assert load_state(tmp_path / STATES[0]).total == 2
     assert not list(tmp_path.rglob(".*"))
-    again = LIMITED.replace('metrics["lap"] == 2', "False")
+    again = LIMITED.replace('metrics["iteration"] == 2', "False")
     subprocess.run([sys.executable, "-c", again, str(tmp_path)], check=True, capture_output=True)
     assert load_state(tmp_path / STATES[0]).done
 
@@ -277,7 +281,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, sent):
     np.save(tmp_path / "y.npy", np.random.default_rng(0).normal(size=(400, 3)))
     (tmp_path / "p.yaml").write_text(
         "sources: {a: [3]}\nviews: {v: {observations: y.npy, operators: {a: identity}, noise: 0.1}}\n"
-        "fit: {mixture: {components: 1, gaussian_laps: 3000}, diffusion: {laps: 0}}\n"
+        "fit: {mixture: {components: 1, gaussian_iterations: 3000}, diffusion: {iterations: 0}}\n"
     )
     out = tmp_path / "a run"
     heeding = (  # what a shell starts in the background ignores Ctrl-C
@@ -301,23 +305,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, sent):
     line = said.splitlines()[-1].strip()
     assert line == f"dichroic fit {tmp_path / 'p.yaml'} --out '{out}' --no-report --resume"
     kept = load_state(out / STATES[0]).total
-    laps = len(
+    iterations = len(
         read_metrics(out / "metrics.jsonl")
     )  # of which a last one may have come after the state
-    assert 0 < kept <= laps <= kept + 1
+    assert 0 < kept <= iterations <= kept + 1
     assert events(out)[-1]["error"].startswith("KeyboardInterrupt")
 
 
 def test_a_state_without_denoisers_comes_back(tmp_path):
-    save_state(tmp_path / "s", State(lap=3))
-    assert load_state(tmp_path / "s") == State(lap=3)
+    save_state(tmp_path / "s", State(iteration=3))
+    assert load_state(tmp_path / "s") == State(iteration=3)
 
 
-def test_laps_that_the_metrics_have_lost_are_said(problem, half, whole, caplog):
+def test_iterations_that_the_metrics_have_lost_are_said(problem, half, whole, caplog):
     lines = (half / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (half / "metrics.jsonl").write_bytes(b"".join(lines[:2]))
     assert said(fit(problem, half).denoisers) == whole
-    assert "metrics.jsonl has lost laps: it has 2 of 6" in caplog.text
+    assert "metrics.jsonl has lost iterations: it has 2 of 6" in caplog.text
 
 
 @pytest.mark.parametrize(("begun", "how"), [(True, "with"), (False, "without")])

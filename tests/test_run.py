@@ -24,10 +24,10 @@ from dichroic.runtime.tracking import read_metrics
 from dichroic.separation.separator import Separator
 
 SMALL = {
-    "polish": 2,
-    "mixture": {"components": 4, "gaussian_laps": 5, "laps": 3, "final_laps": 4},
+    "joint_iterations": 2,
+    "mixture": {"components": 4, "gaussian_iterations": 5, "iterations": 3, "final_iterations": 4},
     "diffusion": {
-        "laps": 2,
+        "iterations": 2,
         "steps": 100,
         "keep": "all",
         "width": 16,
@@ -62,10 +62,14 @@ def denoiser_arrays(denoiser):
     return [arrays[k] for k in sorted(arrays)]
 
 
-@pytest.mark.parametrize("lap", sorted(np.random.default_rng(5).choice(np.arange(1, 26), 3, False)))
-def test_a_run_killed_at_a_random_lap_resumes_to_the_same_result(problem, whole, tmp_path, lap):
+@pytest.mark.parametrize(
+    "iteration", sorted(np.random.default_rng(5).choice(np.arange(1, 26), 3, False))
+)
+def test_a_run_killed_at_a_random_iteration_resumes_to_the_same_result(
+    problem, whole, tmp_path, iteration
+):
     with pytest.raises(Killed):
-        Separator(problem, SMALL).fit(tmp_path, progress=KillAt(int(lap)))
+        Separator(problem, SMALL).fit(tmp_path, progress=KillAt(int(iteration)))
     resumed = Separator(problem, SMALL).fit(tmp_path, resume=True, progress=False)
     folder, uninterrupted = whole
     assert_same_model(resumed.denoisers, uninterrupted.denoisers)
@@ -84,7 +88,7 @@ def test_resume_starts_where_there_is_no_run_yet(problem, whole, tmp_path):
 def mixtures(problem, tmp_path_factory):
     """The folder of a fit of mixtures alone, with the settings of `whole`."""
     folder = tmp_path_factory.mktemp("runs") / "mixtures"
-    Separator(problem, SMALL | {"diffusion": {"laps": 0}}).fit(folder, progress=False)
+    Separator(problem, SMALL | {"diffusion": {"iterations": 0}}).fit(folder, progress=False)
     return folder
 
 
@@ -105,7 +109,7 @@ def test_a_fit_that_starts_from_mixtures_ends_as_one_that_learns_them(
 def test_what_a_start_left_that_was_killed_is_no_state_of_another_run(
     problem, whole, mixtures, tmp_path, monkeypatch
 ):
-    """A kill between the state that a run starts from and its record; then one before a first lap."""
+    """A kill between the state that a run starts from and its record; then one before a first iteration."""
 
     def killed(*_):
         raise Killed
@@ -151,8 +155,8 @@ def test_a_start_that_does_not_fit_is_refused(problem, mixtures, tmp_path):
         few.denoisers = denoisers
         with pytest.raises(error, match=message):
             Separator(problem, SMALL).fit(tmp_path / "new", start=few, progress=False)
-    none = SMALL | {"diffusion": {"laps": 0}}
-    with pytest.raises(ConfigError, match="has diffusion laps alone"):
+    none = SMALL | {"diffusion": {"iterations": 0}}
+    with pytest.raises(ConfigError, match="has diffusion iterations alone"):
         Separator(problem, none).fit(tmp_path / "new", start=mixtures, progress=False)
     assert not (tmp_path / "new").exists()
 
@@ -234,7 +238,7 @@ def stated(tmp_path):
             "noise": 0.01,
         }
     np.savez(tmp_path / "data.npz", **arrays)
-    fit = {**SMALL, "diffusion": {"laps": 0}}
+    fit = {**SMALL, "diffusion": {"iterations": 0}}
     content = {"sources": {"source1": [5], "source2": [5]}, "views": views, "fit": fit}
     (tmp_path / "problem.yaml").write_text(yaml.safe_dump(content))
     return tmp_path
@@ -260,10 +264,12 @@ def test_the_command_line_does_what_the_front_door_does(stated, capsys):
 
 
 def test_errors_are_one_clear_line(stated, capsys):
-    text = (stated / "problem.yaml").read_text().replace("polish", "polsh")
+    text = (stated / "problem.yaml").read_text().replace("joint_iterations", "joint_iteratons")
     (stated / "problem.yaml").write_text(text)
     assert main(["fit", str(stated / "problem.yaml"), "--out", str(stated / "run")]) == 2
-    assert "unknown key 'polsh'; did you mean 'polish'?" in capsys.readouterr().err
+    assert (
+        "unknown key 'joint_iteratons'; did you mean 'joint_iterations'?" in capsys.readouterr().err
+    )
 
 
 def test_help_is_instant():

@@ -16,9 +16,9 @@ from dichroic.problem.screening import left_out, screened, suspicions
 
 NOISE = 0.05
 SHORT = {
-    "mixture": {"components": 2, "gaussian_laps": 2, "laps": 1, "final_laps": 1},
-    "polish": 0,
-    "diffusion": {"laps": 0},
+    "mixture": {"components": 2, "gaussian_iterations": 2, "iterations": 1, "final_iterations": 1},
+    "joint_iterations": 0,
+    "diffusion": {"iterations": 0},
 }
 
 

@@ -153,7 +153,7 @@ def test_the_problem_file_learns_from_the_arrays_and_beats_the_wiener_filter(
     np.savez(tmp_path / "data.npz", **arrays)
     (tmp_path / "problem.yaml").write_text((request.config.rootpath / EXAMPLE).read_text())
     problem, settings = load_problem(tmp_path / "problem.yaml")
-    settings["mixture"] |= {"components": 2, "gaussian_laps": 1, "final_laps": 3}
+    settings["mixture"] |= {"components": 2, "gaussian_iterations": 1, "final_iterations": 3}
     separator = Separator(problem, settings).fit(progress=False)
     ((y, x, known),) = seismic.injected(test, (0,), 0, per_signal=1)
     parts = seismic.observed_tiles(y, known, arrays["level"])

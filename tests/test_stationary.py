@@ -18,8 +18,12 @@ from dichroic.errors import ConfigError, FormatError
 from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.low_rank_sampling import low_rank_draws
 from dichroic.io.model_files import load_denoiser, save_denoiser
-from dichroic.learning.mixture.em import em_lap, mean_log_evidence, split_components
-from dichroic.learning.mixture.low_rank_em import from_columns, low_rank_lap, low_rank_statistics
+from dichroic.learning.mixture.em import em_iteration, mean_log_evidence, split_components
+from dichroic.learning.mixture.low_rank_em import (
+    from_columns,
+    low_rank_iteration,
+    low_rank_statistics,
+)
 from dichroic.operators import Dense, Identity
 from dichroic.operators.noise import DenseNoise
 from dichroic.priors import Mixture
@@ -168,8 +172,8 @@ def test_both_kinds_of_em_take_the_same_step(textbook, rng, monkeypatch):
     if textbook:
         for module in ("em", "low_rank_em"):
             monkeypatch.setattr(f"dichroic.learning.mixture.{module}.ascend", _textbook_only)
-    one, a = em_lap(dense, [obs], ["sky"], FREE)
-    two, b = low_rank_lap(mixtures, [obs], ["sky"], FREE)
+    one, a = em_iteration(dense, [obs], ["sky"], FREE)
+    two, b = low_rank_iteration(mixtures, [obs], ["sky"], FREE)
     assert a == pytest.approx(b, rel=1e-7)
     for name in ("log_weights", "means"):
         got, want = np.asarray(getattr(one["sky"], name)), np.asarray(getattr(two["sky"], name))
@@ -193,7 +197,7 @@ def test_steps_raise_the_evidence_and_stay_stationary(textbook, rng, monkeypatch
         monkeypatch.setattr("dichroic.learning.mixture.low_rank_em.ascend", _textbook_only)
     before = -np.inf
     for _ in range(12):
-        mixtures, value = low_rank_lap(mixtures, [obs], ["sky", "star"], FREE)
+        mixtures, value = low_rank_iteration(mixtures, [obs], ["sky", "star"], FREE)
         assert value >= before - 1e-8 * abs(before)
         before = value
     sky = mixtures["sky"]
@@ -213,7 +217,7 @@ def test_a_series_is_learned_as_well_as_its_few_numbers_allow(size):
     obs = Observations(y, {"x": Identity(size)}, DenseNoise(0.01 * np.eye(size)))
     start = Mixture.from_moments([1.0], np.zeros((1, size)), np.eye(size)[None], stationary=1)
     config = dataclasses.replace(FREE, steps=40)
-    found, _ = em_lap({"x": start}, [obs], ["x"], config)
+    found, _ = em_iteration({"x": start}, [obs], ["x"], config)
     excess = symmetric_power(np.asarray(found["x"].covariances()[0]) + 0.01 * np.eye(size), -1)
     ratio = excess @ (truth + 0.01 * np.eye(size))
     shift = np.asarray(found["x"].means[0]) - 0.5
@@ -257,8 +261,8 @@ def problem(rng, shape=(6, 6), n=300):
     return Problem([Source("sky", shape)], [view])
 
 
-SMALL = {"mixture.components": 2, "mixture.gaussian_laps": 2, "mixture.laps": 1}
-SMALL |= {"mixture.final_laps": 1, "diffusion.laps": 0}
+SMALL = {"mixture.components": 2, "mixture.gaussian_iterations": 2, "mixture.iterations": 1}
+SMALL |= {"mixture.final_iterations": 1, "diffusion.iterations": 0}
 
 
 def test_a_fit_is_better_on_new_observations_with_what_is_known(rng, tmp_path):
@@ -323,11 +327,18 @@ def test_the_command_line_takes_sources_that_are_stationary(rng, tmp_path, capsy
     of = problem(rng, n=60)
     np.save(tmp_path / "y.npy", np.asarray(of.views[0].observations))
     view = {"observations": "y.npy", "operators": {"sky": "identity"}, "noise": 0.1}
-    fit = {"mixture": {"components": 2, "gaussian_laps": 2, "laps": 1, "final_laps": 1}}
+    fit = {
+        "mixture": {
+            "components": 2,
+            "gaussian_iterations": 2,
+            "iterations": 1,
+            "final_iterations": 1,
+        }
+    }
     stated = {
         "sources": {"sky": [6, 6]},
         "views": {"v": view},
-        "fit": fit | {"diffusion": {"laps": 0}},
+        "fit": fit | {"diffusion": {"iterations": 0}},
     }
     path = tmp_path / "problem.yaml"
     path.write_text(yaml.safe_dump(stated))

@@ -451,8 +451,8 @@ def test_held_out_observations_are_split_as_in_memory(tmp_path):
 
 def test_a_fit_is_that_of_the_problem_in_memory(tmp_path):
     """Without an amount of memory to get by with, all observations are read."""
-    laps = {"components": 2, "gaussian_laps": 2, "laps": 1, "final_laps": 1}
-    settings = {"polish": 0, "mixture": laps, "diffusion": {"laps": 0}}
+    iterations = {"components": 2, "gaussian_iterations": 2, "iterations": 1, "final_iterations": 1}
+    settings = {"joint_iterations": 0, "mixture": iterations, "diffusion": {"iterations": 0}}
     found = []
     for problem in both(write(tmp_path, numbers())):
         separator = Separator(problem, settings).fit(progress=False)

@@ -562,7 +562,7 @@ def test_a_full_disk_is_an_error_and_what_is_finished_stays(stated):
         (["fit", "p.yaml", "--out", "new"], ", and run it again"),
         (
             ["fit", "p.yaml", "--out", "."],
-            "laps are kept; go on with:\n  dichroic fit p.yaml --out . --resume",
+            "iterations are kept; go on with:\n  dichroic fit p.yaml --out . --resume",
         ),
     ],
 )

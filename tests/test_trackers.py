@@ -14,9 +14,13 @@ from dichroic.runtime.tracking import Several, as_tracker, event, logged, parse_
 from dichroic.runtime.tracking.adapters import MLflow, TensorBoard, WandB, flat, numbers
 from dichroic.separation.separator import Separator
 
-TINY = {"polish": 0, "mixture": {"components": 1, "gaussian_laps": 3}, "diffusion": {"laps": 0}}
+TINY = {
+    "joint_iterations": 0,
+    "mixture": {"components": 1, "gaussian_iterations": 3},
+    "diffusion": {"iterations": 0},
+}
 ROWS = [
-    {"lap": i, "phase": "mixture", "sources": "a", "log_evidence": i / 4, "psnr_a_v": None}
+    {"iteration": i, "phase": "mixture", "sources": "a", "log_evidence": i / 4, "psnr_a_v": None}
     for i in (1, 2, 3)
 ]
 ABOUT = {"config": {"seed": 1, "mixture": {"components": 4}}, "views": [{"name": "v"}]}
@@ -31,7 +35,7 @@ def followed(tracker):
     tracker.start(ABOUT)
     for row in ROWS:
         tracker.progress("a", 1, 2)
-        tracker.lap(row)
+        tracker.iteration(row)
     tracker.close()
 
 
@@ -132,8 +136,8 @@ class Follower:
     def start(self, about):
         self.told.append(("start", about["config"]["seed"]))
 
-    def lap(self, metrics):
-        self.told.append(("lap", metrics["lap"]))
+    def iteration(self, metrics):
+        self.told.append(("iteration", metrics["iteration"]))
 
     def progress(self, what, done, total):
         self.told.append(("progress", done, total))
@@ -145,10 +149,10 @@ class Follower:
 class Least:
     """Has what a tracker must have, and no more."""
 
-    laps = 0
+    iterations = 0
 
-    def lap(self, metrics):
-        self.laps += 1
+    def iteration(self, metrics):
+        self.iterations += 1
 
     def progress(self, what, done, total):
         pass
@@ -158,17 +162,17 @@ def test_several_trackers_follow_one_fit():
     follower, least = Follower(), Least()
     problem = manifold_problem(seed=1, count=60)
     separator = Separator(problem, {"seed": 3, **TINY}).fit(progress=[False, follower, least])
-    laps = [("lap", i + 1) for i in range(len(separator.metrics))]
-    assert [t for t in follower.told if t[0] == "lap"] == laps
+    iterations = [("iteration", i + 1) for i in range(len(separator.metrics))]
+    assert [t for t in follower.told if t[0] == "iteration"] == iterations
     assert follower.told[0] == ("start", 3)
     assert follower.told[-1] == ("close",)
-    assert least.laps == len(laps)
+    assert least.iterations == len(iterations)
     assert isinstance(as_tracker([True, least]), Several)
 
 
 def test_a_tracker_is_closed_when_the_fit_fails():
     class Failing(Follower):
-        def lap(self, metrics):
+        def iteration(self, metrics):
             raise RuntimeError("no more")
 
     failing = Failing()
@@ -178,12 +182,19 @@ def test_a_tracker_is_closed_when_the_fit_fails():
 
 
 def test_numbers_and_settings_are_flat():
-    row = {"lap": 3, "phase": "polish", "sources": "a+b", "x": 2, "nan": np.nan, "flag": True}
-    assert numbers(row) == {"polish/x": 2.0}
+    row = {
+        "iteration": 3,
+        "phase": "refinement",
+        "sources": "a+b",
+        "x": 2,
+        "nan": np.nan,
+        "flag": True,
+    }
+    assert numbers(row) == {"refinement/x": 2.0}
     assert dict(flat({"a": {"b": {"c": 1}}, "d": [2]})) == {"a.b.c": 1, "d": [2]}
 
 
-def test_laps_say_where_their_time_went():
+def test_iterations_say_where_their_time_went():
     problem = manifold_problem(seed=1, count=60)
     rows = Separator(problem, TINY).fit(progress=False).metrics
     for row, before in zip(rows, [0, *(r["seconds"] for r in rows)], strict=False):
@@ -193,13 +204,13 @@ def test_laps_say_where_their_time_went():
         assert all(p >= 0 for p in parts)
         assert 0 < sum(parts) <= row["seconds"] - before + 0.01
         assert row["peak_memory_mib"] > 50
-    assert sum("seconds_scoring" in row for row in rows) == 2  # the last lap of each source
+    assert sum("seconds_scoring" in row for row in rows) == 2  # the last iteration of each source
 
 
 def test_events_are_json_lines(tmp_path, capsys):
     path = tmp_path / "log.jsonl"
     with pytest.raises(KeyError), logged(path):
-        event("begun", laps=3)
+        event("begun", iterations=3)
         logging.getLogger("dichroic.elsewhere").warning("mind %s", "this")
         raise KeyError("x")
     event("not recorded any more")
@@ -209,6 +220,6 @@ def test_events_are_json_lines(tmp_path, capsys):
         ("warning", "mind this"),
         ("info", "ended early"),
     ]
-    assert rows[0]["laps"] == 3
+    assert rows[0]["iterations"] == 3
     assert rows[2]["error"] == "KeyError: 'x'"
     assert all(r["time"].endswith("+00:00") for r in rows)

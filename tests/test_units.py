@@ -31,8 +31,14 @@ from dichroic.priors import gaussian
 
 DIM, LOUD, NOISE, OWN = 150, 50, 0.3, 0.5
 FIT = {
-    "mixture": {"components": 2, "rank": 8, "gaussian_laps": 3, "laps": 1, "final_laps": 1},
-    "diffusion": {"laps": 0},
+    "mixture": {
+        "components": 2,
+        "rank": 8,
+        "gaussian_iterations": 3,
+        "iterations": 1,
+        "final_iterations": 1,
+    },
+    "diffusion": {"iterations": 0},
 }
 
 
@@ -176,7 +182,7 @@ def test_models_in_units_are_kept_and_go_on(fits, tmp_path):
 def test_a_fit_in_units_goes_on_where_it_was(fits, tmp_path):
     separator = fits["each"]
     again = Separator(separator.problem, separator.config)
-    with pytest.raises(Killed):  # in the second lap after units were found
+    with pytest.raises(Killed):  # in the second iteration after units were found
         again.fit(tmp_path / "run", progress=KillAt(5))
     again.fit(tmp_path / "run", resume=True, progress=False)
     view = case(20, seed=1)[1]

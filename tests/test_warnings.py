@@ -14,9 +14,9 @@ from dichroic.cli.main import main
 from dichroic.runtime.tracking import quiet, warn
 
 SHORT = {
-    "mixture": {"components": 1, "gaussian_laps": 1, "laps": 1, "final_laps": 1},
-    "polish": 0,
-    "diffusion": {"laps": 0},
+    "mixture": {"components": 1, "gaussian_iterations": 1, "iterations": 1, "final_iterations": 1},
+    "joint_iterations": 0,
+    "diffusion": {"iterations": 0},
 }
 
 

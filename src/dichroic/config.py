@@ -49,10 +49,14 @@ class MixtureConfig(_Ranged):
 
     components: int = _count(64)  # per source, reached by doubling from one
     rank: int = _count(64)  # of the covariances of sources of more than 128 numbers, at most
-    gaussian_laps: int = _count(20)  # laps of the single Gaussian that everything starts from
-    laps: int = _count(3)  # laps at each size
-    final_laps: int = _count(10)  # laps at the last size
-    steps: int = _count(5)  # EM steps of a lap, on the tuples of components chosen at its start
+    gaussian_iterations: int = _count(
+        20
+    )  # iterations of the single Gaussian that everything starts from
+    iterations: int = _count(3)  # iterations at each size
+    final_iterations: int = _count(10)  # iterations at the last size
+    steps: int = _count(
+        5
+    )  # EM steps of an iteration, on the tuples of components chosen at its start
     active_tuples: int = _count(16)  # tuples of components kept per observation and pair of sources
     max_tuples: int = _count(1024)  # tuples looked at, at once, in the search for them
     shrinkage: float | None = None  # pseudo-observations of a prior on components; None: found
@@ -64,7 +68,7 @@ class MixtureConfig(_Ranged):
 
 @dataclass(frozen=True)
 class DiffusionConfig(_Ranged):
-    """Diffusion laps: posterior draws of the training data, then score matching on them.
+    """Diffusion iterations: posterior draws of the training data, then score matching on them.
 
     `covariance` is that of a source given its noised value: `"base"`, the mixture's, which costs no product with a
     network's Jacobian and keeps several modes apart, or `"jacobian"`, the network's own. With the base, draws are
@@ -72,8 +76,8 @@ class DiffusionConfig(_Ranged):
     times as expensive (`benchmarks/high_dimensional.py`).
     """
 
-    laps: int = 4
-    steps: int = _count(2000, most=10**8)  # training steps per source and lap
+    iterations: int = 4
+    steps: int = _count(2000, most=10**8)  # training steps per source and iteration
     batch_size: int = _count(512)
     learning_rate: float = 1e-3
     ema: float = _fraction(0.999)
@@ -89,9 +93,13 @@ class DiffusionConfig(_Ranged):
     attention: Literal["none", "lowest"] = "none"  # the level of a unet that attends to itself
     precision: Literal["float32", "bfloat16"] = "float32"  # of a unet
     covariance: Literal["jacobian", "base"] = "base"
-    keep: Literal["gains", "all"] = "gains"  # networks that gain held-out evidence, or every lap's
-    patience: int = 1  # laps without a gain in held-out evidence before stopping
-    evidence_draws: int = _count(4)  # posterior draws of held-out observations that judge a lap
+    keep: Literal["gains", "all"] = (
+        "gains"  # networks that gain held-out evidence, or every iteration's
+    )
+    patience: int = 1  # iterations without a gain in held-out evidence before stopping
+    evidence_draws: int = _count(
+        4
+    )  # posterior draws of held-out observations that judge an iteration
     evidence_observations: int = _count(1024)  # held-out observations it uses, at most per view
 
 
@@ -131,7 +139,9 @@ class FitConfig(_Ranged):
     order: tuple[tuple[str, ...], ...] | None = None  # groups of sources, learned in turn
     checks: Literal["predictive", "none"] = "predictive"  # at the end of a fit
     outliers: Literal["exclude", "keep"] = "exclude"  # observations that are far from all others
-    polish: int = 4  # mixture laps over all sources and views together after the last group
+    joint_iterations: int = (
+        4  # mixture iterations over all sources and views together after the last group
+    )
     batch_size: int = _count(1024)  # observations sampled at once
     bounds: Bounds = field(default_factory=dict)  # least and most that numbers of a source can be
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

@@ -190,7 +190,8 @@ def targets(root: Path | None = None) -> dict[str, Target]:
     for label, (name, write) in field_files().items():
         add(label, name, write, lambda p: _array(p.name, p.parent), False)
     lines = "".join(
-        json.dumps({"lap": i, "phase": "polish", "seconds": i / 7}) + "\n" for i in range(4)
+        json.dumps({"iteration": i, "phase": "refinement", "seconds": i / 7}) + "\n"
+        for i in range(4)
     )
     add("metrics", "metrics.jsonl", lambda p: p.write_text(lines), read_metrics, False)
     return found

@@ -46,7 +46,11 @@ def manifolds(seed: int, *, quick: bool = False) -> Demo:
     problem = manifold_problem(seed=seed, count=count)
     test = manifold_problem(seed=seed + 1000, problem_seed=seed, count=min(count, 2048)).views[1]
     config = FitConfig(seed=seed).replace(
-        {"diffusion.laps": 1, "diffusion.steps": 1000, "mixture.components": 8 if quick else 64}
+        {
+            "diffusion.iterations": 1,
+            "diffusion.steps": 1000,
+            "mixture.components": 8 if quick else 64,
+        }
     )
     return Demo(
         "Two curves in five dimensions, each view a random projection", problem, test, config, 4.0
@@ -57,13 +61,13 @@ def digits(seed: int, *, quick: bool = False) -> Demo:
     """Real digits over real photographs."""
     problem = digits_problem(seed=seed, count=2000 if quick else 8000)
     test = digits_over_patches(count=360, seed=seed + 1000, held_out=True)[1]
-    config = FitConfig(seed=seed, polish=0).replace(
+    config = FitConfig(seed=seed, joint_iterations=0).replace(
         {
             "mixture.components": 4 if quick else 16,
-            "mixture.laps": 2,
-            "mixture.final_laps": 3,
+            "mixture.iterations": 2,
+            "mixture.final_iterations": 3,
             "mixture.shrinkage": 150.0,
-            "diffusion.laps": 0,
+            "diffusion.iterations": 0,
         }
     )
     return Demo("Handwritten digits over photographs (real images)", problem, test, config, 1.0)

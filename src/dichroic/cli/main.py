@@ -74,10 +74,12 @@ def _going_on(args: argparse.Namespace, words: Sequence[str]) -> str:
     """How to go on with what was interrupted, or found no room; empty where nothing was kept."""
     if args.command == "fit" and (args.out / "run.json").exists():
         again = [*(w for w in words if w != "--resume"), "--resume"]
-        return f"; finished laps are kept; go on with:\n  {shlex.join(['dichroic', *again])}"
+        return f"; finished iterations are kept; go on with:\n  {shlex.join(['dichroic', *again])}"
     if args.command == "separate" and commands.in_blocks(args):
         return "; finished blocks are kept; run it again to go on"
-    return "; finished laps are kept; run it again to go on" if args.command == "bench" else ""
+    return (
+        "; finished iterations are kept; run it again to go on" if args.command == "bench" else ""
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         "--start",
         type=Path,
         metavar="MODEL",
-        help="a run folder or saved model whose priors the diffusion laps start from",
+        help="a run folder or saved model whose priors the diffusion iterations start from",
     )
     fit.add_argument("--no-report", action="store_true", help="do not write RUN/report.html")
     fit.add_argument(

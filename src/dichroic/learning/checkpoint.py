@@ -1,6 +1,6 @@
 """The state of a fit on disk: the last one, and the one before in case the last is damaged.
 
-latest.safetensors     the state after the last lap that was recorded
+latest.safetensors     the state after the last iteration that was recorded
 previous.safetensors   the one before it
 damaged.safetensors    a state that could not be read, put aside
 
@@ -32,7 +32,7 @@ from dichroic.runtime.tracking import warn
 LATEST, PREVIOUS, DAMAGED = (f"{n}.safetensors" for n in ("latest", "previous", "damaged"))
 _DENOISERS = ("current", "best")
 _OPERATORS = ("operators", "best_operators")
-_COUNTS = ("group", "lap", "stale", "total", "metrics_length")
+_COUNTS = ("group", "iteration", "stale", "total", "metrics_length")
 
 
 def save_state(path: Path, state: State, *, keep: Path | None = None) -> None:
@@ -143,9 +143,9 @@ def last_state(folder: Path, shapes: Mapping[str, Shape], order: Sequence[Sequen
         with writing(latest):
             os.replace(latest, folder / DAMAGED)
         warn(
-            f"{error}; going on from the state before it, of lap {state.total}",
+            f"{error}; going on from the state before it, of iteration {state.total}",
             damaged=DAMAGED,
-            laps=state.total,
+            iterations=state.total,
         )
         return state
 

@@ -1,9 +1,9 @@
 """A fit on disk: a run folder that survives being killed.
 
 run.json                what is fitted: format version, fingerprint of the problem, configuration
-metrics.jsonl           one line per lap
+metrics.jsonl           one line per iteration
 log.jsonl               when it was started, gone back, ended (`dichroic.runtime.tracking.events`)
-latest.safetensors      the state after the last finished lap, replaced atomically
+latest.safetensors      the state after the last finished iteration, replaced atomically
 previous.safetensors    the state before it (`dichroic.learning.checkpoint`)
 best/                   the best model so far (`dichroic.io.model_files.load_model`)
 draws/                  draws of training observations that are in files, while fitting
@@ -55,7 +55,7 @@ from dichroic.runtime.tracking import (
 
 FREE_SETTINGS = ("batch_size",)  # may differ when a run is resumed: they change no result
 DRAWS = "draws"
-CHECKPOINT_SECONDS = 1.0  # laps of closed-form EM can be far shorter than a flush to the disk
+CHECKPOINT_SECONDS = 1.0  # iterations of closed-form EM can be far shorter than a flush to the disk
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Start:
             check_same_shape(found, shape, f"source {name!r}: the prior of the start is of")
         with_parameters([view.operators for view in problem.views], self.operators)
         check_start(problem, self.operators)
-        if not config.diffusion.laps:
+        if not config.diffusion.iterations:
             raise ConfigError(
-                "diffusion.laps: a fit with a start has diffusion laps alone, so at least 1"
+                "diffusion.iterations: a fit with a start has diffusion iterations alone, so at least 1"
             )
 
     def offsets(self, problem: Problem) -> Parameters:
@@ -86,7 +86,7 @@ class Start:
         return named_units(known, {name: name for name in problem.names})
 
     def state(self, problem: Problem, data: Data) -> State:
-        """That of a fit before its diffusion laps."""
+        """That of a fit before its diffusion iterations."""
         priors = {name: self.denoisers[name] for name in problem.names}
         own = parameters([view.operators for view in problem.views])
         units = named_units(self.operators, {name: name for name in problem.names})
@@ -113,10 +113,10 @@ def fit(
     advice: Callable[[], Iterable[str]] = tuple,
     at_end: Callable[[State, Data], dict[str, Any]] | None = None,
 ) -> tuple[State, list[dict[str, Any]]]:
-    """Run all laps; the final state and the metrics of each lap. With a `start`, diffusion laps alone.
+    """Run all iterations; the final state and the metrics of each. With a `start`, diffusion iterations alone.
 
     What `advice` gives is warned of where the fit begins, not where it goes on, by the first process alone. What
-    `at_end` measures of the final state is added to the metrics of the last lap.
+    `at_end` measures of the final state is added to the metrics of the last iteration.
 
     With `out`, the run is kept in that folder; `resume` goes on with what is there (and starts where
     nothing is). With `memory`, in bytes, training observations stay in their files, and draws are kept on disk.
@@ -154,7 +154,7 @@ def fit(
         with distributed.in_company():
             state, rows = _run(state, rows, data, config, tracker, record, at_end)
         if folders:
-            event("finished", laps=state.total, seconds=round(state.seconds, 3))
+            event("finished", iterations=state.total, seconds=round(state.seconds, 3))
         return state, rows
 
 
@@ -193,7 +193,12 @@ def _opened(
         path.mkdir(parents=True, exist_ok=True)
     with locked(path), logged(path / "log.jsonl"):
         folder = RunFolder.open(path, problem, config, data, first, resume=resume)
-        event("fitting", laps_done=len(folder.rows), processes=distributed.processes(), **machine())
+        event(
+            "fitting",
+            iterations_done=len(folder.rows),
+            processes=distributed.processes(),
+            **machine(),
+        )
         try:
             yield folder
         finally:
@@ -209,14 +214,14 @@ def _run(
     record: Callable[[State, dict[str, Any]], State],
     at_end: Callable[[State, Data], dict[str, Any]] | None,
 ) -> tuple[State, list[dict[str, Any]]]:
-    """All laps from `state` on; `record` keeps each of them, in the first process."""
+    """All iterations from `state` on; `record` keeps each of them, in the first process."""
     while not state.done:
         new, metrics = advance(state, data, config, tracker)
         if new.done and at_end is not None:
             metrics |= at_end(new, data.at(new.best_operators))
         rows.append(metrics)
         state = agreed(partial(record, new, metrics))
-        tracker.lap(metrics)
+        tracker.iteration(metrics)
     return state, rows
 
 
@@ -228,7 +233,7 @@ class RunFolder:
         self._metrics = MetricsFile(path / "metrics.jsonl", length=state.metrics_length)
         if (kept := len(self.rows)) < state.total:
             warn(
-                f"{path / 'metrics.jsonl'} has lost laps: it has {kept} of {state.total}",
+                f"{path / 'metrics.jsonl'} has lost iterations: it has {kept} of {state.total}",
             )
         self._saved = time.monotonic()
         self._pending: State | None = None
@@ -237,7 +242,7 @@ class RunFolder:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics of the laps so far."""
+        """The metrics of the iterations so far."""
         return read_metrics(self.path / "metrics.jsonl")
 
     @classmethod

@@ -83,8 +83,8 @@ def sizes(first: int, most: int) -> Iterator[int]:
 def iterations_of(size: int, config: MixtureConfig) -> int:
     """The iterations of mixtures of `size` components."""
     if size == 1:
-        return config.gaussian_laps
-    return config.final_laps if size >= config.components else config.laps
+        return config.gaussian_iterations
+    return config.final_iterations if size >= config.components else config.iterations
 
 
 def costs_left(

@@ -1,7 +1,7 @@
 """What keeps numbers that are not finite out of a fit: a clear error, or the last that were good.
 
 An EM step looks after itself (`dichroic.learning.mixture.m_step`), and so does that of operators; here are the
-training of a network, posterior draws, and what a lap leaves behind.
+training of a network, posterior draws, and what an iteration leaves behind.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from dichroic.problem.observations import Observations
 from dichroic.runtime.tracking import warn
 
 ADVICE = (
-    "Laps run in single precision, with numbers up to 3e38 and some seven digits of each: look for observations "
-    "that are far from the others, noise far below what is seen, and views or operators of very unlike size"
+    "Iterations run in single precision, with numbers up to 3e38 and some seven digits: look for observations that "
+    "are far from the others, noise far below what is seen, and views or operators of very unlike size"
 )
 _FAR = 1e4  # medians of a view, beyond which an observation is far from the others
 
 
-def guarded(lap: Callable[..., tuple[Any, Any]], state: Any, *rest: Any) -> tuple[Any, Any]:
-    """What the `lap` from `state` gives: the next state, and what was measured.
+def guarded(iteration: Callable[..., tuple[Any, Any]], state: Any, *rest: Any) -> tuple[Any, Any]:
+    """What the `iteration` from `state` gives: the next state, and what was measured.
 
     Raises `RunError` where it cannot be computed, or leaves numbers of sources or operators that are not finite.
     """
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
-            new, metrics = lap(state, *rest)
+            new, metrics = iteration(state, *rest)
     except (np.linalg.LinAlgError, DataError) as error:
         raise RunError(_failed(state, f"cannot be computed: {error}")) from error
     parts = {f.name: getattr(new, f.name) for f in dataclasses.fields(new)}
@@ -44,7 +44,7 @@ def guarded(lap: Callable[..., tuple[Any, Any]], state: Any, *rest: Any) -> tupl
 
 
 def _failed(state: Any, why: str) -> str:
-    return f"lap {state.total + 1} ({state.phase}) {why}; the laps before it are kept. {ADVICE}"
+    return f"iteration {state.total + 1} ({state.phase}) {why}; the iterations before it are kept. {ADVICE}"
 
 
 def no_prior(names: Sequence[str], evidence: float, score: float, data: Data) -> RunError:
@@ -56,7 +56,7 @@ def no_prior(names: Sequence[str], evidence: float, score: float, data: Data) ->
     far = [_far(name, block, slice(None)) for name, block in parts]
     return RunError(
         f"the first prior of {' and '.join(names)} has a log evidence of {evidence:.3g}, and {score:.3g} on "
-        f"held-out observations; the laps before this one are kept. {'; '.join(filter(None, far)) or ADVICE}"
+        f"held-out observations; the iterations before this one are kept. {'; '.join(filter(None, far)) or ADVICE}"
     )
 
 
@@ -103,7 +103,7 @@ def check_draws(
 ) -> None:
     """Raise `RunError` where draws of the view `view` hold numbers that are not finite."""
     if fault := _draws_fault(view, obs, draws, denoisers):
-        raise RunError(f"{fault}. The laps before this one are kept")
+        raise RunError(f"{fault}. The iterations before this one are kept")
 
 
 def usable(view: str, obs: Observations, draws: Draws, denoisers: Mapping[str, Denoiser]) -> bool:

@@ -18,9 +18,9 @@ class State:
 
     phase: str = "mixture"  # the name of a phase, or "done"
     group: int = 0
-    lap: int = 0  # within the phase (mixture: within the size)
-    stale: int = 0  # sizes or laps without a better score
-    total: int = 0  # laps done since the start
+    iteration: int = 0  # within the phase (mixture: within the size)
+    stale: int = 0  # sizes or iterations without a better score
+    total: int = 0  # iterations done since the start
     score: float = -math.inf  # of `best`
     seconds: float = 0.0
     metrics_length: int = 0

@@ -80,7 +80,7 @@ def in_company() -> Iterator[None]:
         if processes() == 1 or not _LOST.search(str(error)):
             raise
         raise LostError(
-            "another process is lost or cannot be reached; finished laps are kept: start all of them again, with "
+            "another process is lost or cannot be reached; finished iterations are kept: start all again, with "
             "--resume"
         ) from error
 

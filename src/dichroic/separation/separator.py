@@ -164,13 +164,13 @@ class Separator:
         With `memory`, in bytes, training observations that are in files stay there: see `load_problem`.
 
         A `start`, a separator or what `load` takes, stands for the mixture phase: the fit goes on from its priors
-        with diffusion laps alone. Mixtures of one fit can so be where several fits of networks start, elsewhere
-        or of other observations too.
+        with diffusion iterations alone. Mixtures of one fit can so be where several fits of networks start,
+        elsewhere or of other observations too.
 
         What there is to warn of is warned of where the fit begins: a `DichroicWarning` each.
 
         `progress` follows the fit: `True` shows it on the terminal, a `Tracker` gets the metrics of
-        every lap, and of a list all do: `[True, TensorBoard("logs")]`.
+        every iteration, and of a list all do: `[True, TensorBoard("logs")]`.
 
         At the end entries of held-out observations are left out and predicted (`predictive_checks`), and there is
         a warning for each view of which they are predicted badly.

@@ -85,12 +85,12 @@ class ClvmLinear(Fitted):
 
         def keep(fit: Fit, rank: int) -> float:
             score = g.mean_evidence(held, fit.means, fit.factors)
-            row: dict[str, Any] = {"lap": len(self.metrics) + 1, "phase": self.name}
+            row: dict[str, Any] = {"iteration": len(self.metrics) + 1, "phase": self.name}
             row |= {"sources": "+".join(dims), "rank": rank, "log_evidence": fit.value}
             row |= {"heldout_log_evidence": score, "seconds": time.perf_counter() - began}
             self.metrics.append(row)
-            tracker.lap(row)
-            tracker.progress(self.name, row["lap"], len(ranks) + 1)
+            tracker.iteration(row)
+            tracker.progress(self.name, row["iteration"], len(ranks) + 1)
             return score
 
         fit, tried = start(some), []

@@ -253,7 +253,7 @@ class ClvmVae:
         self._fingerprint = problem.fingerprint()
         vae, self._structure = initial(views, problem.shapes, self.settings)
         self.vae, bound = train(vae, views, held_out, self.settings, follow)
-        tracker.lap({**self.metrics[-1], "evidence_bound": bound})
+        tracker.iteration({**self.metrics[-1], "evidence_bound": bound})
 
     def _fitted(self) -> Vae:
         if self.vae is None:

@@ -3,13 +3,13 @@
 Expectation-maximisation by sampling alone. The sources of each group of `learning_order` are learned in turn,
 those of earlier groups frozen, from the views that see no later source:
 
-    Gaussian laps    E-step: draws of the sources of every observation; M-step: one Gaussian by PPCA
-    diffusion laps   E-step: the same with what the last lap learned; M-step: a network by score matching
+    Gaussian iterations    E-step: draws of the sources of every observation; M-step: one Gaussian by PPCA
+    diffusion iterations   E-step: the same with what was learned last; M-step: a network by score matching
 
 Draws with an entry beyond `±limit` are dropped before training. The E-step draws all sources of an
 observation jointly or, with `sampling="gibbs"`, one at a time given the others; then draws out of range are
-replaced by those of the lap before, where the next lap also starts. The weights after the last lap count;
-nothing is held out. See `ddprism_sampling` and `ddprism_training` for the two steps.
+replaced by those of the iteration before, where the next iteration also starts. The weights after the last
+iteration count; nothing is held out. See `ddprism_sampling` and `ddprism_training` for the two steps.
 
 Source: arXiv 2510.05205 (NeurIPS 2025) and its public configurations. Left out: dropout and the modulation of
 layers by the noise level in the networks of the mixed problem (those of the contrastive one are used).
@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dichroic.benchmark.baselines.ddprism_laps import DdprismConfig as DdprismConfig
-from dichroic.benchmark.baselines.ddprism_laps import (
+from dichroic.benchmark.baselines.ddprism_iterations import DdprismConfig as DdprismConfig
+from dichroic.benchmark.baselines.ddprism_iterations import (
     State,
     advance,
     alone_steps,
@@ -86,7 +86,7 @@ class Ddprism:
         resume: bool = False,
         progress: bool | Tracker = True,
     ) -> "Ddprism":
-        """Run all laps; with `out`, keep the state there after each, with `resume`, go on with it.
+        """Run all iterations; with `out`, keep the state there after each, with `resume`, go on with it.
 
         Raises `RunError` if `out` holds a fit and `resume` is not given, or that of another problem.
         """
@@ -103,7 +103,7 @@ class Ddprism:
             state = advance(state, data, order, self.seed, self.config, tracker)
             if out is not None:
                 save_state(Path(out) / FILE, state, about)
-            tracker.lap(state.metrics[-1])
+            tracker.iteration(state.metrics[-1])
         self.denoisers, self.metrics = dict(state.denoisers), list(state.metrics)
         return self
 
@@ -148,7 +148,7 @@ class Ddprism:
 
     def _about(self) -> dict[str, Any]:
         settings = {"seed": self.seed, **dataclasses.asdict(self.config)}
-        settings["laps"] = list(self.config.laps)
+        settings["iterations"] = list(self.config.iterations)
         return {"fingerprint": self.problem.fingerprint(), "settings": settings}
 
 
@@ -171,7 +171,7 @@ def save_state(path: Path, state: State, about: Mapping[str, Any]) -> None:
         arrays |= {f"denoiser:{name}:{k}": a for k, a in tensors.items()}
     for i, x in state.samples.items():
         arrays |= {f"samples:{i}:{k}": a for k, a in x.items()}
-    plain = {k: getattr(state, k) for k in ("group", "phase", "lap", "total", "metrics")}
+    plain = {k: getattr(state, k) for k in ("group", "phase", "iteration", "total", "metrics")}
     write_tensors(path, arrays, {**about, "state": plain, "denoisers": described})
 
 

@@ -173,10 +173,10 @@ class Pcpca(Fitted):
         order = [name for group in data.order for name in group]
         for i, name in enumerate(order):
             self.chosen[name] = search.learn(name)
-            row = {"lap": i + 1, "phase": self.name, "sources": name}
+            row = {"iteration": i + 1, "phase": self.name, "sources": name}
             row |= {k: v for k, v in self.chosen[name].items() if isinstance(v, (int, float))}
             self.metrics.append({**row, "seconds": round(time.perf_counter() - began, 3)})
-            tracker.lap(self.metrics[-1])
+            tracker.iteration(self.metrics[-1])
             tracker.progress(self.name, i + 1, len(order))
         found, shapes = search.factors, self.problem.shapes
         return {

@@ -65,9 +65,9 @@ class WienerFilter(Fitted):
         assert self.problem is not None
         began, shapes = time.perf_counter(), self.problem.shapes
         found = moments_of(_observations(self.problem))
-        row = {"lap": 1, "phase": self.name, "sources": "+".join(found)}
+        row = {"iteration": 1, "phase": self.name, "sources": "+".join(found)}
         self.metrics.append({**row, "seconds": time.perf_counter() - began})
-        tracker.lap(self.metrics[-1])
+        tracker.iteration(self.metrics[-1])
         return {k: gaussian(found[k][0].reshape(shapes[k]), found[k][1]) for k in shapes}
 
 

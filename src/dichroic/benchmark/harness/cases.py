@@ -117,15 +117,15 @@ def _manifolds(name: ProblemName, seed: int, config: BenchConfig) -> Case:
 _MIXTURE: Mapping[str, Any] = {
     "components": 16,
     "rank": 48,
-    "gaussian_laps": 3,
-    "laps": 2,
-    "final_laps": 2,
+    "gaussian_iterations": 3,
+    "iterations": 2,
+    "final_iterations": 2,
     "stationary": ["grass"],
 }
 SMALL: Mapping[str, Any] = {  # for minutes on two cores
     "mixture": {**_MIXTURE, "components": 32, "rank": 32},
     "diffusion": {
-        "laps": 1,
+        "iterations": 1,
         "steps": 500,
         "batch_size": 64,
         "channels": 16,
@@ -139,7 +139,7 @@ FULL: Mapping[str, Any] = {  # for minutes on a data-centre GPU
     "mixture": _MIXTURE,
     "sampler": {"steps": 16},
     "diffusion": {
-        "laps": 6,
+        "iterations": 6,
         "steps": 500,
         "keep": "all",
         "batch_size": 256,

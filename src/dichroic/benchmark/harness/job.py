@@ -85,7 +85,7 @@ def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
         "chi2": mean_chi2(np.concatenate(chi2, axis=1)),
         "peak_memory_mib": max(peak, peak_memory()),
         "evidence": [evidence_of(method, held.first(n)) for held in case.held],
-        "laps": len(getattr(method, "metrics", [])),
+        "iterations": len(getattr(method, "metrics", [])),
         "gains": _gains(getattr(method, "metrics", [])),
     }
     return draws, measured, method
@@ -101,7 +101,7 @@ def _start(spec: JobSpec, folder: Path) -> tuple[dict[str, Any], float]:
 
 
 def _gains(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the diffusion laps measured, if there were any."""
+    """What the diffusion iterations measured, if there were any."""
     return [m for m in metrics if m.get("phase") == "diffusion" and "sources" in m]
 
 

@@ -64,13 +64,13 @@ def _states(section: Mapping[str, Any], setting: str) -> bool:
 
 QUICK_FIT: Mapping[str, Any] = {  # where a problem's own file does not say otherwise
     "mixture.components": 32,
-    "diffusion.laps": 1,
+    "diffusion.iterations": 1,
     "diffusion.steps": 1000,
 }
 
 
 def _mixture(case: Case, config: BenchConfig) -> Separator:
-    return _separator(case, config, **{"diffusion.laps": 0})
+    return _separator(case, config, **{"diffusion.iterations": 0})
 
 
 def _ddprism(sampling: Literal["joint", "gibbs"]) -> Factory:

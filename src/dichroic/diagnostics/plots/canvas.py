@@ -85,13 +85,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def tidy(axis: Any, xlabel: str = "", ylabel: str = "", title: str = "") -> Any:
-    """`axis` with its labels, without a box, and with whole numbers of entries and laps."""
+    """`axis` with its labels, without a box, and with whole numbers of entries and iterations."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=SMALL)
     axis.set_xlabel(xlabel, fontsize=9)
     axis.set_ylabel(ylabel, fontsize=9)
     axis.set_title(title, fontsize=10)
-    if xlabel in ("entry", "lap"):
+    if xlabel in ("entry", "iteration"):
         axis.xaxis.get_major_locator().set_params(integer=True)
     return axis
 

@@ -1,4 +1,4 @@
-"""Learning curves: what the laps of a fit measured."""
+"""Learning curves: what the iterations of a fit measured."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from dichroic.diagnostics.plots.canvas import (
 def learning(
     metrics: Sequence[Mapping[str, Any]], sources: Sequence[str], views: Sequence[str]
 ) -> Any:
-    """Curves over laps: log evidence, bound, PSNR and loss, those that there are; else `None`."""
+    """Curves over iterations: log evidence, bound, PSNR and loss, those that there are; else `None`."""
     panels = []
     for draw, title, ylabel in (
         (_evidence_curves, "Mixtures: log evidence, dots held-out", "nats per observation"),
@@ -40,7 +40,7 @@ def learning(
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, ylabel, series) in zip(axes, panels, strict=False):
-        tidy(axis, "lap", ylabel, title)
+        tidy(axis, "iteration", ylabel, title)
         for points, style in series:
             axis.plot(*np.transpose(points), **style)
         legend(axis)
@@ -49,7 +49,7 @@ def learning(
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     rows = enumerate(metrics, start=1)
-    return [(row.get("lap", i), row[key]) for i, row in rows if row.get(key) is not None]
+    return [(row.get("iteration", i), row[key]) for i, row in rows if row.get(key) is not None]
 
 
 def _tint(group: str, sources: Sequence[str]) -> str:
@@ -77,8 +77,8 @@ def _gain_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]]:
         if points
     ]
     if out:
-        laps = [lap for points, _ in out for lap, _ in points]
-        none = [(min(laps), 0.0), (max(laps), 0.0)]
+        iterations = [iteration for points, _ in out for iteration, _ in points]
+        none = [(min(iterations), 0.0), (max(iterations), 0.0)]
         out.append((none, {"color": GREY, "ls": "--", "lw": 1, "label": "no gain"}))
     return out
 

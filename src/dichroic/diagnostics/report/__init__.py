@@ -34,7 +34,7 @@ def write_report(
     """Write `folder/report.html` and its figures; returns the page's path.
 
     Args:
-        metrics: one mapping per lap, as in `metrics.jsonl`.
+        metrics: one mapping per iteration, as in `metrics.jsonl`.
         n_draws: posterior draws of each held-out observation.
         max_observations: held-out observations separated, at most, of each view.
         warnings: sentences to show among the page's own warnings.

@@ -24,8 +24,8 @@ def _cards(page: Page) -> str:
     cards.append(f'<div class="card"><h3>χ² per entry (1 is ideal)</h3>{chi2}</div>')
     last = page.metrics[-1].get("seconds") if page.metrics else None
     took = "not recorded" if last is None else duration(last)
-    laps = f"<p>{len(page.metrics)} laps</p>"
-    time_card = f'<p class="big" data-number="seconds">{took}</p>{laps}'
+    iterations = f"<p>{len(page.metrics)} iterations</p>"
+    time_card = f'<p class="big" data-number="seconds">{took}</p>{iterations}'
     cards.append(f'<div class="card"><h3>Time of the fit</h3>{time_card}</div>')
     return f'<div class="cards">{"".join(cards)}</div>\n<p><small>{_cards_note(page)}</small></p>\n'
 

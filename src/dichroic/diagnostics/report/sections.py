@@ -34,8 +34,8 @@ SHOWN = {
 }
 
 LEARNING = (
-    "Higher is better, but for the loss. The bound of the diffusion laps is lower than the "
-    "log evidence and is comparable among these laps only. PSNR is never used in the fit."
+    "Higher is better, but for the loss. The bound of the diffusion iterations is lower than the "
+    "log evidence and is comparable among these iterations only. PSNR is never used in the fit."
 )
 
 CALIBRATED = (
@@ -164,7 +164,7 @@ def _priors(page: Page) -> str:
 def _learning(page: Page) -> str:
     figure = plots.learning(page.metrics, page.problem.names, [h.name for h in page.held])
     if figure is None:
-        return "<p>No metrics of the laps were given.</p>"
+        return "<p>No metrics of the iterations were given.</p>"
     return page.figure("learning", figure, LEARNING)
 
 
@@ -234,26 +234,28 @@ def _describe(denoiser: Denoiser) -> str:
 
 
 def _verdict(metrics: Sequence[Mapping[str, Any]]) -> str:
-    laps = [m for m in metrics if m.get("phase") == "diffusion"]
-    sources = sorted({name for m in laps for name in str(m.get("sources", "")).split("+")})
-    said = [line for name in sources if (line := _gains(name, laps))]
+    iterations = [m for m in metrics if m.get("phase") == "diffusion"]
+    sources = sorted({name for m in iterations for name in str(m.get("sources", "")).split("+")})
+    said = [line for name in sources if (line := _gains(name, iterations))]
     if not said:
-        return "No diffusion lap was run: the priors are those of the closed-form start."
+        return "No diffusion iteration was run: the priors are those of the closed-form start."
     return (
-        "A diffusion lap is kept where it raises the evidence of held-out observations by more than "
+        "A diffusion iteration is kept where it raises the evidence of held-out observations by more than "
         "two standard errors. " + " ".join(said)
     )
 
 
-def _gains(name: str, laps: Sequence[Mapping[str, Any]]) -> str:
-    """What the laps gained for one source."""
+def _gains(name: str, iterations: Sequence[Mapping[str, Any]]) -> str:
+    """What the iterations gained for one source."""
     pair = lambda m: (m.get(f"evidence_gain_{name}"), m.get(f"evidence_gain_error_{name}"))
     found = [
-        (gain, error) for gain, error in map(pair, laps) if gain is not None and error is not None
+        (gain, error)
+        for gain, error in map(pair, iterations)
+        if gain is not None and error is not None
     ]
     kept = [gain for gain, error in found if is_gain(gain, error)]
     if kept:
-        count = f"{len(kept)} of {len(found)} laps" if len(found) > 1 else "the lap"
+        count = f"{len(kept)} of {len(found)} iterations" if len(found) > 1 else "the iteration"
         return f"{name}: improved by at least {sum(kept):.3f} nats per draw in {count}; the network is kept."
     if not found:
         return ""

@@ -9,7 +9,7 @@ PARTS = {"e_step": "E-step", "m_step": "M-step", "scoring": "scoring"}
 
 
 def timings(metrics: Sequence[Mapping[str, Any]], separation: float) -> str:
-    """A table of laps, seconds, their parts, and peak memory; `separation` is what this page took."""
+    """A table of iterations, seconds, their parts, and peak memory; `separation` is what this page took."""
     phases: dict[str, list[Mapping[str, Any]]] = {}
     took, before = [], 0.0
     for row in metrics:
@@ -18,19 +18,22 @@ def timings(metrics: Sequence[Mapping[str, Any]], separation: float) -> str:
         took.append((str(row.get("phase", "")), now - before))
         before = now
     rows = [
-        _row(name, laps, sum(s for phase, s in took if phase == name))
-        for name, laps in phases.items()
+        _row(name, iterations, sum(s for phase, s in took if phase == name))
+        for name, iterations in phases.items()
     ]
     rows.append(_row("total of the fit", metrics, before))
     rows.append(["separation for this page", "", duration(separation), *[""] * (len(PARTS) + 1)])
-    header = ["phase", "laps", "time", *PARTS.values(), "peak memory so far"]
+    header = ["phase", "iterations", "time", *PARTS.values(), "peak memory so far"]
     note = "Compilation included. E-step: posterior of the sources; M-step: their new priors."
     return table(header, rows) + f"<p><small>{note}</small></p>\n"
 
 
-def _row(name: str, laps: Sequence[Mapping[str, Any]], seconds: float) -> list[Any]:
-    parts = [[lap[f"seconds_{p}"] for lap in laps if lap.get(f"seconds_{p}")] for p in PARTS]
+def _row(name: str, iterations: Sequence[Mapping[str, Any]], seconds: float) -> list[Any]:
+    parts = [
+        [iteration[f"seconds_{p}"] for iteration in iterations if iteration.get(f"seconds_{p}")]
+        for p in PARTS
+    ]
     spent = [duration(sum(found)) if found else "–" for found in parts]
-    peaks = [p for lap in laps if (p := lap.get("peak_memory_mib"))]
+    peaks = [p for iteration in iterations if (p := iteration.get("peak_memory_mib"))]
     memory = f"{max(peaks) / 1024:.2f} GiB" if peaks else "–"
-    return [name, len(laps), duration(seconds), *spent, memory]
+    return [name, len(iterations), duration(seconds), *spent, memory]

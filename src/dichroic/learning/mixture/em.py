@@ -23,7 +23,7 @@ from dichroic.config import MixtureConfig
 from dichroic.inference.evidence import DEFAULT_MAX_TUPLES, best_tuples, log_evidence, project
 from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.posterior import is_large
-from dichroic.learning.mixture.low_rank_em import low_rank_lap
+from dichroic.learning.mixture.low_rank_em import low_rank_iteration
 from dichroic.learning.mixture.low_rank_initialisation import initial_low_rank, mean_gain
 from dichroic.learning.mixture.m_step import MOST_MEANS, ascend, joint_shifts, maximise
 from dichroic.learning.mixture.statistics import Statistics, chunks, pairs, view_statistics
@@ -45,7 +45,7 @@ _EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, gr
 _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
 
 
-def em_lap(
+def em_iteration(
     mixtures: Mixtures,
     views: Sequence[Observed],
     names: Sequence[str],
@@ -53,14 +53,14 @@ def em_lap(
     clock: Clock | None = None,
     shrinkage: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Mixtures, float]:
-    """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the lap.
+    """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the iteration.
 
     Returns all mixtures, and the mean log evidence before the last step. `shrinkage` is the strength of the prior
     on the components of each source, in pseudo-observations (`dichroic.learning.mixture.m_step`). Sources of low
     rank have an EM of their own: `dichroic.learning.mixture.low_rank_em`.
     """
     if any(is_low_rank(mixtures, obs) for obs in views):
-        return low_rank_lap(mixtures, views, names, config, clock)
+        return low_rank_iteration(mixtures, views, names, config, clock)
     clock = clock or Clock()
     with clock.during("e_step"):
         chosen = [choose(mixtures, obs, config) for obs in every_block(views)]

@@ -70,7 +70,7 @@ class LatentSums(eqx.Module):
 AnySums = LatentSums | Sums
 
 
-def low_rank_lap(
+def low_rank_iteration(
     mixtures: Mapping[str, Mixture],
     views: Sequence[Observed],
     names: Sequence[str],

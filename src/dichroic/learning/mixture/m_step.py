@@ -49,8 +49,8 @@ from dichroic.runtime.tracking import Clock, warn
 
 Found = TypeVar("Found")
 Result = TypeVar("Result")
-# What is counted in a lap: steps whose numbers were not finite, for which a textbook step was taken; and those
-# for which that was no better.
+# What is counted in an iteration: steps whose numbers were not finite, for which a textbook step was taken; and
+# those for which that was no better.
 UNDONE, LOST = "steps_undone", "steps_lost"
 MOST_MEANS = 2048  # numbers in the means of all sources, up to which they are solved for together
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none

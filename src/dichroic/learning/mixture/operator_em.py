@@ -49,7 +49,7 @@ class Scores(eqx.Module):
     scatter: Float[Array | np.ndarray, "P P"]
 
 
-def operator_lap(
+def operator_iteration(
     mixtures: Mapping[str, Any], views: Sequence[Observed], config: MixtureConfig
 ) -> tuple[Parameters, Parameters]:
     """The learned arrays of the operators in `views` after an M-step, and their standard errors.

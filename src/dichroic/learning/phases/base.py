@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from dichroic.config import FitConfig, MixtureConfig
 from dichroic.learning.data import Data
-from dichroic.learning.mixture.operator_em import operator_lap
+from dichroic.learning.mixture.operator_em import operator_iteration
 from dichroic.learning.state import Metrics, State
 from dichroic.operators.learnable import Parameters
 from dichroic.problem.observations import Observed
@@ -56,12 +56,12 @@ class Phase(Protocol):
 
 def is_last(state: State, iterations: int) -> bool:
     """Whether the iteration from `state` is the last of so many."""
-    return state.lap + 1 >= iterations
+    return state.iteration + 1 >= iterations
 
 
 def ended(state: State) -> State:
     """`state` at the end of its phase, as the next one begins with it."""
-    return dataclasses.replace(state, phase="", lap=0, stale=0, score=-math.inf)
+    return dataclasses.replace(state, phase="", iteration=0, stale=0, score=-math.inf)
 
 
 def learned(state: State, order: Order) -> bool:
@@ -74,7 +74,7 @@ def learn_operators(
     state: State, current: Mapping[str, Any], train: Sequence[Observed], config: MixtureConfig
 ) -> tuple[Parameters, Metrics]:
     """The operators after an M-step on `train`, and the values and errors of those that are one number."""
-    found, errors = operator_lap(current, train, config)
+    found, errors = operator_iteration(current, train, config)
     metrics: Metrics = {}
     for name, arrays in found.items():
         if sum(a.size for a in arrays) == 1:

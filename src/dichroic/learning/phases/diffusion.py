@@ -25,7 +25,7 @@ class DiffusionEM:
         """Posterior draws, training, and for each source the choice between the prior before and after."""
         config, clock = context.config, context.clock
         c, old = config.diffusion, state.current
-        key = jax.random.fold_in(jax.random.key(config.seed), state.lap + 1)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.iteration + 1)
         few = shared_out([obs.head(c.evidence_observations) for obs in data.test])
         key_judge, sigma_min = jax.random.fold_in(key, 1), config.sampler.sigma_min
         with clock.during("scoring"):
@@ -47,14 +47,14 @@ class DiffusionEM:
             metrics |= scores(kept, data, range(len(data.test)), config)
         stale = 0 if gained > 0 else state.stale + 1
         state = replace(state, current=kept, best=kept, stale=stale)
-        if is_last(state, c.laps) or stale >= c.patience:
+        if is_last(state, c.iterations) or stale >= c.patience:
             return ended(state), metrics
-        score = gained + (state.score if state.lap else 0.0)
-        return replace(state, score=score, lap=state.lap + 1), metrics
+        score = gained + (state.score if state.iteration else 0.0)
+        return replace(state, score=score, iteration=state.iteration + 1), metrics
 
     def iterations(self, config: FitConfig, order: Order) -> int:
         """As the settings say."""
-        return config.diffusion.laps
+        return config.diffusion.iterations
 
     def cost(self, state: State, data: Data) -> float:
         """The same for each."""
@@ -62,7 +62,7 @@ class DiffusionEM:
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
         """Of all that may come."""
-        return iter([1.0] * max(config.diffusion.laps - state.lap, 0))
+        return iter([1.0] * max(config.diffusion.iterations - state.iteration, 0))
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether all sources have priors."""

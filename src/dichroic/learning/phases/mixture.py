@@ -26,7 +26,7 @@ from dichroic.learning.growth import (
 from dichroic.learning.mixture.em import (
     Mixtures,
     chosen_units,
-    em_lap,
+    em_iteration,
     gain_in_evidence,
     initial_gaussians,
     mean_log_evidence,
@@ -85,7 +85,7 @@ class MixtureEM:
         current = _begun(state.current, group, data, c)
         first = SHRINKAGE[0] if c.shrinkage is None else c.shrinkage
         shrinkage = {**dict.fromkeys(group.names, first), **state.shrinkage}
-        current, evidence = em_lap(current, group.train, group.names, c, clock, shrinkage)
+        current, evidence = em_iteration(current, group.train, group.names, c, clock, shrinkage)
         with clock.during("m_step"):
             operators, values = learn_operators(state, current, group.train, c)
         size, rank, label = components(current, group), _rank(current, group), "+".join(group.names)
@@ -93,11 +93,11 @@ class MixtureEM:
         metrics |= {} if rank is None else {"rank": rank}
         metrics |= values
         count = iterations_of(size, c)
-        clock.progress(f"{label}: {size} components", state.lap + 1, count)
+        clock.progress(f"{label}: {size} components", state.iteration + 1, count)
         state = replace(state, current=current, operators=operators, shrinkage=shrinkage)
-        state = replace(state, lap=state.lap + 1)
+        state = replace(state, iteration=state.iteration + 1)
         lost = LOST in clock.metrics  # further iterations of this size would be no better
-        if state.lap < count and not lost:
+        if state.iteration < count and not lost:
             return state, metrics
         state, more = self._after_size(state, data.at(operators), context, evidence, lost)
         return state, metrics | more
@@ -115,7 +115,7 @@ class MixtureEM:
             score, better = _compared(state, group, c)
         metrics["heldout_log_evidence"] = score
         if names[0] not in state.best:
-            if not (better and (math.isfinite(evidence) or state.lap > 1)):
+            if not (better and (math.isfinite(evidence) or state.iteration > 1)):
                 raise no_prior(names, evidence, score, data)
             scaled = units_of(state.operators)
             check_learned(
@@ -125,7 +125,7 @@ class MixtureEM:
             state = replace(state, best=state.current, best_operators=state.operators)
         stale = 0 if better or size == 1 else state.stale + 1
         stale = c.patience if lost and not better else stale
-        state = replace(state, score=max(score, state.score), stale=stale, lap=0)
+        state = replace(state, score=max(score, state.score), stale=stale, iteration=0)
         state, stopped = _grown(state, group, c, better)
         if not stopped:
             return state, metrics
@@ -147,7 +147,7 @@ class MixtureEM:
         """As sizes may still grow, of this group and those after it."""
         later, large = len(data.order) - state.group - 1, is_large(data.train)
         size = int(self.cost(state, data))
-        return costs_left(state.lap, size, later, config.mixture, large=large)
+        return costs_left(state.iteration, size, later, config.mixture, large=large)
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether mixtures of all groups before are known, and of this group all or none."""
@@ -208,7 +208,7 @@ def _with_less_shrinkage(state: State, group: _Group, context: Context) -> State
     while kept[names[0]] > 0:
         place = SHRINKAGE.index(kept[names[0]])
         lower = {**kept, **dict.fromkeys(names, SHRINKAGE[place + 1])}
-        trial, _ = em_lap(current, group.train, names, c, context.clock, lower)
+        trial, _ = em_iteration(current, group.train, names, c, context.clock, lower)
         with context.clock.during("scoring"):
             gain, error = gain_in_evidence(current, trial, group.test, max_tuples=c.max_tuples)
         if not gain > SURE * error + (0.0 if place else CLEAR):

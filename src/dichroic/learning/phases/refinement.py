@@ -6,7 +6,7 @@ from functools import partial
 
 from dichroic.config import FitConfig
 from dichroic.learning.data import Data
-from dichroic.learning.mixture.em import em_lap, mean_log_evidence
+from dichroic.learning.mixture.em import em_iteration, mean_log_evidence
 from dichroic.learning.phases.base import Context, Order, ended, is_last, learn_operators, learned
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
@@ -16,7 +16,7 @@ from dichroic.priors import Mixture
 class JointRefinement:
     """All sources at once; what it learned is kept if held-out observations prefer it."""
 
-    name = "polish"
+    name = "refinement"
 
     def iterate(self, state: State, data: Data, context: Context) -> tuple[State, Metrics]:
         """Some EM steps; after the last of them, the comparison with what was before."""
@@ -24,16 +24,18 @@ class JointRefinement:
         names = [n for group in data.order for n in group]
         evaluate = partial(mean_log_evidence, max_tuples=config.mixture.max_tuples)
         with clock.during("scoring"):
-            score = evaluate(state.current, data.test) if state.lap == 0 else state.score
-        current, evidence = em_lap(
+            score = evaluate(state.current, data.test) if state.iteration == 0 else state.score
+        current, evidence = em_iteration(
             state.current, data.train, names, config.mixture, clock, state.shrinkage
         )
         with clock.during("m_step"):
             operators, values = learn_operators(state, current, data.train, config.mixture)
-        clock.progress("all sources together", state.lap + 1, config.polish)
+        clock.progress("all sources together", state.iteration + 1, config.joint_iterations)
         metrics: Metrics = {"sources": "+".join(names), "log_evidence": evidence, **values}
-        last = is_last(state, config.polish)
-        state = replace(state, current=current, operators=operators, lap=state.lap + 1, score=score)
+        last = is_last(state, config.joint_iterations)
+        state = replace(
+            state, current=current, operators=operators, iteration=state.iteration + 1, score=score
+        )
         if not last:
             return state, metrics
         with clock.during("scoring"):
@@ -48,7 +50,7 @@ class JointRefinement:
 
     def iterations(self, config: FitConfig, order: Order) -> int:
         """None for sources that were all learned together."""
-        return config.polish if len(order) > 1 else 0
+        return config.joint_iterations if len(order) > 1 else 0
 
     def cost(self, state: State, data: Data) -> float:
         """The same for each."""
@@ -56,7 +58,7 @@ class JointRefinement:
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
         """Of all that are to come."""
-        return iter([1.0] * max(config.polish - state.lap, 0))
+        return iter([1.0] * max(config.joint_iterations - state.iteration, 0))
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether all sources have mixtures."""

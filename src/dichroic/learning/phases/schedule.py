@@ -33,7 +33,7 @@ def advance(
     cost: dict[str, float] = {"seconds": round(new.seconds, 3), **clock.metrics}
     cost["seconds_left"] = _seconds_left(state, new, took, data, config)
     cost["peak_memory_mib"] = round(peak_memory(), 1)
-    return new, {"lap": new.total, "phase": state.phase, **metrics, **cost}
+    return new, {"iteration": new.total, "phase": state.phase, **metrics, **cost}
 
 
 def phase_of(state: State) -> Phase:

@@ -1,6 +1,6 @@
 """Trackers of others: TensorBoard, Weights & Biases, MLflow. Each needs its library, and only when it is made.
 
-Every number that a lap measured goes to `<phase>/<name>`, at the number of the lap.
+Every number that an iteration measured goes to `<phase>/<name>`, at the number of the iteration.
 """
 
 import importlib
@@ -13,12 +13,12 @@ from dichroic.errors import ConfigError
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a lap by `<phase>/<name>`; those that are not known (null, NaN) are left out."""
+    """The numbers of an iteration by `<phase>/<name>`; those that are not known (null, NaN) are left out."""
     phase = metrics.get("phase", "fit")
     real = {
         k: float(v)
         for k, v in metrics.items()
-        if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "lap"
+        if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "iteration"
     }
     return {f"{phase}/{k}": v for k, v in real.items() if abs(v) < float("inf")}
 
@@ -33,7 +33,7 @@ def flat(about: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 class _Adapter:
-    """What all have in common: steps within a lap are not tracked."""
+    """What all have in common: steps within an iteration are not tracked."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Nothing."""
@@ -50,12 +50,12 @@ class TensorBoard(_Adapter):
         """Open an event file."""
         self._writer = self._summary.Writer(self._folder)
 
-    def lap(self, metrics: Mapping[str, Any]) -> None:
-        """Write the numbers of a lap."""
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """Write the numbers of an iteration."""
         if self._writer is None:
             self.start({})
         for name, value in numbers(metrics).items():
-            self._writer.add_scalar(name, value, metrics.get("lap", 0))  # type: ignore[union-attr]
+            self._writer.add_scalar(name, value, metrics.get("iteration", 0))  # type: ignore[union-attr]
         self._writer.flush()  # type: ignore[union-attr]
 
     def close(self) -> None:
@@ -78,11 +78,11 @@ class WandB(_Adapter):
         settings = dict(flat(about))
         self._run = self._wandb.init(project=self._project, config=settings, mode=mode)
 
-    def lap(self, metrics: Mapping[str, Any]) -> None:
-        """Log the numbers of a lap."""
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """Log the numbers of an iteration."""
         if self._run is None:
             self.start({})
-        self._run.log(numbers(metrics), step=metrics.get("lap"))  # type: ignore[union-attr]
+        self._run.log(numbers(metrics), step=metrics.get("iteration"))  # type: ignore[union-attr]
 
     def close(self) -> None:
         """Finish the run."""
@@ -111,11 +111,11 @@ class MLflow(_Adapter):
         params = [self._entities.Param(k, str(v)[:500]) for k, v in flat(about)]
         self._client.log_batch(self._run, params=params[:100])
 
-    def lap(self, metrics: Mapping[str, Any]) -> None:
-        """Log the numbers of a lap."""
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """Log the numbers of an iteration."""
         if self._run is None:
             self.start({})
-        now, step = int(1000 * time.time()), metrics.get("lap", 0)
+        now, step = int(1000 * time.time()), metrics.get("iteration", 0)
         rows = [self._entities.Metric(k, v, now, step) for k, v in numbers(metrics).items()]
         self._client.log_batch(self._run, metrics=rows)
 

@@ -8,14 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Follows a fit. `lap` gets the metrics of a finished lap, `progress` the steps within one.
+    """Follows a fit. `iteration` gets the metrics of a finished iteration, `progress` the steps within one.
 
-    Where a tracker has them, `start(about)` is called before the first lap with what is fitted, as nested
+    Where a tracker has them, `start(about)` is called before the first iteration with what is fitted, as nested
     plain values, and `close()` after the last one, or when the fit ends otherwise.
     """
 
-    def lap(self, metrics: dict[str, Any]) -> None:
-        """One lap is finished."""
+    def iteration(self, metrics: dict[str, Any]) -> None:
+        """One iteration is finished."""
         ...
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -26,7 +26,7 @@ class Tracker(Protocol):
 class Silent:
     """Says nothing."""
 
-    def lap(self, metrics: dict[str, Any]) -> None:
+    def iteration(self, metrics: dict[str, Any]) -> None:
         """Nothing."""
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -44,10 +44,10 @@ class Several:
         for tracker in self._trackers:
             getattr(tracker, "start", _nothing)(about)
 
-    def lap(self, metrics: dict[str, Any]) -> None:
-        """One lap is finished."""
+    def iteration(self, metrics: dict[str, Any]) -> None:
+        """One iteration is finished."""
         for tracker in self._trackers:
-            tracker.lap(metrics)
+            tracker.iteration(metrics)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """`done` of `total` steps of `what` are finished."""
@@ -76,7 +76,7 @@ def following(tracker: Tracker, about: dict[str, Any]) -> Iterator[None]:
 
 
 class Clock:
-    """Hands progress on to a tracker, adds up the seconds of the parts of a lap, and counts what happens."""
+    """Hands progress on to a tracker, adds up the seconds of parts of an iteration, and counts what happens."""
 
     def __init__(self, tracker: Tracker | None = None) -> None:
         self._tracker: Tracker = tracker or Silent()

@@ -1,4 +1,4 @@
-"""Progress bars, and a line for every lap that measured something, with a bound on the time that is left."""
+"""Progress bars, and a line for every iteration that measured something, with a bound on the time that is left."""
 
 import sys
 from typing import Any
@@ -9,15 +9,15 @@ from dichroic.runtime.tables import duration
 
 
 class Console:
-    """One progress bar on standard error, and one line per finished lap that measured something."""
+    """One progress bar on standard error, and one line per finished iteration that measured something."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._what = ""
         self._left: float | None = None
 
-    def lap(self, metrics: dict[str, Any]) -> None:
-        """Print the lap's scores."""
+    def iteration(self, metrics: dict[str, Any]) -> None:
+        """Print the iteration's scores."""
         self._left = metrics.get("seconds_left")
         aside = ("seconds", "peak_memory")
         floats = {k: v for k, v in metrics.items() if isinstance(v, float)}

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines: what a run keeps of its laps."""
+"""Metrics as JSON lines: what a run keeps of its iterations."""
 
 import json
 import os
@@ -13,7 +13,16 @@ from dichroic.runtime.files import writing
 from dichroic.runtime.records import parse_object
 
 _TEXT = ("phase", "sources")
-_NUMBERS = ("lap", "seconds", "components", "rank", "log_evidence", "heldout", "evidence", "loss")
+_NUMBERS = (
+    "iteration",
+    "seconds",
+    "components",
+    "rank",
+    "log_evidence",
+    "heldout",
+    "evidence",
+    "loss",
+)
 _NUMBERS += ("psnr", "chi2", "operator", "peak_memory")
 _MOST_LINE = 2**20
 
@@ -42,7 +51,7 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The laps recorded in a metrics file, oldest first, up to the first line that is torn or no lap."""
+    """The iterations recorded in a metrics file, oldest first, up to the first line that is damaged."""
     rows: list[dict[str, Any]] = []
     if not Path(path).is_file():
         return rows

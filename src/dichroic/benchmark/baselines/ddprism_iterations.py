@@ -1,8 +1,8 @@
-"""The laps of DDPRISM as published: settings, draws of all observations, and what is learned from them.
+"""The iterations of DDPRISM as published: settings, draws of all observations, and what is learned from them.
 
-A lap is a pure function from one `State` to the next. Its draws come from the priors that the last lap
-learned; those with an entry beyond `±limit` are dropped or, with Gibbs sampling, replaced by the draws of
-the lap before.
+An iteration is a pure function from one `State` to the next. Its draws come from the priors that the last
+iteration learned; those with an entry beyond `±limit` are dropped or, with Gibbs sampling, replaced by the draws
+of the iteration before.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class DdprismConfig:
 
     sampling: Literal["joint", "gibbs"] = "joint"
     steps: int = 16384  # of the sampler
-    gaussian_steps: int = 16384  # of the sampler, in the Gaussian laps
+    gaussian_steps: int = 16384  # of the sampler, in the Gaussian iterations
     rounds: int = 64  # of Gibbs sampling, with `steps` sampler steps each
     tau: float = 0.1  # size of the Langevin corrections
     corrections: int = 1  # after each step
@@ -59,10 +59,14 @@ class DdprismConfig:
     ridge: float = 0.0  # added to the diagonal of C_y
     sigma_min: float = 1e-3
     sigma_max: float = 10.0
-    gaussian_laps: int = 16
+    gaussian_iterations: int = 16
     rank: int = 2  # of the Gaussians
-    laps: tuple[int, ...] = (16, 32, 64)  # with networks, per group; the last for any later one
-    training_steps: int = 65536  # of each lap
+    iterations: tuple[int, ...] = (
+        16,
+        32,
+        64,
+    )  # with networks, per group; the last for any later one
+    training_steps: int = 65536  # of each iteration
     training_batch: int = 1024
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-6
@@ -76,7 +80,7 @@ class DdprismConfig:
     def __post_init__(self) -> None:
         if self.sampling not in ("joint", "gibbs"):
             raise ConfigError(f"sampling: {self.sampling!r} is none of 'joint', 'gibbs'")
-        object.__setattr__(self, "laps", tuple(self.laps))
+        object.__setattr__(self, "iterations", tuple(self.iterations))
         at_least_one = "steps gaussian_steps rounds cg_steps rank training_steps training_batch"
         for name in f"{at_least_one} width depth time_features batch_size".split():
             if getattr(self, name) < 1:
@@ -87,10 +91,16 @@ class DdprismConfig:
         for name in ("ridge", "final_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: must not be negative, got {getattr(self, name)!r}")
-        if not self.laps or min(self.laps) < 0 or self.gaussian_laps < 1 or self.corrections < 0:
+        if (
+            not self.iterations
+            or min(self.iterations) < 0
+            or self.gaussian_iterations < 1
+            or self.corrections < 0
+        ):
             raise ConfigError(
-                "laps: give one number or more, none negative, and one Gaussian lap at least; got "
-                f"laps={self.laps}, gaussian_laps={self.gaussian_laps}, corrections={self.corrections}"
+                "iterations: give one number or more, none negative, and one Gaussian iteration at least; got "
+                f"iterations={self.iterations}, gaussian_iterations={self.gaussian_iterations}, "
+                f"corrections={self.corrections}"
             )
         if not 0 < self.sigma_min < self.sigma_max:
             raise ConfigError(
@@ -116,14 +126,20 @@ class DdprismConfig:
             ridge=1e-3,
             sigma_min=5e-3,
             sigma_max=15.0,
-            gaussian_laps=8192,
-            laps=(128,),
+            gaussian_iterations=8192,
+            iterations=(128,),
             training_steps=32768,
             learning_rate=1e-4,
             final_learning_rate=1e-5,
             time_features=128,
         )
-        gibbs = {"steps": 256, "rounds": 512, "tau": 0.1, "gaussian_laps": 16, "laps": (13,)}
+        gibbs = {
+            "steps": 256,
+            "rounds": 512,
+            "tau": 0.1,
+            "gaussian_iterations": 16,
+            "iterations": (13,),
+        }
         return dataclasses.replace(mixed, **gibbs) if sampling == "gibbs" else mixed
 
     @classmethod
@@ -133,8 +149,8 @@ class DdprismConfig:
             sampling=sampling,
             steps=256,
             gaussian_steps=64,
-            gaussian_laps=8,
-            laps=(4, 8),
+            gaussian_iterations=8,
+            iterations=(4, 8),
             training_steps=2000,
             training_batch=512,
             width=64,
@@ -154,18 +170,18 @@ class DdprismConfig:
             self.sigma_max,
         )
 
-    def diffusion_laps(self, group: int) -> int:
-        """The number of diffusion laps of a group of sources."""
-        return self.laps[min(group, len(self.laps) - 1)]
+    def diffusion_iterations(self, group: int) -> int:
+        """The number of diffusion iterations of a group of sources."""
+        return self.iterations[min(group, len(self.iterations) - 1)]
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a fit remembers between laps; `samples` are the last draws of each view (Gibbs only)."""
+    """All that a fit remembers between iterations; `samples` are the last draws of each view (Gibbs only)."""
 
     group: int = 0
     phase: str = "gaussian"  # gaussian, diffusion, done
-    lap: int = 0  # within the phase
+    iteration: int = 0  # within the phase
     total: int = 0
     denoisers: Denoisers = dataclasses.field(default_factory=dict)
     samples: dict[int, Samples] = dataclasses.field(default_factory=dict)
@@ -233,7 +249,7 @@ def expectation(
     last: Samples | None = None,
     progress: Progress | None = None,
 ) -> tuple[Samples, np.ndarray]:
-    """`(draws to learn from, which draws were in range)`; `last` are the last lap's (Gibbs, else zeros)."""
+    """`(draws to learn from, which draws were in range)`; `last` are the last iteration's (Gibbs, else zeros)."""
     gibbs = in_turn(obs, config)
     if gibbs:
         last = last or _zeros(obs)
@@ -253,7 +269,7 @@ def _zeros(obs: Observations) -> Samples:
     return {k: np.zeros((obs.count, *shape), np.float32) for k, shape in shapes.items()}
 
 
-# Laps
+# Iterations
 
 
 def advance(
@@ -264,19 +280,19 @@ def advance(
     config: DdprismConfig,
     tracker: Tracker,
 ) -> State:
-    """One lap: draws with what is known, and what is learned from them."""
+    """One iteration: draws with what is known, and what is learned from them."""
     began, names = time.perf_counter(), order[state.group]
     views = views_of_group(state.group, data, order)
     key = jax.random.fold_in(jax.random.key(seed), state.total)
-    if state.phase == "gaussian" and state.lap == 0:
+    if state.phase == "gaussian" and state.iteration == 0:
         state = dataclasses.replace(
             state, denoisers={**state.denoisers, **_start(names, views, config)}
         )
-    label = f"{'+'.join(names)}, {state.phase} lap {state.lap + 1}"
+    label = f"{'+'.join(names)}, {state.phase} iteration {state.iteration + 1}"
     samples, good = _draw_views(state, views, key, config, tracker, label)
     learned, losses = _learn(state, names, samples, views, key, config, tracker, label)
     metrics = {
-        "lap": state.total + 1,
+        "iteration": state.total + 1,
         "phase": state.phase,
         "sources": "+".join(names),
         "out_of_range": 1 - float(np.mean(np.concatenate(good))),
@@ -285,7 +301,7 @@ def advance(
     }
     state = dataclasses.replace(
         state,
-        lap=state.lap + 1,
+        iteration=state.iteration + 1,
         total=state.total + 1,
         denoisers={**state.denoisers, **learned},
         samples={i: x for i, x in samples.items() if in_turn(views[i], config)},
@@ -369,11 +385,11 @@ def fresh_network(shape: Shape, key: PRNGKeyArray, config: DdprismConfig) -> Pre
 
 
 def _next(state: State, groups: int, config: DdprismConfig) -> State:
-    """Where the next lap starts."""
-    diffusion = config.diffusion_laps(state.group)
-    if state.lap < (config.gaussian_laps if state.phase == "gaussian" else diffusion):
+    """Where the next iteration starts."""
+    diffusion = config.diffusion_iterations(state.group)
+    if state.iteration < (config.gaussian_iterations if state.phase == "gaussian" else diffusion):
         return state
     if state.phase == "gaussian" and diffusion:
-        return dataclasses.replace(state, phase="diffusion", lap=0)
+        return dataclasses.replace(state, phase="diffusion", iteration=0)
     phase = "gaussian" if state.group + 1 < groups else "done"
-    return dataclasses.replace(state, phase=phase, lap=0, group=state.group + 1, samples={})
+    return dataclasses.replace(state, phase=phase, iteration=0, group=state.group + 1, samples={})
