@@ -19,7 +19,7 @@ from dichroic.problem.observations import Observations
 from dichroic.runtime.tracking import warn
 
 ADVICE = (
-    "Iterations run in single precision, with numbers up to 3e38 and some seven digits: look for observations that "
+    "Iterations run in single precision, numbers up to 3e38 and some seven digits: look for observations that "
     "are far from the others, noise far below what is seen, and views or operators of very unlike size"
 )
 _FAR = 1e4  # medians of a view, beyond which an observation is far from the others
