@@ -22,7 +22,7 @@ from dichroic.benchmark.harness.scores import posterior_scores
 from dichroic.benchmark.harness.spec import BenchConfig, parse_problem
 from dichroic.metrics import mean_chi2
 from dichroic.operators import Identity
-from dichroic.priors import Preconditioned
+from dichroic.priors import DiffusionPrior
 from dichroic.runtime.tables import text_table
 
 NOISE = 0.01  # of the clean samples, relative to the spread of their numbers
@@ -51,7 +51,7 @@ def taking(separator: Separator, covariance: str, steps: int) -> Separator:
     other.operators = separator.operators
     change = lambda d: dataclasses.replace(d, covariance=covariance)
     other.denoisers = {
-        k: change(d) if isinstance(d, Preconditioned) else d for k, d in separator.denoisers.items()
+        k: change(d) if isinstance(d, DiffusionPrior) else d for k, d in separator.denoisers.items()
     }
     return other
 

@@ -16,10 +16,10 @@ import numpy as np
 from cost_frame import print_costs
 
 from dichroic.config import MixtureConfig
-from dichroic.inference.samplers import Exact, draw_posterior
+from dichroic.inference.samplers import ExactSampler, sample_posterior
 from dichroic.learning.mixture.em import em_iteration
 from dichroic.operators import Dense
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem.view import View
 
 
@@ -51,7 +51,9 @@ def case(size: Size):
     for i in range(size.sources):
         root = 0.1 * rng.normal(size=(k, d, d)) / np.sqrt(d)
         means = rng.normal(size=(k, d))
-        mixtures[f"s{i}"] = Mixture.from_moments(np.ones(k), means, root @ root.swapaxes(1, 2))
+        mixtures[f"s{i}"] = GaussianMixture.from_moments(
+            np.ones(k), means, root @ root.swapaxes(1, 2)
+        )
         which, a = rng.integers(k, size=n), rng.normal(size=(n, m, d)) / np.sqrt(d)
         x = means[which] + np.einsum("nij,nj->ni", root[which], rng.normal(size=(n, d)))
         y += np.einsum("nmd,nd->nm", a, x)
@@ -74,8 +76,8 @@ def measure(size: Size) -> list[str]:
     mixtures, obs = case(size)
     config = MixtureConfig()
     iteration = twice(lambda: em_iteration(mixtures, [obs], list(mixtures), config))
-    options = {"sampler": Exact(), "max_tuples": config.max_tuples, "batch_size": 1024}
-    draw = twice(lambda: draw_posterior(mixtures, obs, jax.random.key(0), **options))
+    options = {"sampler": ExactSampler(), "max_tuples": config.max_tuples, "batch_size": 1024}
+    draw = twice(lambda: sample_posterior(mixtures, obs, jax.random.key(0), **options))
     return [
         f"{iteration[0]:.1f}",
         f"{iteration[1]:.2f}",

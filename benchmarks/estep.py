@@ -11,16 +11,16 @@ import jax
 import numpy as np
 
 from dichroic.inference.samplers import (
-    Ancestral,
-    Ddim,
-    Ddpm,
-    Exact,
+    DDIM,
+    DDPM,
+    AncestralSampler,
+    ExactSampler,
     Heun,
     PredictorCorrector,
-    draw_posterior,
+    sample_posterior,
 )
 from dichroic.operators import Dense
-from dichroic.operators.noise import Isotropic
+from dichroic.operators.noise import IsotropicNoise
 from dichroic.priors import gaussian
 from dichroic.problem.observations import Observations
 from dichroic.runtime.tables import text_table
@@ -36,7 +36,7 @@ def problem(seed: int):
     x = sum(rng.multivariate_normal(np.zeros(D), c, size=N) for c in covs)
     y = np.einsum("nmd,nd->nm", a, x) + NOISE * rng.normal(size=(N, M))
     denoisers = {k: gaussian(np.zeros(D), c) for k, c in zip("ab", covs, strict=True)}
-    obs = Observations(y, {"a": Dense(a), "b": Dense(a)}, Isotropic(NOISE))
+    obs = Observations(y, {"a": Dense(a), "b": Dense(a)}, IsotropicNoise(NOISE))
     prior = np.block([[covs[0], np.zeros((D, D))], [np.zeros((D, D)), covs[1]]])
     both = np.concatenate([a, a], axis=-1)
     gain = prior @ both.swapaxes(1, 2)
@@ -47,15 +47,15 @@ def problem(seed: int):
 def main() -> None:
     rows = []
     for sampler in [
-        Exact(),
-        *(s(n) for s in (Ancestral, Heun, Ddpm, Ddim, PredictorCorrector) for n in (8, 64)),
+        ExactSampler(),
+        *(s(n) for s in (AncestralSampler, Heun, DDPM, DDIM, PredictorCorrector) for n in (8, 64)),
     ]:
         chi2 = []
         for seed in range(3):
             denoisers, obs, mean, cov = problem(seed)
-            draw_posterior(denoisers, obs, jax.random.key(seed), sampler=sampler, batch_size=N)
+            sample_posterior(denoisers, obs, jax.random.key(seed), sampler=sampler, batch_size=N)
             began = time.perf_counter()
-            x = draw_posterior(
+            x = sample_posterior(
                 denoisers, obs, jax.random.key(seed + 9), sampler=sampler, batch_size=N
             ).x
             seconds = time.perf_counter() - began

@@ -24,9 +24,9 @@ from high_dimensional_case import COUNT, SEED, Case, case
 from jax.custom_derivatives import linear_call
 
 from dichroic.inference.low_rank_sampling import low_rank_draws
-from dichroic.inference.samplers import Ancestral, Ddpm, Heun, Sampler
+from dichroic.inference.samplers import DDPM, AncestralSampler, Heun, Sampler
 from dichroic.numerics.batching import split
-from dichroic.priors import Wrapped
+from dichroic.priors import CustomDenoiser
 from dichroic.priors.covariance import ROOT_DEGREE
 from dichroic.problem.observations import Observations
 from dichroic.runtime.tables import text_table
@@ -55,7 +55,7 @@ class Run:
         """
         if self.options is None or self.model not in JACOBIANS:
             return 0
-        draws = isinstance(self.sampler, Ancestral)
+        draws = isinstance(self.sampler, AncestralSampler)
         guessed = not draws and self.options.get("warm_start", True)
         return 2 * (steps + self.levels * (1 + guessed)) + draws * ROOT_DEGREE * self.levels
 
@@ -119,9 +119,9 @@ def check() -> None:
     """Raises unless one draw makes as many evaluations and products as the tables say."""
     small = case("identity", 7)
     fields = small.found.exact["field"]
-    called = Wrapped(lambda d, x, s: d(counted(x), s), fields.shape, fields)
+    called = CustomDenoiser(lambda d, x, s: d(counted(x), s), fields.shape, fields)
     priors = {"field": called, "patches": small.found.bases["patches"]}
-    for run in (Run("no base", Ancestral(4)), Run("no base", Heun(4))):
+    for run in (Run("no base", AncestralSampler(4)), Run("no base", Heun(4))):
         COUNTS.update(evaluations=0, products=0)
         found = eqx.filter_jit(run.draw)(priors, small.obs.one(0), jax.random.key(SEED))
         told = {"evaluations": run.levels, "products": int(run.products(int(found.steps)))}
@@ -135,32 +135,32 @@ def check() -> None:
 OFF = {"precondition": False}
 COLD = {"warm_start": False}
 CHOICES = [
-    *(Run("jacobian", Ancestral(n)) for n in (4, 8, 16, 32)),
-    Run("jacobian", Ancestral(8), OFF),
-    Run("jacobian", Ancestral(8), {"tolerance": 1e-4}),
+    *(Run("jacobian", AncestralSampler(n)) for n in (4, 8, 16, 32)),
+    Run("jacobian", AncestralSampler(8), OFF),
+    Run("jacobian", AncestralSampler(8), {"tolerance": 1e-4}),
     *(Run("jacobian", Heun(n)) for n in (16, 32, 64)),
     Run("jacobian", Heun(32), COLD),
     Run("jacobian", Heun(32), OFF),
     Run("jacobian", Heun(32), OFF | COLD),
-    Run("jacobian", Ddpm(64)),
-    *(Run(m, Ancestral(8)) for m in ("no base", "spectrum preconditions")),
-    *(Run("base", Ancestral(n), None) for n in (8, 32, 64)),
-    *(Run(m, Ancestral(32)) for m in ("base", "spectrum")),
-    *(Run("spectrum + base", Ancestral(n)) for n in (8, 32)),
+    Run("jacobian", DDPM(64)),
+    *(Run(m, AncestralSampler(8)) for m in ("no base", "spectrum preconditions")),
+    *(Run("base", AncestralSampler(n), None) for n in (8, 32, 64)),
+    *(Run(m, AncestralSampler(32)) for m in ("base", "spectrum")),
+    *(Run("spectrum + base", AncestralSampler(n)) for n in (8, 32)),
 ]
 OPERATORS = [
-    Run("jacobian", Ancestral(8)),
-    Run("jacobian", Ancestral(8), OFF),
-    Run("base", Ancestral(32)),
-    Run("spectrum + base", Ancestral(32)),
+    Run("jacobian", AncestralSampler(8)),
+    Run("jacobian", AncestralSampler(8), OFF),
+    Run("base", AncestralSampler(32)),
+    Run("spectrum + base", AncestralSampler(32)),
 ]
 MIXTURE = [
-    *(Run("jacobian", Ancestral(n)) for n in (8, 32, 64)),
-    Run("jacobian", Ancestral(32), OFF),
+    *(Run("jacobian", AncestralSampler(n)) for n in (8, 32, 64)),
+    Run("jacobian", AncestralSampler(32), OFF),
     Run("jacobian", Heun(32)),
-    *(Run("base", Ancestral(32), o) for o in (None, {})),
+    *(Run("base", AncestralSampler(32), o) for o in (None, {})),
 ]
-SIZES = [Run("jacobian", Ancestral(8)), Run("jacobian", Ancestral(8), OFF)]
+SIZES = [Run("jacobian", AncestralSampler(8)), Run("jacobian", AncestralSampler(8), OFF)]
 HEAD = ["covariance", "sampler", "options", "chi2/d"]
 COST = ["evaluations", "products", "CG steps", "seconds"]
 

@@ -16,8 +16,8 @@ from scipy.linalg import eigh
 from scipy.special import softmax
 
 from dichroic.operators import BlockAverage, Convolve, Identity, Operator
-from dichroic.operators.noise import Isotropic, Masked
-from dichroic.priors import Denoiser, Mixture, Preconditioned, Wrapped, spectrum_of
+from dichroic.operators.noise import IsotropicNoise, Masked
+from dichroic.priors import CustomDenoiser, Denoiser, DiffusionPrior, GaussianMixture, dct_spectrum
 from dichroic.problem.observations import Observations
 
 SEED, NOISE, COUNT, WIDEST = 0, 0.1, 64, 32
@@ -43,7 +43,7 @@ class Field(Denoiser):
         u = self.vectors
         return u @ (gain * (u.T @ x @ u)) @ u.T
 
-    def base(self) -> Mixture:
+    def base(self) -> GaussianMixture:
         """The Gaussian of its `RANK` leading directions and a floor."""
         u, values = np.asarray(self.vectors), np.asarray(self.values).ravel()
         order = np.argsort(values)[::-1]
@@ -64,14 +64,14 @@ def random_field(side: int) -> Field:
     return Field(jnp.asarray(vectors), jnp.asarray(np.outer(values, values)), (side, side))
 
 
-def mixture(basis, variances, floor: float, means) -> Mixture:
+def mixture(basis, variances, floor: float, means) -> GaussianMixture:
     count, dim, _ = basis.shape
     side = round(np.sqrt(dim))
     weights, floors = np.full(count, -np.log(count)), np.full(count, floor)
-    return Mixture(weights, means, basis, variances, floors, (side, side))
+    return GaussianMixture(weights, means, basis, variances, floors, (side, side))
 
 
-def patches(side: int, kinds: int) -> Mixture:
+def patches(side: int, kinds: int) -> GaussianMixture:
     """Gaussians of `BUMPS` bumps in random places; of several kinds, each about four bumps elsewhere."""
     rng = np.random.default_rng(SEED)
     at = np.stack(np.meshgrid(*[np.arange(side)] * 2, indexing="ij"), axis=-1).reshape(-1, 1, 2)
@@ -88,7 +88,7 @@ class Correction(eqx.Module):
     """The network that training would find: what an exact denoiser has and its base has not."""
 
     exact: Denoiser
-    base: Mixture
+    base: GaussianMixture
 
     def __call__(self, x, c_noise):  # noqa: D102
         scale = self.base.scale
@@ -103,7 +103,7 @@ class Sources:
     """The exact denoisers, with their bases and spectra."""
 
     exact: dict[str, Denoiser]
-    bases: dict[str, Mixture]
+    bases: dict[str, GaussianMixture]
     spectra: dict[str, np.ndarray]
 
     def priors(self, model: str) -> dict[str, Denoiser]:
@@ -114,10 +114,10 @@ class Sources:
     def _prior(self, name: str, model: str) -> Denoiser:
         exact, base = self.exact[name], self.bases[name]
         if model in ("jacobian", "base"):
-            return Preconditioned(base, Correction(exact, base), model)  # type: ignore[arg-type]
+            return DiffusionPrior(base, Correction(exact, base), model)  # type: ignore[arg-type]
         options = {} if model == "no base" else {"spectrum": self.spectra[name]}
         options |= {"covariance": "spectrum"} if model == "spectrum" else {}
-        return Wrapped(_call, exact.shape, exact, std=base.scale, **options)
+        return CustomDenoiser(_call, exact.shape, exact, std=base.scale, **options)
 
 
 def _call(denoiser: Denoiser, x, sigma):
@@ -130,7 +130,7 @@ def sources(side: int, kinds: int = 1) -> Sources:
     keys = jax.random.split(jax.random.key(SEED), PRIOR_DRAWS)
     draws = fields.filtered(white, jnp.sqrt(fields.values)), jax.vmap(many.sample)(keys)
     exact = {"field": fields, "patches": many}
-    spectra = {k: spectrum_of(np.asarray(x)) for k, x in zip(exact, draws, strict=True)}
+    spectra = {k: dct_spectrum(np.asarray(x)) for k, x in zip(exact, draws, strict=True)}
     return Sources(exact, {"field": fields.base(), "patches": many}, spectra)
 
 
@@ -190,7 +190,7 @@ def case(name: str, side: int = SIDE, kinds: int = 1, *, directions: bool = Fals
     x = x + means[kind] + np.einsum("nir,nr->ni", basis[kind], heights)
     x = x + np.sqrt(FLOOR) * rng.normal(size=x.shape)
     y = through(x) + NOISE * seen * rng.normal(size=(COUNT, len(a)))
-    noise = Masked(Isotropic(NOISE), seen) if name == "mask" else Isotropic(NOISE)
+    noise = Masked(IsotropicNoise(NOISE), seen) if name == "mask" else IsotropicNoise(NOISE)
     obs = Observations(y, dict.fromkeys(found.exact, op), noise)
 
     mean, widest, cov = np.zeros((COUNT, 2 * dim)), None, np.kron(*[correlation(side)] * 2)

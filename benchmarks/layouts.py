@@ -24,8 +24,8 @@ from dichroic.learning.diffusion.e_step import expectation
 from dichroic.learning.diffusion.score_matching import train_denoiser
 from dichroic.learning.mixture.em import em_iteration
 from dichroic.operators import Dense
-from dichroic.operators.noise import Isotropic
-from dichroic.priors import Mixture, Preconditioned
+from dichroic.operators.noise import IsotropicNoise
+from dichroic.priors import DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp
 from dichroic.problem.dataset import shared_out
 from dichroic.problem.observations import Observations
@@ -36,11 +36,11 @@ D, M, K, STEPS, TRAINED = 5, 3, 16, 4, 400
 REPEATS = 3
 
 
-def prior(seed: int) -> Mixture:
+def prior(seed: int) -> GaussianMixture:
     rng = np.random.default_rng(seed)
     factor = 0.3 * rng.normal(size=(K, D, D))
     covariances = factor @ factor.swapaxes(1, 2) + 0.01 * np.eye(D)
-    return Mixture.from_moments(np.ones(K), rng.normal(size=(K, D)), covariances)
+    return GaussianMixture.from_moments(np.ones(K), rng.normal(size=(K, D)), covariances)
 
 
 def best(work: Callable[[], object]) -> float:
@@ -58,11 +58,13 @@ def measure(count: int) -> dict[str, float]:
     """Observations, draws and training steps a second, of all processes."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=(count, M, D))
-    obs = Observations(rng.normal(size=(count, M)), {k: Dense(a) for k in "ab"}, Isotropic(0.1))
+    obs = Observations(
+        rng.normal(size=(count, M)), {k: Dense(a) for k in "ab"}, IsotropicNoise(0.1)
+    )
     views, config, key = shared_out([obs]), FitConfig(), jax.random.key(1)
     mixtures = {"a": prior(1), "b": prior(2)}
     network = Mlp((D,), 64, 2, key=jax.random.key(2))
-    corrected = {k: Preconditioned(m, network) for k, m in mixtures.items()}
+    corrected = {k: DiffusionPrior(m, network) for k, m in mixtures.items()}
     em = MixtureConfig(steps=STEPS)
     draws = lambda known: expectation(known, views, ["v"], key, config, 1)
     samples = draws(mixtures)["a"][0]

@@ -15,16 +15,16 @@ import numpy as np
 
 from dichroic import View
 from dichroic.inference.low_rank_background import every_tuple
-from dichroic.inference.samplers import draw_prior
+from dichroic.inference.samplers import sample_prior
 from dichroic.learning.mixture.low_rank_em import from_columns, low_rank_statistics
 from dichroic.operators import Identity
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.runtime.tables import text_table
 
 NOISE, LENGTH, CONTRASTS = 0.05, 4.0, (0.2, 2.0)
 
 
-def sources(rng: np.random.Generator, args: argparse.Namespace) -> dict[str, Mixture]:
+def sources(rng: np.random.Generator, args: argparse.Namespace) -> dict[str, GaussianMixture]:
     """A field of correlation `exp(−(|Δ₁| + |Δ₂|) / ℓ)` with several contrasts, and kinds of low rank."""
     shape = (args.side, args.side)
     lags = np.abs(np.subtract.outer(np.arange(args.side), np.arange(args.side)))
@@ -32,7 +32,7 @@ def sources(rng: np.random.Generator, args: argparse.Namespace) -> dict[str, Mix
     contrasts = np.geomspace(*CONTRASTS, args.backgrounds)
     covs = contrasts[:, None, None] ** 2 * np.kron(one, one)
     means = np.zeros((args.backgrounds, *shape))
-    field = Mixture.from_moments(
+    field = GaussianMixture.from_moments(
         np.ones(args.backgrounds), means, covs, shape=shape, stationary=len(shape)
     )
     columns = rng.normal(size=(args.components, args.side**2, 1 + args.rank)) / np.sqrt(args.rank)
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8000)
     args = parser.parse_args()
     mixtures = sources(np.random.default_rng(0), args)
-    draw = lambda m, i: draw_prior(m, args.count, jax.random.key(i), batch_size=128)
+    draw = lambda m, i: sample_prior(m, args.count, jax.random.key(i), batch_size=128)
     x = {k: draw(m, i) for i, (k, m) in enumerate(mixtures.items())}
     y = sum(x.values()) + NOISE * np.random.default_rng(1).normal(size=x["field"].shape)
     obs = View(y, {k: Identity(m.shape) for k, m in mixtures.items()}, NOISE).prepare()

@@ -19,7 +19,7 @@ import yaml
 
 from dichroic import Problem, Separator, Source, View
 from dichroic.operators import Identity
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.runtime.tables import text_table
 
 CHUNK = 4096
@@ -33,7 +33,7 @@ def prepare(folder: Path, size: int) -> None:
         factor = rng.normal(size=(2, size, 4))
         covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(size)
         means = rng.normal(size=(2, size))
-        priors[name] = Mixture.from_moments([0.5, 0.5], means, covariances, rank=4)
+        priors[name] = GaussianMixture.from_moments([0.5, 0.5], means, covariances, rank=4)
     operators = {k: Identity((size,)) for k in priors}
     view = View(rng.normal(size=(2, size)), operators, 0.1)
     separator = Separator(Problem([Source(k, (size,)) for k in priors], [view]), {})

@@ -14,7 +14,7 @@ import numpy as np
 
 from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.config import MixtureConfig
-from dichroic.inference.samplers import draw_posterior
+from dichroic.inference.samplers import sample_posterior
 from dichroic.learning.mixture.em import (
     choose,
     initial_gaussian,
@@ -55,7 +55,7 @@ def main() -> None:
             began = time.perf_counter()
             mixture = learn(train, textbook=textbook)
             seconds = time.perf_counter() - began
-            x = draw_posterior({NAME: mixture}, test, jax.random.key(seed)).x[NAME][0]
+            x = sample_posterior({NAME: mixture}, test, jax.random.key(seed)).x[NAME][0]
             evidence = mean_log_evidence({NAME: mixture}, [test])
             values = np.linalg.eigvalsh(np.asarray(mixture.covariances(), np.float64))
             thickness = np.median(np.sqrt(values[:, :-1].mean(axis=1)))

@@ -26,10 +26,10 @@ from dichroic.benchmark.baselines.ddprism_sampling import Absolute
 from dichroic.benchmark.baselines.ddprism_training import train
 from dichroic.benchmark.harness.published import PUBLISHED
 from dichroic.benchmark.problems.manifolds import manifold_problem
-from dichroic.inference.samplers import Ancestral, Ddpm, Exact, Heun, draw_posterior
+from dichroic.inference.samplers import DDPM, AncestralSampler, ExactSampler, Heun, sample_posterior
 from dichroic.metrics import psnr
 from dichroic.numerics.batching import take
-from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors import DiffusionPrior, GaussianMixture
 from dichroic.problem.observations import Observations
 from dichroic.runtime.tables import text_table
 from dichroic.separation.separator import Separator
@@ -56,12 +56,14 @@ def timed(work, warm_up):
 
 def evaluations(name: str, steps: int) -> int:
     """Of the posterior, by one draw."""
-    return {"Exact": 1, "Heun": 2 * steps + 1, "published": 2 * steps + 1}.get(name, steps + 1)
+    return {"ExactSampler": 1, "Heun": 2 * steps + 1, "published": 2 * steps + 1}.get(
+        name, steps + 1
+    )
 
 
 def measure(sampler, denoisers, obs, mean, cov, **options) -> tuple[float, float, float]:
     """`(χ²/d, its median over observations, seconds)` of one draw per observation."""
-    draws = lambda obs: draw_posterior(
+    draws = lambda obs: sample_posterior(
         denoisers, obs, jax.random.key(SEED + 9), sampler=sampler, batch_size=BATCH, **options
     )
     found, seconds = timed(lambda: draws(obs), lambda: draws(take(obs, slice(0, BATCH))))
@@ -76,10 +78,10 @@ def measure_samplers(full: bool) -> list[tuple[str, int, float, float, float]]:
     one = {"solver": "cg", "max_steps": 1, "precondition": False, "warm_start": False}
     published = (64, 256, 1024, 4096, *([16384] if full else []))
     runs = [
-        ("Exact", 0, Exact(), denoisers, {}),
-        *(("Ancestral", n, Ancestral(n), denoisers, {}) for n in (8, 32)),
+        ("ExactSampler", 0, ExactSampler(), denoisers, {}),
+        *(("AncestralSampler", n, AncestralSampler(n), denoisers, {}) for n in (8, 32)),
         *(("Heun", n, Heun(n), denoisers, {}) for n in (16, 64)),
-        *(("DDPM, one CG step", n, Ddpm(n), denoisers, one) for n in (64, 1024)),
+        *(("DDPM, one CG step", n, DDPM(n), denoisers, one) for n in (64, 1024)),
         *(("published", n, make_sampler(CONFIG, n), absolute, {}) for n in published),
     ]
     return [(name, n, *measure(s, d, *rest, **o)) for name, n, s, d, o in runs]
@@ -116,38 +118,59 @@ def to_reach(found) -> str:
 # Mixtures and networks
 
 
-def mixture(seed: int) -> Mixture:
+def mixture(seed: int) -> GaussianMixture:
     """A mixture of `COMPONENTS` thin Gaussians."""
     rng = np.random.default_rng(seed)
     root = 0.1 * rng.normal(size=(COMPONENTS, D, D))
     means, weights = rng.normal(size=(COMPONENTS, D)), np.ones(COMPONENTS)
-    return Mixture.from_moments(weights, means, root @ root.swapaxes(1, 2))
+    return GaussianMixture.from_moments(weights, means, root @ root.swapaxes(1, 2))
 
 
 def evaluation_costs() -> str:
     """Seconds of one evaluation of the posterior of two sources, and of a draw, for 4,096 observations.
 
-    A draw takes the published 16,384 steps, or `OUR_STEPS` of `Ancestral`.
+    A draw takes the published 16,384 steps, or `OUR_STEPS` of `AncestralSampler`.
     """
     _, obs, _, _ = problem(SEED)
     obs, steps = take(obs, slice(0, BATCH)), 16
     mixtures = {k: mixture(i) for i, k in enumerate("ab")}
     keys = jax.random.split(jax.random.key(SEED))
     plain = {k: fresh_network((D,), key, CONFIG) for k, key in zip("ab", keys, strict=True)}
-    ours = {k: Preconditioned(mixtures[k], d.network, "base") for k, d in plain.items()}
+    ours = {k: DiffusionPrior(mixtures[k], d.network, "base") for k, d in plain.items()}
     theirs = lambda d: {k: Absolute(v, CONFIG.unit) for k, v in d.items()}
     sampler = make_sampler(CONFIG, steps)
     tuples = {"max_tuples": 256}
     runs = [
         ("mixtures", "published: one CG step", "published", sampler, theirs(mixtures), {}),
-        ("mixtures", "ours: 256 pairs", "Ancestral", Ancestral(steps), mixtures, tuples),
+        (
+            "mixtures",
+            "ours: 256 pairs",
+            "AncestralSampler",
+            AncestralSampler(steps),
+            mixtures,
+            tuples,
+        ),
         ("networks", "published: one CG step", "published", sampler, theirs(plain), {}),
-        ("networks", "ours: whole Jacobian, PSD", "Ancestral", Ancestral(steps), plain, {}),
-        ("mixtures + networks", "ours: 256 pairs", "Ancestral", Ancestral(steps), ours, tuples),
+        (
+            "networks",
+            "ours: whole Jacobian, PSD",
+            "AncestralSampler",
+            AncestralSampler(steps),
+            plain,
+            {},
+        ),
+        (
+            "mixtures + networks",
+            "ours: 256 pairs",
+            "AncestralSampler",
+            AncestralSampler(steps),
+            ours,
+            tuples,
+        ),
     ]
     rows = []
     for priors, what, name, s, denoisers, options in runs:
-        work = lambda s=s, d=denoisers, o=options: draw_posterior(
+        work = lambda s=s, d=denoisers, o=options: sample_posterior(
             d, obs, keys[0], sampler=s, batch_size=BATCH, **o
         )
         seconds = timed(work, work)[1] / evaluations(name, steps) * N / obs.count
@@ -170,7 +193,7 @@ def network_costs() -> tuple[float, float, float]:
     per_step, steps = [], 32
     for names in ("a", "ab"):
         seen = Observations(obs.y, {k: obs.operators[k] for k in names}, obs.noise)
-        work = lambda seen=seen: draw_posterior(
+        work = lambda seen=seen: sample_posterior(
             known, seen, keys[0], sampler=make_sampler(CONFIG, steps), batch_size=BATCH
         )
         per_step.append(timed(work, work)[1] / steps / seen.count)

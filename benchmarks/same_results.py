@@ -117,12 +117,12 @@ def offset(rng: np.random.Generator) -> Results:
 
 def learned(rng: np.random.Generator) -> Results:
     """A gain that is learned along with the source."""
-    from dichroic.operators import Learned
+    from dichroic.operators import Learnable
 
     n = 150
     x = lambda: rng.normal(size=(n, 1)) * LINE
     seen = lambda y: y + 0.1 * rng.normal(size=y.shape)
-    gain = Learned(dichroic.Scale((3,), 0.4), "gain")
+    gain = Learnable(dichroic.Scale((3,), 0.4), "gain")
     views = [
         View(seen(x()), {"line": Identity((3,))}, 0.1, "known"),
         View(seen(0.6 * x()), {"line": gain}, 0.1, "unknown"),
@@ -192,8 +192,8 @@ def samplers(rng: np.random.Generator) -> Results:
         separator.config = config.replace({"sampler.name": name})
         out[name] = separator.separate("mixed").draws["ring"]
     observations = dichroic.joint_observations([separator.problem.views[1]])
-    sampler = dichroic.Gibbs(dichroic.Ancestral(4), sweeps=3)
-    drawn = dichroic.draw_posterior(
+    sampler = dichroic.GibbsSampler(dichroic.AncestralSampler(4), sweeps=3)
+    drawn = dichroic.sample_posterior(
         separator.denoisers, observations, jax.random.key(1), sampler=sampler
     )
     return {**out, "gibbs": drawn.x["ring"]}
@@ -234,7 +234,7 @@ def on_disk(rng: np.random.Generator) -> Results:
         problem, config = dichroic.load_problem(path, memory=2**26)
         separator = Separator(problem, config).fit(progress=False, memory=2**26)
         view = dichroic.load_problem(path)[0].views[0]
-        dichroic.separate_to(folder / "out.zarr", separator, view, n_draws=2, chunk=32)
+        dichroic.separate_to_zarr(folder / "out.zarr", separator, view, n_draws=2, chunk=32)
         store: Any = zarr.open(str(folder / "out.zarr"), mode="r")
         found = dict(store.arrays()) | {
             f"{k}/{m}": a for k, g in store.groups() for m, a in g.arrays()

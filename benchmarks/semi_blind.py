@@ -17,7 +17,7 @@ import numpy as np
 from dichroic import Problem, Separator
 from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.metrics import psnr
-from dichroic.operators import Dense, Learned, Scale
+from dichroic.operators import Dense, Learnable, Scale
 from dichroic.problem.view import View
 from dichroic.runtime.tables import text_table
 
@@ -30,7 +30,7 @@ def with_unknown(problem: Problem, f: float, start: float) -> Problem:
     def unknown(view: View) -> View:
         weak = "source2" if view.name == "view1" else "source1"
         a = np.asarray(view.operators[weak].matrix) / f
-        operators = dict(view.operators) | {weak: Learned(Scale(3, start), "f") @ Dense(a)}
+        operators = dict(view.operators) | {weak: Learnable(Scale(3, start), "f") @ Dense(a)}
         return View(view.observations, operators, view.noise, view.name, truth=view.truth)
 
     return Problem(problem.sources, [unknown(v) for v in problem.views])

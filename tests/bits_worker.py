@@ -8,7 +8,7 @@ import numpy as np
 
 from dichroic.config import FitConfig
 from dichroic.operators import Dense, Identity
-from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors import DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
@@ -23,7 +23,9 @@ def mixture(shape, rank, seed=0):
     rng = np.random.default_rng(seed)
     factor = rng.normal(size=(2, size, 3))
     covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(size)
-    return Mixture.from_moments([0.4, 0.6], rng.normal(size=(2, *shape)), covariances, rank=rank)
+    return GaussianMixture.from_moments(
+        [0.4, 0.6], rng.normal(size=(2, *shape)), covariances, rank=rank
+    )
 
 
 def corrected(base, network):
@@ -35,7 +37,7 @@ def corrected(base, network):
         a + 0.1 * jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)
     ]
     network = eqx.combine(jax.tree.unflatten(structure, moved), rest)
-    return Preconditioned(base, network, covariance="base")
+    return DiffusionPrior(base, network, covariance="base")
 
 
 def separator_of(view, priors, batch_size=1024):

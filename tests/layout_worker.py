@@ -12,7 +12,7 @@ from dichroic.learning.diffusion.score_matching import train_denoiser
 from dichroic.learning.fit import fit
 from dichroic.operators import Dense, Identity
 from dichroic.operators.noise import DiagonalNoise
-from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors import DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
@@ -22,11 +22,11 @@ N, D, M = 150, 3, 2
 RNG = np.random.default_rng(0)
 
 
-def prior(seed: int) -> Mixture:
+def prior(seed: int) -> GaussianMixture:
     """Two Gaussians."""
     rng = np.random.default_rng(seed)
     factor = rng.normal(size=(2, D, D))
-    return Mixture.from_moments(
+    return GaussianMixture.from_moments(
         [0.4, 0.6], rng.normal(size=(2, D)), factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(D)
     )
 
@@ -71,7 +71,7 @@ def main(out: str) -> None:
     stated = problem()
     config = FitConfig.from_dict({"sampler": {"steps": 4}, "diffusion": {"width": 8, "depth": 1}})
     network = Mlp((D,), 8, 1, key=jax.random.key(3))
-    corrected = {"line": prior(1), "ring": Preconditioned(prior(2), network)}
+    corrected = {"line": prior(1), "ring": DiffusionPrior(prior(2), network)}
     observations = [v.prepare() for v in stated.views]
     found = {}
     for name, known in (("exact", {"line": prior(1), "ring": prior(2)}), ("walk", corrected)):

@@ -8,7 +8,7 @@ import scipy.sparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from dichroic import DataError, Problem, Separator, ShapeError, Source, View, as_operator
-from dichroic.operators import Dense, External, Function, Identity, Sparse
+from dichroic.operators import Dense, External, FunctionOperator, Identity, Sparse
 from dichroic.operators.linearity import probe
 from dichroic.runtime.fingerprint import fingerprint
 
@@ -62,7 +62,7 @@ BROUGHT = {
         External,
     ),
     "array": (lambda: as_operator(MATRIX.toarray()), MATRIX, Dense),
-    "function": (lambda: as_operator(jnp.cumsum, in_shape=4), np.tri(4), Function),
+    "function": (lambda: as_operator(jnp.cumsum, in_shape=4), np.tri(4), FunctionOperator),
     "function-of-numpy": (
         lambda: as_operator(convolved, in_shape=4, adjoint=correlated),
         np.array([np.convolve(e, KERNEL) for e in np.eye(4)]).T,
@@ -106,7 +106,7 @@ WRONG = {
         r"adjoint of A is not there.*rmatvec=…",
     ),
     "numpy": (
-        lambda: Function(lambda x: np.convolve(x, KERNEL), in_shape=4),
+        lambda: FunctionOperator(lambda x: np.convolve(x, KERNEL), in_shape=4),
         DataError,
         r"Function '<lambda>' needs the values .*as_operator\(function, adjoint=…, in_shape=…\)",
     ),
@@ -199,7 +199,7 @@ def test_a_fit_is_that_with_the_matrix(shape, rng):
         assert np.array_equal(
             twin.separate(View(y[:5], {"twin": op}, 0.1), n_draws=2).draws["twin"], whole.draws["x"]
         )
-        clip = Function(lambda x: jnp.clip(x.ravel()[1:], 0, 1), in_shape=shape)
+        clip = FunctionOperator(lambda x: jnp.clip(x.ravel()[1:], 0, 1), in_shape=shape)
         with pytest.raises(DataError, match="source 'twin': Function .*not linear"):
             twin.separate(View(y[:5], {"twin": clip}, 0.1))
         return whole.mean["x"]

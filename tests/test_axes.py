@@ -6,7 +6,7 @@ import pytest
 from dichroic import View, load_problem
 from dichroic.errors import DichroicError, ShapeError
 from dichroic.operators import Convolve, Diagonal, Identity, Scale
-from dichroic.operators.noise import DiagonalNoise, Isotropic, LowRankNoise, StationaryNoise
+from dichroic.operators.noise import DiagonalNoise, IsotropicNoise, LowRankNoise, StationaryNoise
 
 C, SHAPE = 3, (3, 4, 5)
 VARIANCE = np.arange(1.0, 4.0)
@@ -29,7 +29,9 @@ def test_noise_per_channel_and_per_observation(count):
     np.testing.assert_array_equal(variances(DiagonalNoise(both), count), both * np.ones(SHAPE))
     np.testing.assert_array_equal(variances(DiagonalNoise(own), count), own * np.ones(SHAPE))
     std = np.sqrt(own[:, 0, 0, 0])
-    np.testing.assert_allclose(variances(Isotropic(std), count), own * np.ones(SHAPE), rtol=1e-6)
+    np.testing.assert_allclose(
+        variances(IsotropicNoise(std), count), own * np.ones(SHAPE), rtol=1e-6
+    )
     low_rank = LowRankNoise(np.zeros((60, 1)), VARIANCE[:, None, None])
     np.testing.assert_array_equal(variances(low_rank, count), per_channel)
 
@@ -40,8 +42,8 @@ def test_noise_per_channel_and_per_observation(count):
         (DiagonalNoise(VARIANCE), SHAPE, C, r"one per channel has shape \(3, 1, 1\), or \(n, 3, 1, 1\)"),
         (DiagonalNoise(VARIANCE), SHAPE, 7, r"one per channel has shape \(3, 1, 1\)"),
         (DiagonalNoise(VARIANCE[:, None]), (C, 9), C, r"broadcast_to\(array, \(3, 9\)\).*reshape\(3, 1, 1\)"),
-        (Isotropic(VARIANCE), SHAPE, 7, r"for 3 observations, .* are 7 .*; for one per channel, .*\(3, 1, 1\)"),
-        (Isotropic(np.ones((C, 1, 1))), SHAPE, 7, r"expected \(\), or \(n,\) .*DiagonalNoise takes"),
+        (IsotropicNoise(VARIANCE), SHAPE, 7, r"for 3 observations, .* are 7 .*; for one per channel, .*\(3, 1, 1\)"),
+        (IsotropicNoise(np.ones((C, 1, 1))), SHAPE, 7, r"expected \(\), or \(n,\) .*DiagonalNoise takes"),
         (StationaryNoise(np.eye(3)), (C, 9), 7, r"lags, ndim=2 .*ndim=1 for one per observation"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from dichroic.benchmark.baselines import back_projection, least_squares, second_
 from dichroic.inference.posterior import Posterior
 from dichroic.numerics.batching import take
 from dichroic.operators import Dense, Identity
-from dichroic.operators.noise import DenseNoise, Isotropic, Masked
+from dichroic.operators.noise import DenseNoise, IsotropicNoise, Masked
 from dichroic.priors import gaussian
 from dichroic.problem.observations import Observations
 
@@ -94,7 +94,7 @@ def test_wiener_is_the_posterior_mean_of_gaussian_sources(kind, rng, x64):
 
 def test_sources_seen_as_they_are_come_back_where_the_noise_is_small(rng):
     x = rng.normal(size=(N, 2, 2))
-    obs = Observations(x.reshape(N, 4), {"b": Identity((2, 2))}, Isotropic(1e-3))
+    obs = Observations(x.reshape(N, 4), {"b": Identity((2, 2))}, IsotropicNoise(1e-3))
     moments = {"b": (np.zeros(4), np.eye(4))}
     for estimate in (back_projection(obs), least_squares(obs), wiener(obs, moments)):
         np.testing.assert_allclose(estimate["b"], x, atol=1e-4)

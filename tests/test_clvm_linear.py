@@ -14,7 +14,7 @@ from dichroic.benchmark.baselines.ascent import ascend, root
 from dichroic.benchmark.baselines.fitted import candidate_ranks
 from dichroic.errors import ConfigError, RunError
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.operators.noise import DenseNoise, DiagonalNoise, Isotropic, Masked
+from dichroic.operators.noise import DenseNoise, DiagonalNoise, IsotropicNoise, Masked
 from dichroic.problem.observations import Observations
 from dichroic.separation.separator import Separator
 
@@ -119,7 +119,7 @@ def test_moments_are_the_sum_over_rows(rng, x64):
 def test_multiples_of_the_identity_are_the_sum_over_rows(ranks, rng, x64):
     """`A = c I` is kept as `c`, and fewer factors than entries take the way around `C`."""
     operators = {"a": Identity((5,)), "b": Scale((5,), 0.5)}
-    obs = Observations(rng.normal(size=(9, 5)), operators, Isotropic(0.3))
+    obs = Observations(rng.normal(size=(9, 5)), operators, IsotropicNoise(0.3))
     means = {k: rng.normal(size=5) for k in operators}
     factors = {k: rng.normal(size=(5, r)) for k, r in zip(operators, ranks, strict=True)}
     rows, moments = g.Rows(obs), g.Moments(obs)
@@ -349,7 +349,7 @@ def test_isotropic_noise_of_each_observation(rng):
     """Noisier observations count less: the mean is the weighted one where W is small."""
     std = np.where(np.arange(200) % 2, 0.5, 2.0)
     y = 3 + std[:, None] * rng.normal(size=(200, 2))
-    obs = Observations(y, {"a": Identity((2,))}, Isotropic(std))
+    obs = Observations(y, {"a": Identity((2,))}, IsotropicNoise(std))
     means = g.least_squares_means([g.gather(obs)])
     weights = std**-2 / np.sum(std**-2)
     np.testing.assert_allclose(means["a"], weights @ y, rtol=1e-3)

@@ -20,7 +20,7 @@ from dichroic.benchmark.baselines.clvm_vae_training import elbo, tempering
 from dichroic.errors import ConfigError, DataError, FormatError, RunError
 from dichroic.numerics.batching import take
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.operators.noise import DenseNoise, Isotropic, Masked
+from dichroic.operators.noise import DenseNoise, IsotropicNoise, Masked
 from dichroic.problem.observations import Observations
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
@@ -137,7 +137,7 @@ def test_inputs_do_not_depend_on_how_the_observation_is_written_down(rng):
 
     def inputs(y, a):
         ops = {"a": Dense(a[:, :3]), "b": Dense(a[:, 3:])}
-        return white_inputs(Observations(y, ops, Isotropic(0.1)), jnp.asarray(2.0), True)[2]
+        return white_inputs(Observations(y, ops, IsotropicNoise(0.1)), jnp.asarray(2.0), True)[2]
 
     before, after = inputs(y, a), inputs(turn @ y, turn @ a)
     assert before["x"].shape == (6,) and before["p"].shape == (21,)
@@ -152,7 +152,7 @@ def test_the_scale_of_the_sources_and_the_signal_to_noise_ratio_are_those_of_the
     rng, n = np.random.default_rng(0), 1024
     x, a = 3 * rng.normal(size=(n, 6)), rng.normal(size=(n, 4, 6))
     y = np.einsum("nij,nj->ni", a, x) + 0.5 * rng.normal(size=(n, 4))
-    scale, ratio = signal_scales(Observations(y, {"a": Dense(a)}, Isotropic(0.5)))
+    scale, ratio = signal_scales(Observations(y, {"a": Dense(a)}, IsotropicNoise(0.5)))
     assert abs(scale / 3 - 1) < 0.1
     assert abs(ratio / np.sqrt(6 * 9 / 0.25 + 1) - 1) < 0.1
 

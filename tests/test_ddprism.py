@@ -20,10 +20,10 @@ from dichroic.benchmark.baselines.ddprism_training import Training, network_deno
 from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.errors import ConfigError, DataError, RunError
 from dichroic.inference.posterior import Posterior
-from dichroic.inference.samplers import Exact, draw_posterior
+from dichroic.inference.samplers import ExactSampler, sample_posterior
 from dichroic.operators import Dense
-from dichroic.operators.noise import Isotropic, Masked
-from dichroic.priors import Wrapped, gaussian
+from dichroic.operators.noise import IsotropicNoise, Masked
+from dichroic.priors import CustomDenoiser, gaussian
 from dichroic.priors.schedule import Geometric
 from dichroic.problem.observations import Observations
 from dichroic.runtime.tracking import Silent
@@ -54,14 +54,14 @@ def gaussian_problem(n):
     both = np.concatenate([a, a], axis=-1)
     gain = prior @ both.swapaxes(1, 2)
     gain = gain @ np.linalg.inv(both @ prior @ both.swapaxes(1, 2) + NOISE**2 * np.eye(M))
-    obs = Observations(y, {"a": Dense(a), "b": Dense(a)}, Isotropic(NOISE))
+    obs = Observations(y, {"a": Dense(a), "b": Dense(a)}, IsotropicNoise(NOISE))
     return known, obs, np.einsum("nij,nj->ni", gain, y), prior - gain @ both @ prior
 
 
 def chi2(n, steps, cg_steps):
     """`χ²/d` of one draw per observation about the exact posterior; the posterior, too."""
     known, obs, mean, cov = gaussian_problem(n)
-    x = draw_posterior(known, obs, KEY, sampler=published(steps, cg_steps)).x
+    x = sample_posterior(known, obs, KEY, sampler=published(steps, cg_steps)).x
     r = np.concatenate([x["a"][0], x["b"][0]], axis=-1) - mean
     return np.mean(np.einsum("ni,nij,nj->n", r, np.linalg.inv(cov), r)) / (2 * D), mean, cov
 
@@ -118,7 +118,7 @@ def one_observation(rng, noise):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_converged_solves_give_the_exact_posterior_mean(masked, rng, x64):
-    noise = Isotropic(0.3)
+    noise = IsotropicNoise(0.3)
     obs, _, _, x_t = one_observation(rng, Masked(noise, [1, 0, 1]) if masked else noise)
     root = {k: rng.normal(size=(v.size, v.size)) for k, v in x_t.items()}
     priors = {k: gaussian(rng.normal(size=len(r)), r @ r.T) for k, r in root.items()}
@@ -136,10 +136,10 @@ def test_converged_solves_give_the_exact_posterior_mean(masked, rng, x64):
 @pytest.mark.parametrize("ridge", [0.0, 0.5])
 def test_one_step_is_the_formula_with_dense_matrices(ridge, rng, x64):
     """With Jacobians that are not symmetric, so that `J` and `Jᵀ` are told apart."""
-    obs, y, a, x_t = one_observation(rng, Isotropic(0.3))
+    obs, y, a, x_t = one_observation(rng, IsotropicNoise(0.3))
     w = {k: np.eye(v.size) + 0.3 * rng.normal(size=(v.size, v.size)) for k, v in x_t.items()}
     priors = {
-        k: Wrapped(linear, v.shape, params=jnp.asarray(v_w))
+        k: CustomDenoiser(linear, v.shape, params=jnp.asarray(v_w))
         for (k, v), v_w in zip(x_t.items(), w.values(), strict=True)
     }
     s = {"a": 0.7, "b": 0.2}
@@ -156,8 +156,10 @@ def test_one_step_is_the_formula_with_dense_matrices(ridge, rng, x64):
 
 
 def test_negative_curvature_leaves_the_prior_mean(rng):
-    obs, _, _, x_t = one_observation(rng, Isotropic(0.3))
-    priors = {k: Wrapped(linear, v.shape, params=-9 * jnp.eye(v.size)) for k, v in x_t.items()}
+    obs, _, _, x_t = one_observation(rng, IsotropicNoise(0.3))
+    priors = {
+        k: CustomDenoiser(linear, v.shape, params=-9 * jnp.eye(v.size)) for k, v in x_t.items()
+    }
     found = PublishedPosterior(priors, obs, 1e-6, 1)(x_t, {k: jnp.ones(()) for k in x_t})
     assert found.effort.converged == 0
     for k in x_t:
@@ -181,7 +183,7 @@ def pair(n):
     known = {k: Absolute(gaussian(means[k], covs[k])) for k in a}
     ops = {k: Dense(v) for k, v in a.items()}
     start = {k: jnp.full((n, 2), 2.0) for k in a}
-    obs = Started(np.tile(y, (n, 1)), ops, Isotropic(noise), start)
+    obs = Started(np.tile(y, (n, 1)), ops, IsotropicNoise(noise), start)
     return known, obs, m + gain @ (y - both @ m), prior - gain @ both @ prior
 
 
@@ -199,21 +201,21 @@ def test_gibbs_draws_follow_the_joint_posterior():
     """From a start far off, with exact draws of each source: only the sweeps are tested."""
     known, obs, mean, cov = pair(4096)
     known = {k: d.inner for k, d in known.items()}
-    x = draw_posterior(known, obs, KEY, sampler=PublishedGibbs(Exact(), 40)).x
+    x = sample_posterior(known, obs, KEY, sampler=PublishedGibbs(ExactSampler(), 40)).x
     check_moments(np.concatenate([x["a"][0], x["b"][0]], axis=1), mean, cov, slack=0)
 
 
 def test_gibbs_draws_by_the_published_sampler_follow_the_joint_posterior():
     known, obs, mean, cov = pair(1024)
     sampler = PublishedGibbs(published(64, 2), 16)
-    x = draw_posterior(known, obs, KEY, sampler=sampler).x
+    x = sample_posterior(known, obs, KEY, sampler=sampler).x
     check_moments(np.concatenate([x["a"][0], x["b"][0]], axis=1), mean, cov, slack=0.08)
 
 
 def test_the_first_sweep_is_given_the_start():
     known, obs, _, _ = pair(4096)
     known = {k: d.inner for k, d in known.items()}
-    x = draw_posterior(known, obs, KEY, sampler=PublishedGibbs(Exact(), 1)).x["a"][0]
+    x = sample_posterior(known, obs, KEY, sampler=PublishedGibbs(ExactSampler(), 1)).x["a"][0]
     y = np.asarray(obs.y[0] - obs.operators["b"].matrix @ np.full(2, 2.0))
     a, prior = np.asarray(obs.operators["a"].matrix), np.asarray(known["a"].covariances()[0])
     m = np.asarray(known["a"].location)
@@ -380,7 +382,7 @@ def test_the_batch_size_changes_no_draw():
 
 def _observations(problem):
     view = problem.view("view2")
-    return Observations(view.observations, dict(view.operators), Isotropic(0.01))
+    return Observations(view.observations, dict(view.operators), IsotropicNoise(0.01))
 
 
 def test_what_is_in_range():

@@ -10,7 +10,7 @@ import pytest
 from scipy import special, stats
 
 from dichroic.errors import DataError, ShapeError
-from dichroic.priors import Mixture, Preconditioned, Wrapped, gaussian
+from dichroic.priors import CustomDenoiser, DiffusionPrior, GaussianMixture, gaussian
 from dichroic.priors.networks import Mlp
 
 DRAWS = 20_000
@@ -88,7 +88,7 @@ def linear(denoiser, x_t, sigma):
 def test_a_mixture_conditions_each_component(sigma, rng):
     weights, means, covs = moments(rng, 3, 4)
     x_t = noised_points(rng, means, sigma)
-    mixture = Mixture.from_moments(weights, means.reshape(3, 2, 2), covs)
+    mixture = GaussianMixture.from_moments(weights, means.reshape(3, 2, 2), covs)
     found = look(mixture, x_t.reshape(-1, 2, 2), sigma)
     for i, x in enumerate(x_t):
         w, m, v = conditioned(weights, means, covs, x, sigma)
@@ -117,7 +117,7 @@ def test_thin_directions_keep_their_variance_at_high_noise(rank):
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 5.0])
 def test_in_one_dimension_a_mixture_is_the_quadrature_of_bayes_rule(sigma):
     weights, means, std = np.array([0.3, 0.7]), np.array([-1.0, 1.5]), np.array([0.4, 0.2])
-    mixture = Mixture.from_moments(weights, means[:, None], (std**2)[:, None, None])
+    mixture = GaussianMixture.from_moments(weights, means[:, None], (std**2)[:, None, None])
     x = np.linspace(-6, 6, 40_001)
     prior = stats.norm(means, std).pdf(x[:, None]) @ weights
     x_t = np.array([-2.0, -0.2, 0.4, 1.5])
@@ -134,7 +134,7 @@ def test_in_one_dimension_a_mixture_is_the_quadrature_of_bayes_rule(sigma):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_tweedie_gives_the_covariance(rank, rng, x64):
     weights, means, covs = moments(rng, 3, 4)
-    mixture = Mixture.from_moments(weights, means.reshape(3, 2, 2), covs, rank=rank)
+    mixture = GaussianMixture.from_moments(weights, means.reshape(3, 2, 2), covs, rank=rank)
     for sigma in SIGMAS:
         x_t = noised_points(rng, means, sigma).reshape(-1, 2, 2)
         mean, matrix, tweedie = linear(mixture, x_t, sigma)
@@ -148,8 +148,8 @@ def test_tweedie_gives_the_covariance(rank, rng, x64):
 def test_a_low_rank_mixture_is_the_dense_one_with_its_covariances(rank, rng, x64):
     weights, means, covs = moments(rng, 3, 4)
     shaped = means.reshape(3, 2, 2)
-    low = Mixture.from_moments(weights, shaped, covs, rank=rank)
-    dense = Mixture.from_moments(weights, shaped, low.covariances())
+    low = GaussianMixture.from_moments(weights, shaped, covs, rank=rank)
+    dense = GaussianMixture.from_moments(weights, shaped, low.covariances())
     assert not low.full_rank
     assert dense.full_rank
     np.testing.assert_allclose(low.covariances(), dense.covariances(), atol=1e-12)
@@ -166,7 +166,7 @@ def test_a_low_rank_mixture_is_the_dense_one_with_its_covariances(rank, rng, x64
 @pytest.mark.parametrize("rank", [0, 2, 4, 5, 9])
 def test_rank_keeps_the_leading_eigenvalues_and_the_mean_of_the_rest(rank, rng):
     weights, means, covs = moments(rng, 2, 5)
-    found = Mixture.from_moments(weights, means, covs, rank=rank).covariances()
+    found = GaussianMixture.from_moments(weights, means, covs, rank=rank).covariances()
     for got, cov in zip(np.asarray(found, float), covs, strict=True):
         values, vectors = np.linalg.eigh(cov)
         rest = values[: max(5 - rank, 0)]
@@ -177,7 +177,7 @@ def test_rank_keeps_the_leading_eigenvalues_and_the_mean_of_the_rest(rank, rng):
 @pytest.mark.parametrize("rank", [None, 1])
 def test_draws_location_and_scale_are_those_of_the_mixture(rank, rng):
     weights, means, covs = moments(rng, 3, 4)
-    mixture = Mixture.from_moments(weights, means.reshape(3, 2, 2), covs, rank=rank)
+    mixture = GaussianMixture.from_moments(weights, means.reshape(3, 2, 2), covs, rank=rank)
     covs = np.asarray(mixture.covariances(), float)
     mean = weights @ means
     centred = means - mean
@@ -195,7 +195,7 @@ def test_draws_location_and_scale_are_those_of_the_mixture(rank, rng):
 
 def test_draws_of_one_component_follow_it(rng):
     weights, means, covs = moments(rng, 2, 3)
-    mixture = Mixture.from_moments(weights, means, covs)
+    mixture = GaussianMixture.from_moments(weights, means, covs)
     keys = jax.random.split(jax.random.key(1), DRAWS)
     draw = lambda key: mixture.sample_component(jnp.array(1), key)
     x = np.asarray(jax.jit(jax.vmap(draw))(keys), float)
@@ -225,8 +225,8 @@ def trained(fresh):
 @pytest.mark.parametrize("covariance", ["jacobian", "base"])
 def test_an_untrained_network_leaves_the_base_as_it_is(covariance, fresh, rng):
     weights, means, covs = moments(rng, 3, 4)
-    base = Mixture.from_moments(weights, means.reshape(3, 2, 2), covs)
-    whole = Preconditioned(base, fresh, covariance)
+    base = GaussianMixture.from_moments(weights, means.reshape(3, 2, 2), covs)
+    whole = DiffusionPrior(base, fresh, covariance)
     assert whole.shape == (2, 2)
     np.testing.assert_array_equal(whole.location, base.location)
     assert whole.scale == base.scale
@@ -247,7 +247,7 @@ class Probe(eqx.Module):
 
 def test_the_correction_is_preconditioned_as_in_edm(rng):
     s, mean, x_t = 3.0, rng.normal(size=4), 5 * rng.normal(size=4)
-    denoiser = Preconditioned(gaussian(mean, s**2 * np.eye(4)), Probe())
+    denoiser = DiffusionPrior(gaussian(mean, s**2 * np.eye(4)), Probe())
     for sigma in (0.02, 0.7, 20.0):
         total = np.hypot(sigma, s)
         skip = mean + s**2 / total**2 * (x_t - mean)
@@ -258,8 +258,8 @@ def test_the_correction_is_preconditioned_as_in_edm(rng):
 
 def test_the_covariance_of_a_trained_network_is_its_projected_jacobian(trained, rng):
     weights, means, covs = moments(rng, 3, 4)
-    base = Mixture.from_moments(weights, means.reshape(3, 2, 2), covs)
-    denoiser = Preconditioned(base, trained, "jacobian")
+    base = GaussianMixture.from_moments(weights, means.reshape(3, 2, 2), covs)
+    denoiser = DiffusionPrior(base, trained, "jacobian")
     x_t = rng.normal(size=(6, 2, 2))
     mean, matrix, tweedie = linear(denoiser, x_t, 0.5)
     symmetric = 0.5 * (tweedie + tweedie.swapaxes(1, 2)).astype(float)
@@ -275,9 +275,9 @@ def test_the_covariance_of_a_trained_network_is_its_projected_jacobian(trained, 
 
 def test_components_of_the_base_are_moved_by_the_correction(trained, rng):
     weights, means, covs = moments(rng, 3, 4)
-    base = Mixture.from_moments(weights, means.reshape(3, 2, 2), covs)
+    base = GaussianMixture.from_moments(weights, means.reshape(3, 2, 2), covs)
     x_t = noised_points(rng, means, 0.5).reshape(-1, 2, 2)
-    moved, still = look(Preconditioned(base, trained, "base"), x_t, 0.5), look(base, x_t, 0.5)
+    moved, still = look(DiffusionPrior(base, trained, "base"), x_t, 0.5), look(base, x_t, 0.5)
     shift = (moved.denoised - still.denoised).reshape(-1, 1, 4)
     assert np.abs(shift).max() > 0.1
     np.testing.assert_allclose(moved.means, still.means + shift, atol=1e-5)
@@ -291,7 +291,7 @@ def test_a_wrapped_function_is_the_denoiser_it_computes(params, rng):
     plain = lambda x, sigma: 1 + 4 / (4 + sigma**2) * (x - 1)
     with_params = lambda p, x, sigma: 1 + p["variance"] / (p["variance"] + sigma**2) * (x - 1)
     fn = plain if params is None else with_params
-    wrapped = Wrapped(fn, shape=(2, 2), params=params, mean=1.0, std=2.0)
+    wrapped = CustomDenoiser(fn, shape=(2, 2), params=params, mean=1.0, std=2.0)
     exact = gaussian(np.ones((2, 2)), 4 * np.eye(4))
     x_t = rng.normal(size=(6, 2, 2))
     ours, theirs = look(wrapped, x_t, 1.5), look(exact, x_t, 1.5)
@@ -312,7 +312,7 @@ def test_a_wrapped_function_is_the_denoiser_it_computes(params, rng):
 )
 def test_shapes_that_do_not_fit_are_refused(weights, means, covs):
     with pytest.raises(ShapeError, match=r"2 components of 3 numbers need covariances \(2, 3, 3\)"):
-        Mixture.from_moments(weights, means, covs)
+        GaussianMixture.from_moments(weights, means, covs)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -325,17 +325,17 @@ def test_moments_that_are_not_finite_are_refused(where, bad):
     }
     moments[where].flat[1] = bad
     with pytest.raises(DataError, match=f"Mixture: a {where} is not finite"):
-        Mixture.from_moments(*moments.values())
+        GaussianMixture.from_moments(*moments.values())
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [2.0, -0.5], [-1.0, -1.0]])
 def test_weights_that_are_none_are_refused(weights):
     with pytest.raises(DataError, match="Mixture: weights must be positive numbers or zero"):
-        Mixture.from_moments(weights, np.zeros((2, 1)), np.ones((2, 1, 1)))
+        GaussianMixture.from_moments(weights, np.zeros((2, 1)), np.ones((2, 1, 1)))
 
 
 def test_a_component_of_weight_zero_changes_nothing():
-    whole = Mixture.from_moments([1, 0], np.array([[0.0], [5.0]]), np.ones((2, 1, 1)))
+    whole = GaussianMixture.from_moments([1, 0], np.array([[0.0], [5.0]]), np.ones((2, 1, 1)))
     found = look(whole, np.full((1, 1), 5.0), 1.0)
     np.testing.assert_allclose(found.denoised, 2.5, rtol=1e-6)
     np.testing.assert_allclose(found.covariance, 0.5, rtol=1e-6)

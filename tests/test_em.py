@@ -19,8 +19,8 @@ from dichroic.learning.phases.schedule import advance
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import State
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.operators.noise import Isotropic
-from dichroic.priors import Mixture, Preconditioned, gaussian
+from dichroic.operators.noise import IsotropicNoise
+from dichroic.priors import DiffusionPrior, GaussianMixture, gaussian
 from dichroic.problem.observations import Observations
 from dichroic.problem.problem import Problem, Source, joint_observations
 from dichroic.problem.view import View
@@ -79,7 +79,7 @@ def iterations(problem, config):
 
 
 def sees(*names):
-    return Observations(np.ones((3, DIM)), {k: Identity(DIM) for k in names}, Isotropic(1.0))
+    return Observations(np.ones((3, DIM)), {k: Identity(DIM) for k in names}, IsotropicNoise(1.0))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_fit_starts_from_the_power_of_the_views(rng):
     a = {k: rng.normal(size=(n, 3, DIM)) for k in "ab"}
     x = {k: np.sqrt(v) * rng.normal(size=(n, DIM)) for k in "ab"}
     y = sum(np.einsum("nmd,nd->nm", a[k], x[k]) for k in "ab")
-    obs = Observations(y, {k: Dense(a[k]) for k in "ab"}, Isotropic(std))
+    obs = Observations(y, {k: Dense(a[k]) for k in "ab"}, IsotropicNoise(std))
     gain = sum(np.mean(np.sum(a[k] ** 2, axis=(1, 2))) for k in "ab")
     expect = np.mean(np.sum(y**2, axis=1)) / gain
     prior = initial_gaussian("a", [obs], ("a", "b"))
@@ -344,7 +344,7 @@ def test_a_iteration_without_a_gain_ends_the_fit_and_changes_nothing(monkeypatch
         )
         state, rows = fit(gaussian_problem([[1]]), config)
         assert runs(rows)[-1] == ("diffusion", "a", None, count)
-        assert isinstance(state.best["a"], Mixture) == (count == 1)
+        assert isinstance(state.best["a"], GaussianMixture) == (count == 1)
         assert state.score == pytest.approx(3 * gain if count == 3 else 0)
 
 
@@ -358,7 +358,7 @@ def test_every_network_is_kept_where_that_is_asked_for(monkeypatch):
     )
     state, rows = fit(gaussian_problem([[1]]), config)
     assert runs(rows)[-1] == ("diffusion", "a", None, 2)
-    assert isinstance(state.best["a"], Preconditioned)
+    assert isinstance(state.best["a"], DiffusionPrior)
 
 
 def test_the_truth_changes_nothing_but_the_scores(diffused):

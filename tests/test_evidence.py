@@ -11,7 +11,7 @@ from dichroic.inference import evidence
 from dichroic.inference.evidence import log_evidence, posterior_draw, posterior_means, tuples
 from dichroic.inference.evidence_grid import grid_log_evidence, grid_scores
 from dichroic.numerics.cholesky import psd_factor
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.priors.components import Components
 
 DRAWS = 20_000
@@ -190,7 +190,7 @@ def curves(rng, counts, size, noise=0.01):
         means = np.sin(2 * np.pi * (t * (0.5 + rng.uniform(size=3)) + a)) + b
         step = np.gradient(means, axis=0)
         covs = 0.2 * step[:, :, None] * step[:, None, :] + 1e-4 * np.eye(3)
-        sources.append(Mixture.from_moments(np.full(k, 1 / k), means, covs))
+        sources.append(GaussianMixture.from_moments(np.full(k, 1 / k), means, covs))
     matrices = [jnp.asarray(rng.normal(size=(size, 3))) for _ in counts]
     x = [s.sample(jax.random.key(i)) for i, s in enumerate(sources)]
     y = sum(a @ u for a, u in zip(matrices, x, strict=True)) + noise * rng.normal(size=size)
@@ -214,7 +214,7 @@ def test_the_search_from_coarse_to_fine_finds_what_matters(size, shuffled, rng, 
 
 def test_ordered_keeps_the_mixture_and_sorts_a_line(rng):
     at = rng.permutation(37)
-    mixture = Mixture.from_moments(
+    mixture = GaussianMixture.from_moments(
         at + 1.0, at[:, None] * [1.0, 2.0], np.tile(np.eye(2), (37, 1, 1))
     )
     ordered = mixture.ordered()

@@ -22,8 +22,8 @@ from dichroic.learning.mixture import em as mixture_em
 from dichroic.learning.mixture import low_rank_em, operator_em
 from dichroic.learning.phases import base, diffusion, mixture
 from dichroic.numerics.finite import finite
-from dichroic.operators import Identity, Learned, Scale
-from dichroic.priors import Mixture
+from dichroic.operators import Identity, Learnable, Scale
+from dichroic.priors import GaussianMixture
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
 from dichroic.runtime.tracking import read_metrics
@@ -57,7 +57,7 @@ def sources(names, gain=None):
     rng = np.random.default_rng(0)
     a, c, b = rng.normal(size=(3, COUNT, 2)) * [1.0, 0.4]
     noise = lambda: 0.1 * rng.normal(size=(COUNT, 2))
-    see = Learned(Scale(2, gain), "gain") if gain else Identity(2)
+    see = Learnable(Scale(2, gain), "gain") if gain else Identity(2)
     views = [View(a + noise(), {"a": Identity(2)}, 0.1, "alone")]
     if "b" in names:
         views.append(View(c + b[:, ::-1] + noise(), {"a": see, "b": Identity(2)}, 0.1, "both"))
@@ -328,7 +328,7 @@ def test_a_network_that_cannot_be_trained_leaves_the_prior_as_it_was(one, tmp_pa
     config = DIFFUSION.replace({"diffusion.learning_rate": 1e6})
     found = fit(one, tmp_path, config)
     assert load_state(tmp_path / LATEST).done
-    assert isinstance(found.denoisers["a"], Mixture)
+    assert isinstance(found.denoisers["a"], GaussianMixture)
     iterations = [m for m in found.metrics if m["phase"] == "diffusion"]
     assert [m["diverged_a"] for m in iterations] == [2, 2]
     assert [m["evidence_gain_a"] for m in iterations] == [0, 0]

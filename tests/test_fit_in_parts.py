@@ -23,9 +23,9 @@ from dichroic.learning.data import prepare
 from dichroic.learning.diffusion.draw_cache import StoredDraws, draw_to_disk, windows
 from dichroic.learning.fit import fit
 from dichroic.learning.phases.schedule import advance
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem import dataset
-from dichroic.problem.dataset import Numbers, StoredDataset
+from dichroic.problem.dataset import IndexSet, StoredDataset
 from dichroic.problem.observations import numbered
 from dichroic.runtime import distributed
 
@@ -98,13 +98,13 @@ def prior(seed):
     rng = np.random.default_rng(seed)
     factor = rng.normal(size=(2, D, D))
     covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(D)
-    return Mixture.from_moments([0.4, 0.6], rng.normal(size=(2, D)), covariances)
+    return GaussianMixture.from_moments([0.4, 0.6], rng.normal(size=(2, D)), covariances)
 
 
 def test_numbers_of_what_is_true(rng):
     mask = rng.uniform(size=200_000) < 0.3
     mask[65_000:140_000] = False
-    numbers, want = Numbers(np.packbits(mask), len(mask)), np.flatnonzero(mask)
+    numbers, want = IndexSet(np.packbits(mask), len(mask)), np.flatnonzero(mask)
     assert numbers.count == len(want)
     for start, stop in ((0, 1), (0, len(want)), (19_000, 21_000), (len(want) - 1, len(want))):
         np.testing.assert_array_equal(numbers.between(start, stop), want[start:stop])
@@ -113,9 +113,9 @@ def test_numbers_of_what_is_true(rng):
     assert mask[some].all()
     few = mask[:100]
     for value in (True, False):
-        numbers = Numbers(np.packbits(few), len(few), value)
+        numbers = IndexSet(np.packbits(few), len(few), value)
         np.testing.assert_array_equal(numbers.spread(1000), np.flatnonzero(few == value))
-    assert Numbers(np.packbits(~mask), len(mask)).count == len(mask) - len(want)
+    assert IndexSet(np.packbits(~mask), len(mask)).count == len(mask) - len(want)
 
 
 def test_blocks_are_the_observations_in_memory(stated, in_blocks):

@@ -12,7 +12,7 @@ from dichroic.operators import (
     Convolve,
     Dense,
     Diagonal,
-    Function,
+    FunctionOperator,
     Identity,
     Operator,
     Scale,
@@ -298,7 +298,7 @@ def test_a_probe_counts_equations():
 def test_a_probe_counts_the_equations_of_sources_together(small):
     """One view cannot hold two covariances, in whatever directions a probe looks."""
     eye = Identity((32, 32))
-    turned = Function(lambda x: x.T, in_shape=(32, 32))
+    turned = FunctionOperator(lambda x: x.T, in_shape=(32, 32))
     line = Dense(np.random.default_rng(0).normal(size=(1024, 5)), out_shape=(32, 32))
     op = line if small else turned
     views = [view({"a": eye, "b": op})]
@@ -321,7 +321,7 @@ def test_a_probe_sees_what_averages_hide():
 
 def test_a_probe_with_operators_and_masks_per_observation(rng):
     amplitude = Scale((32, 32), rng.uniform(0.5, 1, size=300))
-    shear = Function(
+    shear = FunctionOperator(
         lambda x, p: p * x, in_shape=(32, 32), params=jnp.ones(300), per_observation=True
     )
     mask = rng.uniform(size=(300, 32, 32)) < 0.9

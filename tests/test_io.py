@@ -21,7 +21,7 @@ from dichroic.io.model_files import (
     write_json,
     write_tensors,
 )
-from dichroic.priors import Mixture, Preconditioned, Wrapped
+from dichroic.priors import CustomDenoiser, DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp, UNet
 from dichroic.runtime.files import write_atomic
 from dichroic.runtime.records import RECORD_VERSION, read_record, write_record
@@ -33,7 +33,7 @@ build_unet = jax.jit(lambda key: UNet((2, 2), 8, 2, 1, True, "bfloat16", key=key
 def denoiser(kind, seed=0):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(3, 4, 4))
-    mixture = Mixture.from_moments(
+    mixture = GaussianMixture.from_moments(
         rng.dirichlet(np.ones(3)),
         rng.normal(size=(3, 2, 2)),
         root @ root.swapaxes(1, 2),
@@ -44,7 +44,7 @@ def denoiser(kind, seed=0):
     network = (build_unet if kind == "unet" else build)(jax.random.key(seed))
     kind = "base" if kind == "unet" else kind
     random = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), network)
-    return Preconditioned(mixture, random, kind)
+    return DiffusionPrior(mixture, random, kind)
 
 
 KINDS = ["mixture", "low rank", "jacobian", "base", "unet"]
@@ -260,8 +260,8 @@ def test_a_write_onto_a_folder_leaves_nothing_behind(tmp_path):
 
 
 def test_a_users_function_cannot_be_saved_and_harms_no_saved_model(model):
-    users = Wrapped(lambda x, sigma: x, shape=4)
-    with pytest.raises(FormatError, match="type Wrapped cannot be saved"):
+    users = CustomDenoiser(lambda x, sigma: x, shape=4)
+    with pytest.raises(FormatError, match="type CustomDenoiser cannot be saved"):
         pack(users)
     before = load_model(model)[0]
     with pytest.raises(FormatError, match="cannot be saved"):

@@ -13,7 +13,7 @@ import zarr
 
 from dichroic.operators import Dense
 from dichroic.operators.noise import DiagonalNoise
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
 from dichroic.separation.separator import Separator
@@ -44,7 +44,7 @@ def separator_of(rng):
     """A known prior of four numbers, which are seen through `M`."""
     factor = rng.normal(size=(2, D, D))
     covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(D)
-    prior = Mixture.from_moments([0.4, 0.6], rng.normal(size=(2, D)), covariances, rank=2)
+    prior = GaussianMixture.from_moments([0.4, 0.6], rng.normal(size=(2, D)), covariances, rank=2)
     view = View(rng.normal(size=(2, M)), {"a": Dense(rng.normal(size=(M, D)))}, 0.1, "v")
     separator = Separator(Problem([Source("a", (D,))], [view]), {})
     separator.denoisers = {"a": prior}

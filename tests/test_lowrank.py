@@ -18,7 +18,7 @@ from dichroic.errors import DataError
 from dichroic.inference.low_rank import LowRankView, moments
 from dichroic.inference.low_rank_background import every_tuple, low_rank_log_evidence
 from dichroic.inference.low_rank_sampling import low_rank_draws
-from dichroic.inference.samplers import Ancestral
+from dichroic.inference.samplers import AncestralSampler
 from dichroic.learning.mixture.low_rank_em import (
     from_columns,
     low_rank_iteration,
@@ -30,7 +30,7 @@ from dichroic.learning.mixture.statistics import merged
 from dichroic.numerics.batching import take
 from dichroic.operators import Dense, Diagonal, Identity, Scale
 from dichroic.operators.noise import DenseNoise, DiagonalNoise
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import Observations, groups
 from dichroic.problem.view import View
 from dichroic.runtime.hardware import in_threads
@@ -74,7 +74,9 @@ def behind(kind, names, n=6):
         rng = np.random.default_rng(k)
         covs = [toeplitz((0.5 + 0.2 * j) ** np.arange(d)) for j in range(k)]
         means = np.repeat(rng.normal(size=(k, 1)), d, axis=1)
-        mixtures[name] = Mixture.from_moments(rng.uniform(0.5, 1, k), means, covs, stationary=1)
+        mixtures[name] = GaussianMixture.from_moments(
+            rng.uniform(0.5, 1, k), means, covs, stationary=1
+        )
     return mixtures, obs
 
 
@@ -178,7 +180,7 @@ def test_sums_are_those_of_conditioned_gaussians(kind):
         assert sums[name].square == pytest.approx(square, rel=1e-5)
 
 
-@pytest.mark.parametrize("sampler", [None, Ancestral(3)], ids=["exact", "ancestral"])
+@pytest.mark.parametrize("sampler", [None, AncestralSampler(3)], ids=["exact", "ancestral"])
 @pytest.mark.parametrize(
     ("kind", "stationary"),
     [*((kind, "") for kind in KINDS), ("dense", "a"), ("masked", "b"), ("diagonal", "ab")],
@@ -244,7 +246,7 @@ def test_observations_with_operators_or_masks_of_their_own_add_up(shared):
             np.testing.assert_allclose(getattr(found, field), getattr(expect, field), rtol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [None, Ancestral(3)], ids=["exact", "ancestral"])
+@pytest.mark.parametrize("sampler", [None, AncestralSampler(3)], ids=["exact", "ancestral"])
 def test_draws_of_observations_with_operators_of_their_own_are_as_of_each_alone(sampler):
     mixtures, obs, alone = own_operators()
     backwards = {
@@ -260,7 +262,7 @@ def test_draws_of_observations_with_operators_of_their_own_are_as_of_each_alone(
             np.testing.assert_allclose(whole[k][:, i : i + 1], x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", [None, Ancestral(3)], ids=["exact", "ancestral"])
+@pytest.mark.parametrize("sampler", [None, AncestralSampler(3)], ids=["exact", "ancestral"])
 def test_draws_are_the_same_bits_for_any_number_of_threads(sampler):
     """Of products large enough for several threads to share one."""
     mixtures = {k: ppca(i, 4, 300, 40) for i, k in enumerate("ab")}
@@ -368,7 +370,7 @@ def test_a_floor_that_should_be_zero_falls_faster_than_in_the_textbook():
     y = rng.normal(size=(2000, 2)) @ rng.normal(size=(2, 20)) + 0.1 * rng.normal(size=(2000, 20))
     obs = View(y, {"a": Identity(20)}, 0.1).prepare()
     start = {"a": initial_low_rank("a", [obs], 2, 1.0, {}, 1)}
-    start = {"a": Mixture(**{**start["a"].__dict__, "floor": np.full(1, 0.1)})}
+    start = {"a": GaussianMixture(**{**start["a"].__dict__, "floor": np.full(1, 0.1)})}
     ours, _ = low_rank_iteration(start, [obs], ["a"], MixtureConfig(steps=30))
     book = start
     for _ in range(30):
@@ -485,7 +487,7 @@ def test_two_sources_in_two_views_are_told_apart():
 def test_a_component_without_observations_stays():
     mixtures, obs = case("diagonal", n=50)
     far = mixtures["a"].means.at[0].set(1e3)
-    moved = Mixture(**{**mixtures["a"].__dict__, "means": far})
+    moved = GaussianMixture(**{**mixtures["a"].__dict__, "means": far})
     _, sums = low_rank_statistics({**mixtures, "a": moved}, obs)
     found = maximise_low_rank(moved, sums["a"], least=1e-8)
     np.testing.assert_allclose(found.means[0], far[0], rtol=1e-6)

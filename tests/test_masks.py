@@ -10,7 +10,7 @@ from dichroic.operators import Convolve, Diagonal, Identity
 from dichroic.operators.noise import (
     DenseNoise,
     DiagonalNoise,
-    Isotropic,
+    IsotropicNoise,
     JointNoise,
     LowRankNoise,
     Masked,
@@ -158,7 +158,7 @@ def test_what_is_stated_of_missing_entries_is_not_looked_at(kind, bad, data):
 
 def test_noise_with_a_mask_of_its_own_hides_observations_too(data):
     y, good = data
-    noise = Masked(Isotropic(0.5), good.reshape(N, -1))
+    noise = Masked(IsotropicNoise(0.5), good.reshape(N, -1))
     same(view(np.where(good, y, np.nan), noise), view(np.where(good, y, 3.0), noise))
 
 
@@ -168,7 +168,7 @@ def test_an_observation_without_any_entry_may_have_any_noise(data):
     lags = np.ones((N, 1, 1))
     for bad in (np.nan, 0.0):
         std, lags[4] = np.where(np.arange(N) == 4, bad, 0.5), bad
-        same(view(y, Isotropic(std), mask=good), view(y, Isotropic(0.5), mask=good))
+        same(view(y, IsotropicNoise(std), mask=good), view(y, IsotropicNoise(0.5), mask=good))
         obs = view(y, StationaryNoise(lags, ndim=2), mask=good).prepare()
         assert all(np.isfinite(obs.one(i).parts()[2]).all() for i in (3, 4))
 
@@ -178,7 +178,7 @@ def test_an_observation_without_any_entry_may_have_any_noise(data):
     [
         (lambda v: DiagonalNoise(v), r"view 'v': the noise variance is nan at observation 3, entry \(1, 2\).*mask"),
         (lambda v: DiagonalNoise(v[3]), r"variance is nan at entry \(1, 2\); .*with a mask"),
-        (lambda v: Isotropic(v[:, 1, 2]), "the noise standard deviation is nan at observation 3"),
+        (lambda v: IsotropicNoise(v[:, 1, 2]), "the noise standard deviation is nan at observation 3"),
         (lambda v: DenseNoise(np.diag(v[3].ravel())), r"covariance is nan at entries \(1, 2\) and \(1, 2\)"),
         (lambda v: LowRankNoise(v.reshape(N, -1, 1), np.ones(6)), r"factor is nan at observation 3, entry \(1, 2\)"),
         (lambda v: DiagonalNoise(np.nan_to_num(v, nan=1e37)), r"variance of 1e\+37 at observation 3, entry \(1, 2\)"),

@@ -23,13 +23,13 @@ from dichroic.learning.mixture.em import (
     statistics,
 )
 from dichroic.learning.mixture.m_step import joint_shifts, maximise
-from dichroic.learning.mixture.statistics import Sums, view_statistics
+from dichroic.learning.mixture.statistics import SufficientStatistics, view_statistics
 from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics
 from dichroic.numerics.batching import take
 from dichroic.numerics.precision import float64
 from dichroic.operators import Dense, Identity
-from dichroic.operators.noise import DenseNoise, Isotropic, Masked
-from dichroic.priors import Mixture, gaussian
+from dichroic.operators.noise import DenseNoise, IsotropicNoise, Masked
+from dichroic.priors import GaussianMixture, gaussian
 from dichroic.problem.observations import Observations, is_shared
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -43,7 +43,7 @@ def spd(rng, dim):
 
 
 def mixture(rng, count, dim):
-    return Mixture.from_moments(
+    return GaussianMixture.from_moments(
         rng.dirichlet(np.full(count, 5.0)),
         rng.normal(size=(count, dim)),
         [spd(rng, dim) for _ in range(count)],
@@ -64,7 +64,7 @@ def case(rng, counts=(3, 2), *, kind, n=40, dims=(3, 2), size=3):
     ops = {k: rng.normal(size=(*rows, size, m.dim)) for k, m in mixtures.items()}
     noise = DenseNoise(0.1 * spd(rng, size))
     if kind == "per observation":
-        noise = Isotropic(rng.uniform(0.2, 0.5, size=n))
+        noise = IsotropicNoise(rng.uniform(0.2, 0.5, size=n))
     if kind == "shared mask":
         noise = Masked(noise, np.arange(size) != 1)
     if kind == "masks":
@@ -338,7 +338,7 @@ def test_with_little_noise_a_step_is_that_of_scikit_learn(textbook, rng):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has not converged, and says so
         theirs.fit(x)
-    obs = Observations(x, {"a": Identity(2)}, Isotropic(1e-5))
+    obs = Observations(x, {"a": Identity(2)}, IsotropicNoise(1e-5))
     updated, _ = em_step({"a": start}, [obs], textbook=textbook)
     expect = theirs.weights_, theirs.means_, theirs.covariances_
     assert_close(updated["a"], expect, atol=2e-6)
@@ -409,7 +409,7 @@ def test_nearly_the_same_mixture_in_two_views_takes_few_steps(rng, monkeypatch):
         y = sum(np.einsum("nmd,nd->nm", ops[k], x[k]) for k in "ab") + 0.01 * rng.normal(
             size=(400, 2)
         )
-        views.append(Observations(y, {k: Dense(a) for k, a in ops.items()}, Isotropic(0.01)))
+        views.append(Observations(y, {k: Dense(a) for k, a in ops.items()}, IsotropicNoise(0.01)))
     start = {k: gaussian(np.zeros(3), np.eye(3)) for k in "ab"}
     away = {}
     for most in (mixture_em.MOST_MEANS, 0):
@@ -429,7 +429,7 @@ def test_a_variance_that_should_be_zero_falls_at_the_stated_rate(textbook):
     c, noise, n, iterations = 1.0, 0.04, 100, 400
     for _ in range(iterations):
         w = n / (c + noise)
-        sums = Sums(*(np.asarray(a, float) for a in (
+        sums = SufficientStatistics(*(np.asarray(a, float) for a in (
             [n], [[0.0]], [[[w * noise / (c + noise)]]], [[[w]]]
         )))  # fmt: skip
         m = gaussian(np.zeros(1), [[c]])
@@ -439,9 +439,11 @@ def test_a_variance_that_should_be_zero_falls_at_the_stated_rate(textbook):
 
 
 def test_both_kinds_of_steps_rest_at_a_maximum(rng):
-    m = Mixture.from_moments([1, 2], np.array([[-2.0, 0], [2, 1]]), [spd(rng, 2), spd(rng, 2)])
+    m = GaussianMixture.from_moments(
+        [1, 2], np.array([[-2.0, 0], [2, 1]]), [spd(rng, 2), spd(rng, 2)]
+    )
     y = draws(rng, m, 200) + 0.3 * rng.normal(size=(200, 2))
-    obs = Observations(y, {"a": Identity(2)}, Isotropic(0.3))
+    obs = Observations(y, {"a": Identity(2)}, IsotropicNoise(0.3))
     for _ in range(60):
         m = em_step({"a": m}, [obs], textbook=False)[0]["a"]
     assert np.linalg.eigvalsh(m.covariances()).min() > 0.01, "an inner maximum"
@@ -461,8 +463,8 @@ def test_two_gaussians_in_contrastive_views_are_recovered_within_the_sampling_er
     y = draw("a"), draw("a") + draw("b")
     y = [v + noise * rng.normal(size=v.shape) for v in y]
     views = [
-        Observations(y[0], {"a": eye}, Isotropic(noise)),
-        Observations(y[1], {"a": eye, "b": eye}, Isotropic(noise)),
+        Observations(y[0], {"a": eye}, IsotropicNoise(noise)),
+        Observations(y[1], {"a": eye, "b": eye}, IsotropicNoise(noise)),
     ]
     found = {k: gaussian(np.zeros(dim), np.eye(dim)) for k in cov}
     for _ in range(10):
@@ -515,8 +517,8 @@ def converged(rng, shrinkage, noise, steps=400):
     means, d = np.array([[-20.0, 0], [0, 20], [20, 0]]), 2
     which = rng.integers(3, size=60)
     y = means[which] + rng.normal(size=(60, d)) + noise * rng.normal(size=(60, d))
-    obs = Observations(y, {"a": Identity(d)}, Isotropic(noise))
-    found = Mixture.from_moments(np.ones(3), means, np.stack([np.eye(d)] * 3))
+    obs = Observations(y, {"a": Identity(d)}, IsotropicNoise(noise))
+    found = GaussianMixture.from_moments(np.ones(3), means, np.stack([np.eye(d)] * 3))
     with float64():
         obs = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), obs)
         found = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), found)
@@ -557,7 +559,7 @@ def test_a_component_without_observations_stays_with_next_to_no_weight(rng):
     alive = mixture(rng, 2, 3)
     _, means, covs = parameters(alive)
     far, cov = np.full(3, 1e3), spd(rng, 3)
-    start = Mixture.from_moments([1, 1, 1], [*means, far], [*covs, cov])
+    start = GaussianMixture.from_moments([1, 1, 1], [*means, far], [*covs, cov])
     _, obs = case(rng, (2,), kind="shared")
     for _ in range(3):
         updated, _ = em_step({"a": start}, [obs], shrinkage=2.0)

@@ -8,7 +8,7 @@ import pytest
 from scipy.fft import dctn
 
 from dichroic.errors import ShapeError
-from dichroic.priors import Mixture, Preconditioned, Wrapped, gaussian, spectrum_of
+from dichroic.priors import CustomDenoiser, DiffusionPrior, GaussianMixture, dct_spectrum, gaussian
 from dichroic.priors.covariance import ROOT_DEGREE, root
 
 DRAWS, SHAPE, SIGMA = 20_000, (2, 3), 0.6
@@ -32,7 +32,7 @@ def told(prior, x_t):
 def mixture(rng, kinds=3, rank=None):
     means = rng.normal(size=(kinds, *SHAPE))
     covs = [covariance(rng) for _ in range(kinds)]
-    return Mixture.from_moments(np.ones(kinds), means, covs, rank=rank)
+    return GaussianMixture.from_moments(np.ones(kinds), means, covs, rank=rank)
 
 
 class Wave(eqx.Module):
@@ -61,10 +61,10 @@ def test_deviations_have_the_covariance(model, rng):
     """Each of 36 entries of the second moments within five standard errors; means too."""
     prior = mixture(rng)
     if model == "base":
-        prior = Preconditioned(mixture(rng, rank=2), Wave(), "base")
+        prior = DiffusionPrior(mixture(rng, rank=2), Wave(), "base")
     if model == "spectrum":
         spectrum = rng.uniform(0.1, 2, size=SHAPE)
-        prior = Wrapped(
+        prior = CustomDenoiser(
             lambda x, s: x / (1 + s**2), SHAPE, spectrum=spectrum, covariance="spectrum"
         )
     x_t, sigma = jnp.asarray(rng.normal(size=SHAPE)), jnp.array(SIGMA)
@@ -86,7 +86,7 @@ def test_deviations_have_the_covariance(model, rng):
 def test_deviations_by_the_jacobian_have_nearly_the_covariance(rng):
     """A draw is linear in its random numbers: the root times its transpose, without draws."""
     exact = gaussian(np.zeros(6), covariance(rng))
-    prior = Wrapped(lambda d, x, s: d(x, s), 6, exact)
+    prior = CustomDenoiser(lambda d, x, s: d(x, s), 6, exact)
     x_t, key = jnp.asarray(rng.normal(size=6)), jax.random.key(1)
     (found, _), (closed, _) = told(prior, x_t), told(exact, x_t)
     np.testing.assert_allclose(found, closed, atol=1e-5)
@@ -119,7 +119,7 @@ def test_of_many_directions_the_strongest_are_kept(rng):
 def test_far_components_are_left_out_of_the_rough_covariance():
     """Where one component is certain, and where two are equally likely."""
     means = np.array([[-4.0, 0, 0, 0], [4.0, 0, 0, 0]])
-    prior = Mixture.from_moments([1, 1], means, [np.eye(4)] * 2, rank=1)
+    prior = GaussianMixture.from_moments([1, 1], means, [np.eye(4)] * 2, rank=1)
     for at, between in (([8.0, 0, 0, 0], 0.0), ([0.0, 0, 0, 0], (0.8 * 4) ** 2)):
         moments = prior.moments(jnp.asarray(at), jnp.array(2.0))
         rough = moments.floor * np.eye(4) + moments.columns @ moments.columns.T
@@ -131,7 +131,7 @@ def test_a_network_is_preconditioned_by_its_base(rng):
     x_t = jnp.asarray(rng.normal(size=SHAPE))
     whole, rough = told(base, x_t)
     for model in ("jacobian", "base"):
-        found, preconditions = told(Preconditioned(base, Wave(), model), x_t)
+        found, preconditions = told(DiffusionPrior(base, Wave(), model), x_t)
         np.testing.assert_allclose(preconditions, rough, atol=1e-5)
         assert np.allclose(found, whole, atol=1e-3) is (model == "base")
 
@@ -143,13 +143,13 @@ def test_a_spectrum_is_that_of_the_samples_and_gives_the_covariance(rng, x64):
     cov = transform.T @ np.diag(values.ravel()) @ transform
     exact = gaussian(np.ones((4, 5)), cov)
     samples = np.asarray(jax.vmap(exact.sample)(jax.random.split(jax.random.key(2), 4000)))
-    error = np.abs(spectrum_of(samples) / values - 1)
+    error = np.abs(dct_spectrum(samples) / values - 1)
     assert error.max() < 5 * np.sqrt(2 / 4000)
     x_t = jnp.asarray(rng.normal(size=(4, 5)))
     expect, _ = told(exact, x_t)
     call = lambda d, x, s: d(x, s)
     for model in ("jacobian", "spectrum"):
-        prior = Wrapped(call, (4, 5), exact, spectrum=values, covariance=model)
+        prior = CustomDenoiser(call, (4, 5), exact, spectrum=values, covariance=model)
         found, rough = told(prior, x_t)
         np.testing.assert_allclose(found, expect, atol=1e-8)
         np.testing.assert_allclose(rough, expect, atol=1e-8)
@@ -159,5 +159,7 @@ def test_a_spectrum_is_that_of_the_samples_and_gives_the_covariance(rng, x64):
 
 @pytest.mark.parametrize("options", [{"spectrum": np.ones(3)}, {"covariance": "spectrum"}])
 def test_a_spectrum_has_the_shape_of_the_source(options):
-    with pytest.raises(ShapeError, match=r"Wrapped: a spectrum of shape .*; expected \(2, 3\)"):
-        Wrapped(lambda x, s: x, SHAPE, **options)
+    with pytest.raises(
+        ShapeError, match=r"CustomDenoiser: a spectrum of shape .*; expected \(2, 3\)"
+    ):
+        CustomDenoiser(lambda x, s: x, SHAPE, **options)

@@ -1,4 +1,4 @@
-"""The networks' contract with `Preconditioned` and the files."""
+"""The networks' contract with `DiffusionPrior` and the files."""
 
 import equinox as eqx
 import jax

@@ -11,7 +11,7 @@ from dichroic.operators import BlockProject, Identity
 from dichroic.operators.noise import (
     DenseNoise,
     DiagonalNoise,
-    Isotropic,
+    IsotropicNoise,
     JointNoise,
     LowRankNoise,
     Masked,
@@ -53,13 +53,13 @@ def block_diagonal(a, b):
 def joint():
     """A masked and correlated view beside an isotropic one."""
     inner = Masked(DenseNoise(COVARIANCE[0]), MASK)
-    return JointNoise((inner, Isotropic(STD)), (M, 2))
+    return JointNoise((inner, IsotropicNoise(STD)), (M, 2))
 
 
 # name: the model, and its covariance for every observation.
 MODELS = {
-    "isotropic": (lambda: Isotropic(0.7), 0.49 * np.eye(M)),
-    "isotropic-rows": (lambda: Isotropic(STD), STD[:, None, None] ** 2 * np.eye(M)),
+    "isotropic": (lambda: IsotropicNoise(0.7), 0.49 * np.eye(M)),
+    "isotropic-rows": (lambda: IsotropicNoise(STD), STD[:, None, None] ** 2 * np.eye(M)),
     "diagonal": (lambda: DiagonalNoise(VARIANCE[0]), DIAGONALS[0]),
     "diagonal-rows": (lambda: DiagonalNoise(VARIANCE), DIAGONALS),
     "low-rank": (lambda: LowRankNoise(FACTOR[0], VARIANCE[0]), COVARIANCE[0]),
@@ -83,7 +83,7 @@ MODELS = {
         masked(DIAGONALS, MASK[0]),
     ),
     "masked-all-shared": (
-        lambda: Masked(Isotropic(2.0), MASK[0]),
+        lambda: Masked(IsotropicNoise(2.0), MASK[0]),
         masked(4.0 * np.eye(M), MASK[0]),
     ),
     "masked-twice": (
@@ -95,7 +95,7 @@ MODELS = {
         block_diagonal(masked(COVARIANCE[0], MASK), STD[:, None, None] ** 2 * np.eye(2)),
     ),
     "joint-shared": (
-        lambda: JointNoise((DiagonalNoise(VARIANCE[0]), Isotropic(0.7)), (M, 3)),
+        lambda: JointNoise((DiagonalNoise(VARIANCE[0]), IsotropicNoise(0.7)), (M, 3)),
         block_diagonal(DIAGONALS[0], 0.49 * np.eye(3))[0],
     ),
 }
@@ -162,7 +162,7 @@ def test_missing_entries_are_zero_in_draws_and_decoupled_in_the_matrix(name):
 
 
 def test_observed_is_one_without_a_mask_and_concatenates():
-    np.testing.assert_array_equal(Isotropic(1.0).observed(3), np.ones(3))
+    np.testing.assert_array_equal(IsotropicNoise(1.0).observed(3), np.ones(3))
     expect = np.concatenate([MASK, np.ones((N, 2))], axis=1)
     np.testing.assert_array_equal(per_observation(joint(), lambda one: one.observed(6)), expect)
 
@@ -216,7 +216,7 @@ def test_masking_marginalises_correlated_noise(rng):
 
 
 def test_views_of_a_joint_draw_are_independent_of_each_other():
-    noise = JointNoise((Isotropic(1.0), Isotropic(1.0)), (M, M))
+    noise = JointNoise((IsotropicNoise(1.0), IsotropicNoise(1.0)), (M, M))
     draw = noise.sample(jax.random.key(3), 2 * M)
     assert not np.any(np.isclose(draw[:M], draw[M:]))
 

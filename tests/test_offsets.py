@@ -13,15 +13,15 @@ from dichroic.config import FitConfig
 from dichroic.errors import DataError, DichroicWarning, FormatError
 from dichroic.io import load_problem
 from dichroic.learning.data import prepare
-from dichroic.learning.fit import Start
-from dichroic.operators import Dense, Diagonal, Function, Learned, Scale
+from dichroic.learning.fit import InitialPriors
+from dichroic.operators import Dense, Diagonal, FunctionOperator, Learnable, Scale
 from dichroic.operators.double_precision import adjoints, images, rounding
-from dichroic.operators.noise import Isotropic
+from dichroic.operators.noise import IsotropicNoise
 from dichroic.operators.scaling import check_units, offset_parameters, offsets_of
 from dichroic.problem.identifiability import advice
 from dichroic.problem.offsets import NEEDED, offsets
 from dichroic.problem.screening import screened
-from dichroic.separation.streaming import separate_to
+from dichroic.separation.streaming import separate_to_zarr
 
 N, D, STD = 300, 8, 0.05
 SOURCES = [Source("wave", (D,)), Source("pulse", (D,))]
@@ -130,7 +130,7 @@ def test_parts_of_a_view_give_the_same_bits(high, tmp_path):
         stop = first + part.chi2.shape[1]
         np.testing.assert_array_equal(part.draws["wave"], whole.draws["wave"][:, first:stop])
     zarr = pytest.importorskip("zarr")
-    separate_to(tmp_path / "out.zarr", high, "mixed", n_draws=2, chunk=128)
+    separate_to_zarr(tmp_path / "out.zarr", high, "mixed", n_draws=2, chunk=128)
     stored = zarr.open_group(tmp_path / "out.zarr", mode="r")
     np.testing.assert_array_equal(stored["draws/wave"][:], whole.draws["wave"])
     assert stored["draws/pulse"].dtype == np.float32
@@ -161,7 +161,10 @@ def test_views_in_files_give_what_those_in_memory_do(plain, high, tmp_path):
 def test_a_fit_that_goes_on_from_another_keeps_its_offsets(plain, high):
     alone, mixed, *_ = plain
     config = FitConfig.from_dict({"diffusion": {"iterations": 1}})
-    start, near = Start(high.denoisers, high.operators), problem(alone + 1e8 + 3, mixed + 1e8 + 3)
+    start, near = (
+        InitialPriors(high.denoisers, high.operators),
+        problem(alone + 1e8 + 3, mixed + 1e8 + 3),
+    )
     start.check(near, config)
     data = prepare(near, config, known=start.offsets(near))
     state = start.state(near, data)
@@ -216,7 +219,7 @@ def test_it_is_the_noise_that_decides(plain):
     level = NEEDED * STD * 2**23
     assert not offsets(problem(alone + 0.4 * level, mixed)).parameters
     assert offsets(problem(alone + 2.5 * level, mixed + 2.5 * level)).parameters
-    each = Isotropic(np.full(N, STD * 10))
+    each = IsotropicNoise(np.full(N, STD * 10))
     assert not offsets(problem(alone + 2.5 * level, mixed + 2.5 * level, noise=each)).parameters
 
 
@@ -247,7 +250,7 @@ MATRIX = np.random.default_rng(3).normal(size=(D, D))
 def test_what_operators_are_too_rough_for_is_refused(plain, offset):
     alone, mixed, *_ = plain
     seen = [y @ MATRIX.T for y in (alone + offset, mixed + offset)]
-    for op in (Dense(MATRIX), Function(lambda x: jnp.asarray(MATRIX) @ x, in_shape=(D,))):
+    for op in (Dense(MATRIX), FunctionOperator(lambda x: jnp.asarray(MATRIX) @ x, in_shape=(D,))):
         with pytest.raises(DataError, match="'alone'.* at entry .*rounding of the operators"):
             Separator(problem(*seen, wave=op, pulse=op), FAST).fit(progress=False)
     halves = np.round(2 * MATRIX) / 2
@@ -278,7 +281,7 @@ def test_learned_operators_are_refused(plain):
     alone, mixed, *_ = plain
     views = [
         View(alone + 1e8, {"wave": A}, STD, name="alone"),
-        View(mixed + 1e8, {"wave": Learned(Scale((D,), 1.0), "gain"), "pulse": A}, STD),
+        View(mixed + 1e8, {"wave": Learnable(Scale((D,), 1.0), "gain"), "pulse": A}, STD),
     ]
     with pytest.raises(DataError, match=r"to be learned \(gain\).*subtract the mean"):
         Separator(Problem(SOURCES, views), FAST).fit(progress=False)
@@ -347,14 +350,14 @@ def test_what_the_rounding_of_an_operator_changes(rng):
 
 def test_what_single_precision_alone_can_evaluate_is_refused(plain):
     alone, mixed, *_ = plain
-    op = Function(lambda x: x.astype(jnp.float32), in_shape=(D,))
+    op = FunctionOperator(lambda x: x.astype(jnp.float32), in_shape=(D,))
     with pytest.raises(DataError, match="double precision"):
         offsets(problem(alone + 1e8, mixed + 1e8, wave=op))
 
 
 def test_functions_work_in_single_precision_afterwards():
     matrix = np.eye(3) * 0.5
-    fn = Function(lambda x: jnp.asarray(matrix) @ x, in_shape=(3,))
+    fn = FunctionOperator(lambda x: jnp.asarray(matrix) @ x, in_shape=(3,))
     x = {"a": np.full(3, 1e8)}
     assert np.all(adjoints({"a": fn}, images({"a": fn}, x))["a"] == 0.25e8)
     assert np.all(rounding({"a": fn}, x) == 0)

@@ -16,10 +16,10 @@ from dichroic.io.model_files import read_tensors, write_tensors
 from dichroic.learning.checkpoint import load_state, save_state
 from dichroic.learning.mixture.operator_em import observation_scores, operator_iteration
 from dichroic.learning.state import State
-from dichroic.operators import Dense, Function, Identity, Learned, Place, Scale
+from dichroic.operators import Dense, FunctionOperator, Identity, Learnable, PatchPlacement, Scale
 from dichroic.operators.learnable import from_lists, parameters, to_lists, with_parameters
 from dichroic.operators.parameter_gradients import check_slopes
-from dichroic.priors import Mixture, gaussian
+from dichroic.priors import GaussianMixture, gaussian
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
 
@@ -44,7 +44,7 @@ def test_a_gain_and_its_error_are_those_of_the_closed_form():
     n, g, noise = 3000, 0.7, 0.5
     rng = np.random.default_rng(0)
     y = g * rng.normal(size=(n, 1)) + noise * rng.normal(size=(n, 1))
-    obs = View(y, {"x": Learned(Scale(1, 0.2), "gain")}, noise).prepare()
+    obs = View(y, {"x": Learnable(Scale(1, 0.2), "gain")}, noise).prepare()
     views, errors = iterations({"x": gaussian(np.zeros(1), np.eye(1))}, [obs], 6)
     best = np.sqrt(np.mean(y**2) - noise**2)
     assert learned(views)["gain"][0] == pytest.approx(best, abs=1e-4)
@@ -57,7 +57,7 @@ def mixture(rng, k, d):
     """`k` thin Gaussians, far apart."""
     root = 0.1 * rng.normal(size=(k, d, d))
     cov = root @ root.swapaxes(1, 2) + 1e-3 * np.eye(d)
-    return Mixture.from_moments(np.ones(k), 2 * rng.normal(size=(k, d)), cov)
+    return GaussianMixture.from_moments(np.ones(k), 2 * rng.normal(size=(k, d)), cov)
 
 
 def draws(rng, m, n):
@@ -74,7 +74,7 @@ def test_a_matrix_that_is_shared_by_a_view_is_found_within_its_errors():
     matrix, other = rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
     x = {k: draws(rng, m, n) for k, m in mixtures.items()}
     y = x["a"] @ matrix.T + x["b"] @ other.T + noise * rng.normal(size=(n, 4))
-    start = Learned(Dense(matrix + 0.2 * rng.normal(size=matrix.shape)), "matrix")
+    start = Learnable(Dense(matrix + 0.2 * rng.normal(size=matrix.shape)), "matrix")
     obs = View(y, {"a": start, "b": Dense(other)}, noise).prepare()
     views, errors = iterations(mixtures, [obs], 5)
     z = (learned(views)["matrix"][0] - matrix) / np.asarray(errors["matrix"][0])
@@ -85,11 +85,11 @@ def test_scores_are_the_gradient_of_the_evidence_and_a_step_never_lowers_it():
     rng = np.random.default_rng(2)
     m = mixture(rng, 4, 3)
     matrix = rng.normal(size=(50, 2, 3))
-    turn = Function(
+    turn = FunctionOperator(
         lambda x, p: p["g"] * x + p["s"] * x[::-1], in_shape=2, params={"g": 1.0, "s": 0.3}
     )
     y = np.einsum("nij,nj->ni", matrix, draws(rng, m, 50)) + 0.1 * rng.normal(size=(50, 2))
-    operators = {"a": Learned(turn, "turn") @ Dense(matrix)}
+    operators = {"a": Learnable(turn, "turn") @ Dense(matrix)}
     mask = rng.uniform(size=(50, 2)) > 0.2
     obs = View(np.where(mask, y, 0), operators, 0.1, mask=mask).prepare()
     index = np.tile(np.arange(4)[:, None], (50, 1, 1))
@@ -111,7 +111,7 @@ def problem(f, *, start=None, n=1500, seed=0, held_out=None):
     rng = np.random.default_rng(0)
     sources = {"a": mixture(rng, 3, 3), "b": mixture(rng, 3, 3)}
     rng, views = np.random.default_rng([1, seed]), []
-    weak = lambda: Scale(3, f) if start is None else Learned(Scale(3, start), "f")
+    weak = lambda: Scale(3, f) if start is None else Learnable(Scale(3, start), "f")
     for name, strong in (("one", "a"), ("two", "b")):
         x = {k: draws(rng, m, n) for k, m in sources.items()}
         operators = {k: Identity(3) if k == strong else weak() for k in x}
@@ -184,23 +184,25 @@ def test_lists_are_json_and_what_is_none_is_damaged():
 
 def test_what_cannot_be_learned_is_said():
     with pytest.raises(DataError, match="no number to learn"):
-        Learned(Identity(3), "f")
+        Learnable(Identity(3), "f")
     with pytest.raises(DataError, match="one entry per observation"):
-        Learned(Scale(3, np.ones(5)), "f")
+        Learnable(Scale(3, np.ones(5)), "f")
     with pytest.raises(DataError, match="letters"):
-        Learned(Scale(3, 1.0), "a b")
+        Learnable(Scale(3, 1.0), "a b")
     with pytest.raises(DataError, match="another Learned"):
-        Learned(Learned(Scale(3, 1.0), "a"), "b")
+        Learnable(Learnable(Scale(3, 1.0), "a"), "b")
     with pytest.raises(DataError, match="4,096"):
-        parameters(Learned(Dense(np.ones((70, 70))), "m"))
+        parameters(Learnable(Dense(np.ones((70, 70))), "m"))
     with pytest.raises(DataError, match="different shapes"):
-        parameters([Learned(Scale(3, 1.0), "m"), Learned(Dense(np.ones((2, 2))), "m")])
+        parameters([Learnable(Scale(3, 1.0), "m"), Learnable(Dense(np.ones((2, 2))), "m")])
     with pytest.raises(DataError, match="start differently"):
-        parameters([Learned(Scale(3, 1.0), "m"), Learned(Scale(3, 2.0), "m")])
+        parameters([Learnable(Scale(3, 1.0), "m"), Learnable(Scale(3, 2.0), "m")])
     with pytest.raises(DataError, match="what was learned has"):
-        with_parameters(Learned(Scale(3, 1.0), "m"), {"m": (np.ones(2),)})
+        with_parameters(Learnable(Scale(3, 1.0), "m"), {"m": (np.ones(2),)})
     with pytest.raises(DataError, match="settles its scale"):
-        Problem([Source("a", 3)], [View(np.ones((4, 3)), {"a": Learned(Scale(3, 1.0), "f")}, 0.1)])
+        Problem(
+            [Source("a", 3)], [View(np.ones((4, 3)), {"a": Learnable(Scale(3, 1.0), "f")}, 0.1)]
+        )
 
 
 @pytest.mark.parametrize("kind", [ClvmLinear, ClvmVae, Ddprism, WienerFilter])
@@ -246,13 +248,13 @@ def power(x, beta):
 def spectrum(reference=0.0):
     """A power law of a learned index, which is 1 at the first frequency, or nowhere."""
     law = lambda x, beta: (NU[:, None] + reference) ** beta * x
-    return Learned(Function(law, in_shape=4, params=jnp.asarray(-2.5)), "beta")
+    return Learnable(FunctionOperator(law, in_shape=4, params=jnp.asarray(-2.5)), "beta")
 
 
 def all_frequencies(rng, synchrotron):
     cmb, sync = rng.normal(size=(2, 300, 4))
     y = cmb[:, None] + power(sync[:, None], -3.0) + 0.05 * rng.normal(size=(300, 4, 4))
-    flat = Function(lambda x: jnp.broadcast_to(x, (4, 4)), in_shape=4)
+    flat = FunctionOperator(lambda x: jnp.broadcast_to(x, (4, 4)), in_shape=4)
     view = View(y, {"cmb": flat, "sync": synchrotron}, 0.05)
     return Problem([Source("cmb", 4), Source("sync", 4)], [view])
 
@@ -276,25 +278,25 @@ def test_without_a_reference_the_error_says_how_to_state_one(rng):
 
 SLOPELESS = {
     "offset": (
-        Place((8,), (8,), [4]),
+        PatchPlacement((8,), (8,), [4]),
         "does not change with its parameter, .*Function, by the phases",
     ),
     "rounded": (
-        Function(
+        FunctionOperator(
             lambda x, t: jnp.roll(x, jnp.round(t).astype(int)), in_shape=8, params=jnp.asarray(2.0)
         ),
         "does not change with its parameter",
     ),
     "one-of-three": (
-        Function(lambda x, p: p[0] * x + p[2] * x[::-1], in_shape=8, params=jnp.ones(3)),
+        FunctionOperator(lambda x, p: p[0] * x + p[2] * x[::-1], in_shape=8, params=jnp.ones(3)),
         "1 of its 3 parameters .such as number 1",
     ),
     "at-its-start": (
-        Function(lambda x, g: g**2 * x, in_shape=8, params=jnp.asarray(0.0)),
+        FunctionOperator(lambda x, g: g**2 * x, in_shape=8, params=jnp.asarray(0.0)),
         "where they start: start them elsewhere",
     ),
     "root-at-0": (
-        Function(lambda x, g: jnp.sqrt(g) * x, in_shape=8, params=jnp.asarray(0.0)),
+        FunctionOperator(lambda x, g: jnp.sqrt(g) * x, in_shape=8, params=jnp.asarray(0.0)),
         "is not finite where it starts",
     ),
 }
@@ -303,16 +305,16 @@ SLOPELESS = {
 @pytest.mark.parametrize(("operator", "why"), SLOPELESS.values(), ids=SLOPELESS.keys())
 def test_a_parameter_without_a_slope_is_refused_with_what_works(operator, why):
     y = np.ones((4, 8))
-    views = [View(y, {"s": Identity(8)}, 0.1), View(y, {"s": Learned(operator, "lag")}, 0.1)]
-    with pytest.raises(DataError, match=f"Learned 'lag': .*{why}"):
+    views = [View(y, {"s": Identity(8)}, 0.1), View(y, {"s": Learnable(operator, "lag")}, 0.1)]
+    with pytest.raises(DataError, match=f"Learnable 'lag': .*{why}"):
         Problem([Source("s", 8)], views)
 
 
 def test_a_delay_by_the_phases_of_a_fourier_transform_has_a_slope():
     phases = lambda t: jnp.exp(-2j * jnp.pi * jnp.fft.rfftfreq(8) * t)
-    late = Function(
+    late = FunctionOperator(
         lambda x, t: jnp.fft.irfft(jnp.fft.rfft(x) * phases(t), 8),
         in_shape=8,
         params=jnp.asarray(2.0),
     )
-    check_slopes([{"s": Learned(late, "lag")}])
+    check_slopes([{"s": Learnable(late, "lag")}])

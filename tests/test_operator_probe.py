@@ -13,11 +13,11 @@ from dichroic.operators import (
     Convolve,
     Dense,
     Diagonal,
-    Function,
+    FunctionOperator,
     Identity,
-    Learned,
+    Learnable,
     Operator,
-    Place,
+    PatchPlacement,
     Scale,
     Zero,
 )
@@ -93,13 +93,13 @@ NOT_LINEAR = {
 
 @pytest.mark.parametrize(("fn", "size"), LINEAR.values(), ids=LINEAR.keys())
 def test_what_is_linear_passes(fn, size):
-    probe(Function(fn, in_shape=size), "view 'v'")
+    probe(FunctionOperator(fn, in_shape=size), "view 'v'")
 
 
 @pytest.mark.parametrize(("fn", "why"), NOT_LINEAR.values(), ids=NOT_LINEAR.keys())
 def test_what_is_not_linear_is_refused_with_its_view_and_source(fn, why):
     size = jax.eval_shape(fn, jax.ShapeDtypeStruct((D,), jnp.float32)).shape
-    view = View(np.zeros((3, *size)), {"x": Function(fn, in_shape=D)}, 1.0, name="v")
+    view = View(np.zeros((3, *size)), {"x": FunctionOperator(fn, in_shape=D)}, 1.0, name="v")
     with pytest.raises(DataError, match=f"view 'v', source 'x': Function .*{why}"):
         Problem([Source("x", D)], [view])
 
@@ -108,11 +108,11 @@ def test_what_is_not_linear_is_refused_with_its_view_and_source(fn, why):
 def test_operators_of_this_package_are_as_they_say(make):
     """Also if they are probed as those of users are."""
     op = make()
-    whole = type("Brought", (Wrapped,), {})(op)
+    whole = type("Brought", (CustomDenoiser,), {})(op)
     probe(whole, "v")
 
 
-class Wrapped(Operator):
+class CustomDenoiser(Operator):
     """An operator of a user's own."""
 
     operator: Operator
@@ -135,14 +135,14 @@ class Wrapped(Operator):
         return self.operator.as_matrix()
 
 
-class Backwards(Wrapped):
+class Backwards(CustomDenoiser):
     """With the same kernel in the adjoint, which is not the adjoint."""
 
     def rmv(self, y: Array) -> Array:
         return self.operator.mv(y)
 
 
-class Transposed(Wrapped):
+class Transposed(CustomDenoiser):
     def as_matrix(self) -> Array:
         return self.operator.as_matrix().T
 
@@ -156,17 +156,17 @@ def test_an_adjoint_or_a_matrix_of_another_operator_is_refused():
 
 
 def test_parts_are_found_in_compositions_and_each_observation_has_its_own():
-    clip = Function(
+    clip = FunctionOperator(
         lambda x, top: jnp.minimum(x, top), in_shape=4, params=np.full(9, 1e7), per_observation=True
     )
-    op = Learned(Scale((4,), 2.0), "g") @ (Dense(np.eye(4)) @ clip + Identity(4))
+    op = Learnable(Scale((4,), 2.0), "g") @ (Dense(np.eye(4)) @ clip + Identity(4))
     assert brought(op) == [clip]
     with pytest.raises(DataError, match="observation 0: Function .*not linear"):
         probe(op, "v")
 
 
 def test_the_probe_can_be_left_out_by_name(tmp_path, capsys):
-    op = Function(lambda x: jnp.clip(x, 0, 1), in_shape=D)
+    op = FunctionOperator(lambda x: jnp.clip(x, 0, 1), in_shape=D)
     Problem([Source("x", D)], [View(np.zeros((3, D)), {"x": op}, 1.0, probe=False)])
     text = "sources: {x: 2}\nviews:\n  v: {observations: [[1, 2], [2, 1]], operators: {x: {diagonal: [0, 0]}}, noise: 1"
     file = tmp_path / "problem.yaml"
@@ -195,7 +195,7 @@ def test_the_probe_can_be_left_out_by_name(tmp_path, capsys):
 def test_observations_for_which_an_operator_is_zero_are_counted(rng):
     offset = rng.integers(0, 3, (160, 2))
     offset[:80] += 400
-    placed = lambda offset: {"g": Place((2, 2), (4, 4), offset)}
+    placed = lambda offset: {"g": PatchPlacement((2, 2), (4, 4), offset)}
     assert np.array_equal(zero_rows(placed(offset)["g"]), np.arange(160) < 80)
     view = View(rng.normal(size=(160, 4, 4)), placed(offset), 0.1)
     problem = Problem([Source("g", (2, 2))], [view])
@@ -209,7 +209,7 @@ def test_what_is_zero_and_what_is_not():
     assert is_zero(Dense(np.zeros((2, 3)))) and is_zero(Zero(2, 3))
     assert not is_zero(Dense(1e-20 * np.eye(3)))
     assert is_zero(Dense(np.eye(4)[:2]) @ Diagonal([0, 0, 1, 1]))
-    assert not is_zero(Learned(Scale((2,), 0.0), "gain"))  # which starts there
+    assert not is_zero(Learnable(Scale((2,), 0.0), "gain"))  # which starts there
     few = np.zeros((100, 2, 3))
     assert is_zero(Dense(few))
     few[41] = 1

@@ -16,10 +16,10 @@ from dichroic.operators import (
     Dense,
     Diagonal,
     External,
-    Function,
+    FunctionOperator,
     Identity,
-    Learned,
-    Place,
+    Learnable,
+    PatchPlacement,
     Scale,
     Sparse,
     Stack,
@@ -41,7 +41,7 @@ def modulate(x, params):
 
 def function(per_observation):
     gain = normal(N, 4) if per_observation else normal(4)
-    return Function(
+    return FunctionOperator(
         modulate, in_shape=(2, 4), params={"gain": gain}, per_observation=per_observation
     )
 
@@ -67,8 +67,8 @@ SHARED = {
     "dense-shaped": lambda: Dense(normal(6, 8), in_shape=(2, 4), out_shape=(3, 2)),
     "function": lambda: function(False),
     "block-project": lambda: BlockProject((4, 6, 3), 2, axes=(0, 1)),
-    "learned": lambda: Learned(Scale(4, 2.0), "gain") @ Learned(Dense(normal(4, 6)), "matrix"),
-    "function-without-params": lambda: Function(lambda x: x[::2], in_shape=(5, 2)),
+    "learned": lambda: Learnable(Scale(4, 2.0), "gain") @ Learnable(Dense(normal(4, 6)), "matrix"),
+    "function-without-params": lambda: FunctionOperator(lambda x: x[::2], in_shape=(5, 2)),
     "compose": lambda: Dense(normal(3, 4)) @ Diagonal(normal(4)) @ Dense(normal(4, 6)),
     "sum": lambda: Dense(normal(4, 4)) + Diagonal(normal(4)) + Identity(4),
     "stack": lambda: Stack((Identity((2, 4)), Dense(normal(3, 8), in_shape=(2, 4)))),
@@ -85,17 +85,17 @@ SHARED = {
     "convolve-each-channel-1d": lambda: Convolve(normal(2, 4), shape=(2, 6), channels="each"),
     "diagonal-channels": lambda: Diagonal(normal(2, 1, 1), shape=(2, 3, 4)),
     "convolve-last-axis": lambda: Convolve(normal(3), shape=(4, 6), ndim=1),
-    "place": lambda: Place((3, 4), (8, 9), (2, 5)),
-    "place-partly-outside": lambda: Place((3, 4), (8, 9), (-2, 7)),
-    "place-outside": lambda: Place(4, 6, (9,)),
-    "place-larger-than-the-scene": lambda: Place((8, 9), (3, 4), (-2, -3)),
+    "place": lambda: PatchPlacement((3, 4), (8, 9), (2, 5)),
+    "place-partly-outside": lambda: PatchPlacement((3, 4), (8, 9), (-2, 7)),
+    "place-outside": lambda: PatchPlacement(4, 6, (9,)),
+    "place-larger-than-the-scene": lambda: PatchPlacement((8, 9), (3, 4), (-2, -3)),
 }
 PER_OBSERVATION = {
     "scale-rows": lambda: Scale((2, 3), normal(N)),
     "diagonal-rows": lambda: Diagonal(normal(N, 2, 3), shape=(2, 3)),
     "dense-rows": lambda: Dense(normal(N, 4, 6), in_shape=(2, 3)),
     "function-rows": lambda: function(True),
-    "place-rows": lambda: Place((2, 3), (4, 6), [[1, 2], [-1, 4], [9, -9]]),
+    "place-rows": lambda: PatchPlacement((2, 3), (4, 6), [[1, 2], [-1, 4], [9, -9]]),
     "convolve-rows-1d": lambda: Convolve(normal(N, 3), shape=6),
     "convolve-rows-image": lambda: Convolve(normal(N, 3, 3), shape=(5, 4)),
     "convolve-rows-channels": lambda: Convolve(normal(N, 3, 3), shape=(2, 5, 4), ndim=2),
@@ -331,16 +331,16 @@ def test_block_average_is_a_reshape_and_mean(rng):
 def test_place_puts_a_patch_where_it_is_said(rng):
     x, scene = rng.normal(size=(2, 3)).astype(np.float32), np.zeros((4, 6), np.float32)
     scene[1:3, 4:6] = x[:, :2]  # the last column is outside
-    np.testing.assert_array_equal(Place((2, 3), (4, 6), (1, 4)).mv(jnp.asarray(x)), scene)
+    np.testing.assert_array_equal(PatchPlacement((2, 3), (4, 6), (1, 4)).mv(jnp.asarray(x)), scene)
     scene[:] = 0
     scene[:1, :3] = x[1:]
-    np.testing.assert_array_equal(Place((2, 3), (4, 6), (-1, 0)).mv(jnp.asarray(x)), scene)
+    np.testing.assert_array_equal(PatchPlacement((2, 3), (4, 6), (-1, 0)).mv(jnp.asarray(x)), scene)
 
 
 @pytest.mark.parametrize("offset", [(1,), (1, 2, 3), [[[1, 2]]], (0.5, 1)])
 def test_place_needs_whole_offsets_for_every_axis(offset):
-    with pytest.raises(ShapeError, match="Place: "):
-        Place((2, 3), (4, 6), offset)
+    with pytest.raises(ShapeError, match="PatchPlacement: "):
+        PatchPlacement((2, 3), (4, 6), offset)
 
 
 def test_block_average_names_an_axis_once():
@@ -463,5 +463,5 @@ def test_row_squares_are_the_diagonal_of_the_operator_with_its_adjoint(name):
 
 def test_rows_of_a_scaled_operator_are_known():
     blur = Convolve(normal(3, 3), shape=(4, 4))
-    for op in (blur @ (0.5 * Identity((4, 4))), Learned(Scale((4, 4), 0.5), "f") @ blur):
+    for op in (blur @ (0.5 * Identity((4, 4))), Learnable(Scale((4, 4), 0.5), "f") @ blur):
         np.testing.assert_allclose(op.row_squares(), 0.25 * blur.row_squares(), rtol=1e-6)

@@ -11,7 +11,7 @@ from dichroic.benchmark.baselines.pcpca import Role, _falling, assign, noise_lev
 from dichroic.benchmark.baselines.pcpca_objective import Pair, closed_form
 from dichroic.errors import ConfigError, RunError
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.operators.noise import DenseNoise, Isotropic, Masked
+from dichroic.operators.noise import DenseNoise, IsotropicNoise, Masked
 from dichroic.problem.observations import Observations
 
 FLOOR = 1e-4
@@ -32,7 +32,7 @@ def two_sets(rng, n=400, m=600, dim=5):
 
 
 def observed(y, operator=None, mask=None):
-    noise = Isotropic(1.0) if mask is None else Masked(Isotropic(1.0), mask)
+    noise = IsotropicNoise(1.0) if mask is None else Masked(IsotropicNoise(1.0), mask)
     return g.gather(Observations(y, {"a": operator or Identity((y.shape[1],))}, noise))
 
 
@@ -171,7 +171,7 @@ def scaled_pair(foreground, background, scales, *, rows=False):
     """Of `y = c x + η`, by their moments or one by one."""
     data = []
     for y, c in zip((foreground, background), scales, strict=True):
-        obs = Observations(y, {"a": Scale((y.shape[1],), c)}, Isotropic(1.0))
+        obs = Observations(y, {"a": Scale((y.shape[1],), c)}, IsotropicNoise(1.0))
         data.append(g.Rows(obs) if rows else g.Moments(obs))
     return Pair("a", *data, FLOOR)
 
@@ -328,7 +328,7 @@ def views(*spec):
     made = []
     for sources in spec:
         operators = {k: Dense(f * np.eye(3, d)) for k, (f, d) in sources.items()}
-        made.append(Observations(np.zeros((4, 3)), operators, Isotropic(1.0)))
+        made.append(Observations(np.zeros((4, 3)), operators, IsotropicNoise(1.0)))
     power = lambda obs: {k: float(np.sum(op.as_matrix() ** 2)) for k, op in obs.operators.items()}
     shares = [{k: v / sum(power(o).values()) for k, v in power(o).items()} for o in made]
     return made, shares

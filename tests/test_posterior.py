@@ -8,19 +8,19 @@ import pytest
 
 from dichroic.inference.posterior import MatrixFreePosterior, Posterior
 from dichroic.inference.samplers import (
-    Ancestral,
-    Ddim,
-    Ddpm,
-    Exact,
-    Gibbs,
+    DDIM,
+    DDPM,
+    AncestralSampler,
+    ExactSampler,
+    GibbsSampler,
     Heun,
     PredictorCorrector,
-    draw_posterior,
+    sample_posterior,
 )
 from dichroic.numerics.batching import take
 from dichroic.operators import Dense, Diagonal, Identity, Scale
-from dichroic.operators.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Masked
-from dichroic.priors import Mixture, Wrapped, gaussian
+from dichroic.operators.noise import DenseNoise, DiagonalNoise, IsotropicNoise, LowRankNoise, Masked
+from dichroic.priors import CustomDenoiser, GaussianMixture, gaussian
 from dichroic.priors.schedule import Geometric
 from dichroic.problem.observations import Observations
 
@@ -39,10 +39,10 @@ def operators(kind, rng):
         return {
             "a": Dense(rng.normal(size=(3, 5))),
             "b": Dense(rng.normal(size=(3, 5))),
-        }, Isotropic(0.05)
+        }, IsotropicNoise(0.05)
     if kind == "per observation":
         a = rng.normal(size=(N, 3, 5))
-        return {"a": Dense(a), "b": Dense(0.5 * a)}, Isotropic(rng.uniform(0.02, 0.1, size=N))
+        return {"a": Dense(a), "b": Dense(0.5 * a)}, IsotropicNoise(rng.uniform(0.02, 0.1, size=N))
     if kind == "rank-deficient":
         a = rng.normal(size=(4, 2)) @ rng.normal(size=(2, 5))
         return {"a": Dense(a), "b": Dense(a)}, DiagonalNoise(rng.uniform(0.01, 0.1, size=4))
@@ -106,12 +106,14 @@ KINDS = ["shared", "per observation", "rank-deficient", "masked", "unequal shape
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampler", [Exact(), Ancestral(16)], ids=["exact", "ancestral"])
+@pytest.mark.parametrize(
+    "sampler", [ExactSampler(), AncestralSampler(16)], ids=["exact", "ancestral"]
+)
 def test_draws_are_calibrated_for_gaussian_sources(kind, sampler, rng):
     denoisers = gaussians(rng, kind)
     ops, noise = operators(kind, rng)
     obs, _ = simulate(denoisers, ops, noise)
-    draws = draw_posterior(denoisers, obs, KEY, sampler=sampler)
+    draws = sample_posterior(denoisers, obs, KEY, sampler=sampler)
     x = np.concatenate([draws.x["a"][0], draws.x["b"][0]], axis=1)
     chi2 = chi2_per_dim(x, *analytic(denoisers, obs))
     assert abs(chi2 - 1) < 4 * np.sqrt(2 / (N * x.shape[1]))
@@ -121,8 +123,8 @@ def test_draws_are_calibrated_for_gaussian_sources(kind, sampler, rng):
     ("sampler", "low", "high"),
     [
         (Heun(64), 0.97, 1.03),
-        (Ddim(64), 0.85, 1.02),
-        (Ddpm(64), 0.75, 1.02),
+        (DDIM(64), 0.85, 1.02),
+        (DDPM(64), 0.75, 1.02),
         (PredictorCorrector(64), 0.75, 1.05),
     ],
     ids=["heun", "ddim", "ddpm", "pc"],
@@ -130,13 +132,13 @@ def test_draws_are_calibrated_for_gaussian_sources(kind, sampler, rng):
 def test_samplers_that_use_the_mean_only_approach_calibration(sampler, low, high, rng):
     denoisers = gaussians(rng, "per observation")
     obs, _ = simulate(denoisers, *operators("per observation", rng))
-    draws = draw_posterior(denoisers, obs, KEY, sampler=sampler)
+    draws = sample_posterior(denoisers, obs, KEY, sampler=sampler)
     x = np.concatenate([draws.x["a"][0], draws.x["b"][0]], axis=1)
     assert low < chi2_per_dim(x, *analytic(denoisers, obs)) < high
 
 
 def two_mixtures(rng):
-    make = lambda k: Mixture.from_moments(
+    make = lambda k: GaussianMixture.from_moments(
         np.ones(k),
         rng.normal(size=(k, 2)),
         np.stack([random_covariance(rng, 2) * 0.2 for _ in range(k)]),
@@ -144,13 +146,15 @@ def two_mixtures(rng):
     return {"a": make(3), "b": make(2)}
 
 
-@pytest.mark.parametrize("sampler", [Exact(), Ancestral(16)], ids=["exact", "ancestral"])
+@pytest.mark.parametrize(
+    "sampler", [ExactSampler(), AncestralSampler(16)], ids=["exact", "ancestral"]
+)
 def test_draws_are_calibrated_for_mixture_sources(sampler, rng):
     """The truth and a draw, given `y`, have the same law: compare their joint moments with y."""
     denoisers = two_mixtures(rng)
     ops = {"a": Dense(rng.normal(size=(2, 2))), "b": Dense(rng.normal(size=(2, 2)))}
-    obs, truth = simulate(denoisers, ops, Isotropic(0.1))
-    draws = draw_posterior(denoisers, obs, KEY, sampler=sampler)
+    obs, truth = simulate(denoisers, ops, IsotropicNoise(0.1))
+    draws = sample_posterior(denoisers, obs, KEY, sampler=sampler)
     features = lambda x: np.concatenate(
         [x["a"], x["b"], x["a"] ** 2, x["b"] ** 2, x["a"] * np.asarray(obs.y), x["a"] * x["b"]],
         axis=1,
@@ -193,7 +197,7 @@ def test_draws_by_conjugate_gradients_are_calibrated_for_gaussian_sources(rng):
     denoisers = gaussians(rng, "masked")
     obs, _ = simulate(denoisers, *operators("masked", rng))
     options = {"solver": "cg", "tolerance": 1e-3}
-    draws = draw_posterior(denoisers, obs, KEY, sampler=Ancestral(8), **options)
+    draws = sample_posterior(denoisers, obs, KEY, sampler=AncestralSampler(8), **options)
     x = np.concatenate([draws.x["a"][0], draws.x["b"][0]], axis=1)
     chi2 = chi2_per_dim(x, *analytic(denoisers, obs))
     assert abs(chi2 - 1) < 4 * np.sqrt(2 / (N * x.shape[1]))
@@ -205,20 +209,24 @@ def test_draws_by_conjugate_gradients_are_calibrated_for_gaussian_sources(rng):
 def test_draws_by_jacobians_alone_are_nearly_calibrated(rng):
     """The root of the Jacobian is a polynomial: a few per cent at eight steps."""
     exact = {"a": gaussian(np.zeros(5), random_covariance(rng, 5))}
-    obs, _ = simulate(exact, {"a": Dense(rng.normal(size=(3, 5)))}, Isotropic(0.05))
-    users = {"a": Wrapped(lambda d, x, sigma: d(x, sigma), 5, exact["a"], std=exact["a"].scale)}
-    draws = draw_posterior(users, obs, KEY, sampler=Ancestral(8), solver="cg", tolerance=1e-3)
+    obs, _ = simulate(exact, {"a": Dense(rng.normal(size=(3, 5)))}, IsotropicNoise(0.05))
+    users = {
+        "a": CustomDenoiser(lambda d, x, sigma: d(x, sigma), 5, exact["a"], std=exact["a"].scale)
+    }
+    draws = sample_posterior(
+        users, obs, KEY, sampler=AncestralSampler(8), solver="cg", tolerance=1e-3
+    )
     chi2 = chi2_per_dim(draws.x["a"][0], *analytic(exact, obs))
     assert abs(chi2 - 1) < 0.06 + 4 * np.sqrt(2 / (N * 5))
 
 
 def test_a_warm_start_saves_steps_and_changes_no_draw(rng):
     denoisers = {"a": gaussian(np.zeros(5), random_covariance(rng, 5))}
-    obs, _ = simulate(denoisers, {"a": Dense(rng.normal(size=(4, 5)))}, Isotropic(0.05))
+    obs, _ = simulate(denoisers, {"a": Dense(rng.normal(size=(4, 5)))}, IsotropicNoise(0.05))
     obs = take(obs, slice(0, 128))
     options = {"sampler": Heun(12), "solver": "cg", "precondition": False, "tolerance": 1e-3}
     warm, cold = (
-        draw_posterior(denoisers, obs, KEY, warm_start=w, **options) for w in (True, False)
+        sample_posterior(denoisers, obs, KEY, warm_start=w, **options) for w in (True, False)
     )
     assert warm.steps.mean() < 0.8 * cold.steps.mean()
     np.testing.assert_allclose(warm.x["a"], cold.x["a"], atol=2e-2)
@@ -239,8 +247,8 @@ def test_every_solve_of_a_step_is_reported(rng):
 def test_gibbs_reaches_the_joint_posterior_where_sources_are_weakly_tied(rng):
     denoisers = gaussians(rng, "shared")
     ops = {"a": Dense(np.eye(5)), "b": Dense(0.2 * np.eye(5))}
-    obs, _ = simulate(denoisers, ops, Isotropic(0.5))
-    draws = draw_posterior(denoisers, obs, KEY, sampler=Gibbs(Exact(), sweeps=32))
+    obs, _ = simulate(denoisers, ops, IsotropicNoise(0.5))
+    draws = sample_posterior(denoisers, obs, KEY, sampler=GibbsSampler(ExactSampler(), sweeps=32))
     x = np.concatenate([draws.x["a"][0], draws.x["b"][0]], axis=1)
     assert abs(chi2_per_dim(x, *analytic(denoisers, obs)) - 1) < 0.03
 
@@ -253,7 +261,7 @@ def test_the_evidence_bound_is_below_the_evidence_and_tightens(rng):
 
     exact = mean_log_evidence(denoisers, [obs])
     bounds = [
-        float(draw_posterior(denoisers, obs, KEY, sampler=Ddpm(n)).evidence.mean())
+        float(sample_posterior(denoisers, obs, KEY, sampler=DDPM(n)).evidence.mean())
         for n in (32, 256)
     ]
     assert bounds[0] < bounds[1] < exact + 0.05
@@ -274,24 +282,24 @@ def test_a_users_callable_and_flax_give_the_same_draws_as_the_exact_denoiser(rng
     module = Shrink()
     params = module.init(jax.random.key(0), jnp.zeros(5), jnp.ones(()))
     users = {
-        "a": Wrapped(lambda x, sigma: x / (1 + sigma**2), shape=5),
-        "b": Wrapped(module.apply, shape=5, params=params),
+        "a": CustomDenoiser(lambda x, sigma: x / (1 + sigma**2), shape=5),
+        "b": CustomDenoiser(module.apply, shape=5, params=params),
     }
     sampler = Heun(24, Geometric(1e-2, 30.0))
-    ours = draw_posterior(exact, obs, KEY, sampler=sampler)
-    theirs = draw_posterior(users, obs, KEY, sampler=sampler)
+    ours = sample_posterior(exact, obs, KEY, sampler=sampler)
+    theirs = sample_posterior(users, obs, KEY, sampler=sampler)
     for k in users:
         np.testing.assert_allclose(theirs.x[k], ours.x[k], atol=2e-3)
 
 
 @pytest.mark.parametrize(
-    "sampler", [None, Ancestral(8), Heun(8)], ids=["exact", "ancestral", "heun"]
+    "sampler", [None, AncestralSampler(8), Heun(8)], ids=["exact", "ancestral", "heun"]
 )
 def test_any_batch_size_gives_bit_identical_draws(sampler, rng):
     denoisers = gaussians(rng, "per observation")
     obs, _ = simulate(denoisers, *operators("per observation", rng))
     draws = [
-        draw_posterior(denoisers, obs, KEY, sampler=sampler, n_draws=2, batch_size=b)
+        sample_posterior(denoisers, obs, KEY, sampler=sampler, n_draws=2, batch_size=b)
         for b in (1, 100, 1024, 5000)
     ]
     for other in draws[1:]:
@@ -303,10 +311,12 @@ def test_new_data_of_the_same_shapes_do_not_recompile(rng):
     denoisers = gaussians(rng, "per observation")
     first, _ = simulate(denoisers, *operators("per observation", rng), seed=1)
     second, _ = simulate(denoisers, *operators("per observation", rng), seed=2)
-    draw_posterior(denoisers, first, KEY, sampler=Ancestral(4))
+    sample_posterior(denoisers, first, KEY, sampler=AncestralSampler(4))
     with jax.log_compiles(), pytest.MonkeyPatch.context():
         compiled = count_compilations(
-            lambda: draw_posterior(denoisers, second, jax.random.key(9), sampler=Ancestral(4))
+            lambda: sample_posterior(
+                denoisers, second, jax.random.key(9), sampler=AncestralSampler(4)
+            )
         )
     assert not any("_draw_lanes" in name for name in compiled)
 
@@ -330,8 +340,8 @@ def count_compilations(run):
 def test_scale_operator_per_observation_is_an_amplitude(rng):
     amplitude = rng.uniform(0.5, 2, size=N)
     denoisers = {"a": gaussian(np.zeros(4), np.eye(4))}
-    obs, truth = simulate(denoisers, {"a": Scale(4, amplitude)}, Isotropic(0.01))
-    draws = draw_posterior(denoisers, obs, KEY)
+    obs, truth = simulate(denoisers, {"a": Scale(4, amplitude)}, IsotropicNoise(0.01))
+    draws = sample_posterior(denoisers, obs, KEY)
     error = np.asarray(draws.x["a"][0]) - np.asarray(truth["a"])
     expected = np.sqrt(2) * 0.01 / amplitude  # a draw and the truth, both about the mean
     np.testing.assert_allclose(np.sqrt(np.mean((error / expected[:, None]) ** 2)), 1, atol=0.05)

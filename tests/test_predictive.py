@@ -17,8 +17,8 @@ from dichroic.learning.predictive.linear_predictor import learn
 from dichroic.learning.predictive.residuals import LeftOut, examine
 from dichroic.learning.predictive.result import HEADER, PredictiveChecks
 from dichroic.operators import Dense, Identity
-from dichroic.operators.noise import DenseNoise, Isotropic, StationaryNoise
-from dichroic.priors import Mixture, gaussian
+from dichroic.operators.noise import DenseNoise, IsotropicNoise, StationaryNoise
+from dichroic.priors import GaussianMixture, gaussian
 from dichroic.problem.problem import Problem, Source, joint_observations
 from dichroic.problem.view import View
 from dichroic.separation.separator import Separator
@@ -128,7 +128,7 @@ def test_of_many_entries_some_blocks_are_left_out(rng):
 
 
 NOISES = {
-    "white": (Isotropic(0.5), 0.25 * np.eye(M)),
+    "white": (IsotropicNoise(0.5), 0.25 * np.eye(M)),
     "dense": (DenseNoise(0.25 * covariance(2.0)), 0.25 * covariance(2.0)),
     "stationary": (
         StationaryNoise(np.array([0.1, 0.25, 0.1])),
@@ -142,7 +142,7 @@ def prior(kind, cov):
         return gaussian(np.zeros(M), cov)
     values, axes = np.linalg.eigh(cov)
     floor = float(values[0])
-    return Mixture(
+    return GaussianMixture(
         np.zeros(1), np.zeros((1, M)), axes[None], values[None] - floor, np.array([floor]), (M,)
     )
 
@@ -159,7 +159,7 @@ def test_draws_and_density_of_what_is_left_out_are_those_of_the_gaussian(rng, no
     obs, fold = joint_observations([view]), Fold(np.arange(12), left)
     denoiser = prior(kind, cov)
     if kind == "low rank":
-        denoiser = Mixture(
+        denoiser = GaussianMixture(
             denoiser.log_weights,
             denoiser.means,
             denoiser.basis[:, :, 1:],

@@ -16,11 +16,11 @@ import pytest
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DataError, ShapeError
 from dichroic.io import summary_rows
-from dichroic.operators import Dense, Function, Identity, Zero
+from dichroic.operators import Dense, FunctionOperator, Identity, Zero
 from dichroic.operators.noise import (
     DenseNoise,
     DiagonalNoise,
-    Isotropic,
+    IsotropicNoise,
     JointNoise,
     LowRankNoise,
     Masked,
@@ -41,7 +41,7 @@ from dichroic.runtime.fingerprint import fingerprint
 A, B = Source("a", (2, 2)), Source("b", (3,))
 Y = np.ones((6, 2, 2))
 V = np.random.default_rng(1).uniform(0.5, 1, size=(6, 2, 2)).astype(np.float32)
-FFT = Function(jnp.fft.fft2, in_shape=(2, 2))
+FFT = FunctionOperator(jnp.fft.fft2, in_shape=(2, 2))
 
 
 def view(**changes):
@@ -131,21 +131,21 @@ def test_bad_statements_are_refused(sources, changes, error, words):
         (DiagonalNoise(np.ones((6, 2, 3))), ShapeError, r"variance .*shape \(2, 2\) has 4 entries"),
         (DiagonalNoise(np.ones((6, 1, 4))), ShapeError, r"variance has shape \(6, 1, 4\)"),
         (DiagonalNoise(np.ones((5, 2, 2))), ShapeError, "5 observations, but there are 6"),
-        (Isotropic(1e-20), DataError, r"variance of 1e-40; .* in other units, .* multiplied by 1e\+20"),
+        (IsotropicNoise(1e-20), DataError, r"variance of 1e-40; .* in other units, .* multiplied by 1e\+20"),
         (DiagonalNoise(np.full(4, 1e37)), DataError, "single precision works with 1e-36 to 1e"),
         (DenseNoise(np.eye(3)), ShapeError, r"covariance has .*expected \(4, 4\), or \(n, 4, 4\)"),
-        (Isotropic(np.ones((6, 4))), ShapeError, r"the noise std has shape \(6, 4\); expected \(\)"),
-        (Masked(Isotropic(1.0), np.ones(3)), ShapeError, r"the noise mask has shape \(3,\)"),
-        (Masked(Isotropic(1.0), np.ones((5, 4))), ShapeError, "5 observations, but there are 6"),
-        (Masked(Isotropic(1.0), np.full(4, 0.5)), DataError, r"1 \(observed\) or 0 \(missing\)"),
-        (Masked(Isotropic(-1.0), np.ones(4)), DataError, "standard deviation is .*; it must be positive"),
+        (IsotropicNoise(np.ones((6, 4))), ShapeError, r"the noise std has shape \(6, 4\); expected \(\)"),
+        (Masked(IsotropicNoise(1.0), np.ones(3)), ShapeError, r"the noise mask has shape \(3,\)"),
+        (Masked(IsotropicNoise(1.0), np.ones((5, 4))), ShapeError, "5 observations, but there are 6"),
+        (Masked(IsotropicNoise(1.0), np.full(4, 0.5)), DataError, r"1 \(observed\) or 0 \(missing\)"),
+        (Masked(IsotropicNoise(-1.0), np.ones(4)), DataError, "standard deviation is .*; it must be positive"),
         (Masked(DiagonalNoise(np.ones(3)), np.ones(4)), ShapeError, "the noise variance has shape"),
         (Masked(DenseNoise(-np.eye(4)), np.ones(4)), DataError, "not symmetric positive definite"),
-        (JointNoise((Isotropic(1.0),) * 2, (2, 3)), ShapeError, r"sizes \(2, 3\); .* 4 entries in all"),
-        (JointNoise((Isotropic(1.0),) * 2, (4,)), ShapeError, "2 parts with sizes"),
-        (JointNoise((Isotropic(1.0), Isotropic(-1.0)), (2, 2)), DataError, "must be positive"),
+        (JointNoise((IsotropicNoise(1.0),) * 2, (2, 3)), ShapeError, r"sizes \(2, 3\); .* 4 entries in all"),
+        (JointNoise((IsotropicNoise(1.0),) * 2, (4,)), ShapeError, "2 parts with sizes"),
+        (JointNoise((IsotropicNoise(1.0), IsotropicNoise(-1.0)), (2, 2)), DataError, "must be positive"),
         (
-            JointNoise((Isotropic(1.0), DiagonalNoise(np.ones(3))), (2, 2)),
+            JointNoise((IsotropicNoise(1.0), DiagonalNoise(np.ones(3))), (2, 2)),
             ShapeError,
             "view 'v', part 1 of its noise: the noise variance has",
         ),
@@ -171,8 +171,8 @@ def test_bad_noise_is_refused(noise, error, words):
             Masked(DiagonalNoise(np.where(V[0] > 0.6, V, 1).reshape(6, 4)), V[0].ravel() > 0.6),
         ),
         (
-            JointNoise((DiagonalNoise(V[:, 0]), Isotropic(1.0)), (2, 2)),
-            JointNoise((DiagonalNoise(V[:, 0]), Isotropic(1.0)), (2, 2)),
+            JointNoise((DiagonalNoise(V[:, 0]), IsotropicNoise(1.0)), (2, 2)),
+            JointNoise((DiagonalNoise(V[:, 0]), IsotropicNoise(1.0)), (2, 2)),
         ),
     ],
 )
@@ -196,7 +196,7 @@ def test_real_numbers_of_any_type_and_layout_are_the_same(kind):
 
     def stated(as_given):
         op = Dense(as_given(matrix), in_shape=(2, 2), out_shape=(2, 2))
-        fn = Function(lambda x, p: p * x, in_shape=(2, 2), params=as_given(y[0]))
+        fn = FunctionOperator(lambda x, p: p * x, in_shape=(2, 2), params=as_given(y[0]))
         noise = Masked(DiagonalNoise(as_given(y + 1 if kind != "?" else y >= 0)), as_given(y[1]))
         truth, chosen = {"a": as_given(y)}, as_given(np.arange(6) == 2)
         changes = {"mask": as_given(y[2]), "truth": truth, "held_out": chosen, "noise": noise}
@@ -212,7 +212,8 @@ def test_real_numbers_of_any_type_and_layout_are_the_same(kind):
 
 
 @pytest.mark.parametrize(
-    "make", [Dense, DiagonalNoise, lambda a: Function(lambda x, p: p @ x, in_shape=2, params=a)]
+    "make",
+    [Dense, DiagonalNoise, lambda a: FunctionOperator(lambda x, p: p @ x, in_shape=2, params=a)],
 )
 @pytest.mark.parametrize(
     "array", [np.array([[1, {}]]), np.array([["a", "b"]]), np.ones((1, 2)) * 1j]
@@ -361,7 +362,7 @@ def functions(scale):
 
 def prints(scale):
     problems = (
-        Problem([A], [view(operators={"a": Function(fn, in_shape=(2, 2))})])
+        Problem([A], [view(operators={"a": FunctionOperator(fn, in_shape=(2, 2))})])
         for fn in functions(scale)
     )
     return [problem.fingerprint() for problem in problems]

@@ -8,27 +8,27 @@ from scipy import stats
 
 from dichroic.config import SamplerConfig
 from dichroic.inference.samplers import (
-    Ancestral,
-    Ddim,
-    Ddpm,
+    DDIM,
+    DDPM,
+    AncestralSampler,
     Heun,
     PredictorCorrector,
-    draw_posterior,
-    draw_prior,
     make_sampler,
     observation_keys,
+    sample_posterior,
+    sample_prior,
 )
 from dichroic.numerics.batching import take
 from dichroic.numerics.deterministic_map import chunks, lanes_width, own_lanes
 from dichroic.operators import Dense, Identity
-from dichroic.operators.noise import Isotropic
-from dichroic.priors import Mixture, gaussian
+from dichroic.operators.noise import IsotropicNoise
+from dichroic.priors import GaussianMixture, gaussian
 from dichroic.priors.schedule import Geometric, Karras
 from dichroic.problem.observations import Observations
 
 KEY = jax.random.key(11)
 N = 4000
-PRIOR = Mixture.from_moments(
+PRIOR = GaussianMixture.from_moments(
     [1, 2, 3],
     np.array([[-2.0, 0.5], [1.0, 2.0], [2.0, -1.0]]),
     [np.array([[0.3, 0.2], [0.2, 0.4]]), np.diag([0.05, 0.5]), 0.2 * np.eye(2)],
@@ -47,16 +47,16 @@ def cdf(direction):
     "sampler",
     [
         None,
-        Ancestral(8),
+        AncestralSampler(8),
         Heun(48),
-        Ddpm(256),
-        Ddim(256, Karras()),
+        DDPM(256),
+        DDIM(256, Karras()),
         PredictorCorrector(256),
     ],
     ids=["exact", "ancestral", "heun", "ddpm", "ddim", "pc"],
 )
 def test_prior_draws_follow_the_mixture(sampler):
-    x = draw_prior(PRIOR, N, KEY, sampler=sampler)
+    x = sample_prior(PRIOR, N, KEY, sampler=sampler)
     assert x.shape == (N, 2)
     for direction in DIRECTIONS:
         assert stats.kstest(x @ direction, cdf(direction)).pvalue > 1e-3
@@ -64,16 +64,16 @@ def test_prior_draws_follow_the_mixture(sampler):
 
 def test_too_few_ddpm_steps_are_noticed():
     """The test above has power: DDPM with few steps loses variance."""
-    x = draw_prior(PRIOR, N, KEY, sampler=Ddpm(24))
+    x = sample_prior(PRIOR, N, KEY, sampler=DDPM(24))
     assert min(stats.kstest(x @ d, cdf(d)).pvalue for d in DIRECTIONS) < 1e-4
 
 
 def test_a_prior_draw_depends_on_its_number_and_the_key_only():
-    few = draw_prior(PRIOR, 100, KEY)
-    many = draw_prior(PRIOR, 300, KEY, batch_size=100)
+    few = sample_prior(PRIOR, 100, KEY)
+    many = sample_prior(PRIOR, 300, KEY, batch_size=100)
     np.testing.assert_array_equal(few, many[:100])
     assert len(np.unique(many, axis=0)) == 300
-    other = draw_prior(PRIOR, 100, jax.random.key(12))
+    other = sample_prior(PRIOR, 100, jax.random.key(12))
     assert not np.any(other == few)
 
 
@@ -82,10 +82,10 @@ def test_large_priors_are_drawn_without_a_matrix():
     means = np.zeros((2, 12, 12))
     means[1, 0, 0] = 9.0
     basis, variances = np.eye(144)[None, :, 1:4].repeat(2, axis=0), np.full((2, 3), 3.0)
-    prior = Mixture(
+    prior = GaussianMixture(
         np.log([0.3, 0.7]), means.reshape(2, -1), basis, variances, np.ones(2), (12, 12)
     )
-    x = draw_prior(prior, N, KEY, sampler=Ancestral(8)).reshape(N, -1)
+    x = sample_prior(prior, N, KEY, sampler=AncestralSampler(8)).reshape(N, -1)
     share = np.mean(x[:, 0] > 4.5)
     assert abs(share - 0.7) < 4 * np.sqrt(0.21 / N)
     for i, variance in ((1, 4.0), (3, 4.0), (4, 1.0), (143, 1.0)):
@@ -94,7 +94,7 @@ def test_large_priors_are_drawn_without_a_matrix():
 
 def test_prior_draws_have_the_shape_of_the_source():
     prior = gaussian(np.arange(6.0).reshape(2, 3), 1e-4 * np.eye(6))
-    x = draw_prior(prior, 3, KEY)
+    x = sample_prior(prior, 3, KEY)
     np.testing.assert_allclose(x, np.tile(np.arange(6.0).reshape(2, 3), (3, 1, 1)), atol=0.05)
 
 
@@ -107,19 +107,21 @@ def blend():
         "a": Dense(rng.normal(size=(300, 3, 2))),
         "b": Dense(rng.normal(size=(3, 4)), in_shape=(2, 2)),
     }
-    return priors, Observations(rng.normal(size=(300, 3)), ops, Isotropic(0.1))
+    return priors, Observations(rng.normal(size=(300, 3)), ops, IsotropicNoise(0.1))
 
 
 def draw(blend, obs, key=KEY, **options):
     """Draws in chunks of two lanes, one program for any number of observations."""
-    return draw_posterior(blend[0], obs, key, **{"n_draws": 2, "batch_size": 128, **options})
+    return sample_posterior(blend[0], obs, key, **{"n_draws": 2, "batch_size": 128, **options})
 
 
-@pytest.mark.parametrize("sampler", [None, Ancestral(4)], ids=["exact", "ancestral"])
+@pytest.mark.parametrize("sampler", [None, AncestralSampler(4)], ids=["exact", "ancestral"])
 def test_observations_drawn_alone_are_rows_of_the_whole(sampler, blend):
     obs = blend[1]
     if sampler:  # one source compiles faster
-        obs = Observations(obs.y, {"b": obs.operators["b"]}, Isotropic(np.linspace(0.1, 1, 300)))
+        obs = Observations(
+            obs.y, {"b": obs.operators["b"]}, IsotropicNoise(np.linspace(0.1, 1, 300))
+        )
     whole = draw(blend, obs, sampler=sampler)
     alone = draw(blend, take(obs, slice(100, 200)), sampler=sampler, first_index=100)
     for k in whole.x:
@@ -179,7 +181,7 @@ def test_chunks_cover_every_observation_once_in_its_lane_and_pad_with_the_first_
     n, batch_size
 ):
     obs = Observations(
-        np.arange(n, dtype=float)[:, None], {"a": Identity(1)}, Isotropic(np.arange(1, n + 1))
+        np.arange(n, dtype=float)[:, None], {"a": Identity(1)}, IsotropicNoise(np.arange(1, n + 1))
     )
     ys, numbers, starts = [], [], []
     for start, (rows, _), index in chunks(obs, batch_size, 7):
@@ -199,10 +201,10 @@ def test_chunks_cover_every_observation_once_in_its_lane_and_pad_with_the_first_
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("auto", Ancestral),
-        ("ancestral", Ancestral),
-        ("ddpm", Ddpm),
-        ("ddim", Ddim),
+        ("auto", AncestralSampler),
+        ("ancestral", AncestralSampler),
+        ("ddpm", DDPM),
+        ("ddim", DDIM),
         ("heun", Heun),
         ("predictor-corrector", PredictorCorrector),
     ],

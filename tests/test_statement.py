@@ -20,15 +20,15 @@ from dichroic.operators import (
     Convolve,
     Dense,
     Diagonal,
-    Function,
+    FunctionOperator,
     Identity,
-    Place,
+    PatchPlacement,
     Scale,
     Stack,
     Sum,
     Zero,
 )
-from dichroic.operators.noise import DenseNoise, DiagonalNoise, Isotropic, LowRankNoise, Masked
+from dichroic.operators.noise import DenseNoise, DiagonalNoise, IsotropicNoise, LowRankNoise, Masked
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
 
@@ -195,10 +195,10 @@ def test_operator_kinds(tmp_path, arrays):
     stack = Stack((Identity(s), BlockAverage(s, 4, axes=(0,)), Zero(s, (2,))))
     dense = Compose((Dense(a["m"], in_shape=s, out_shape=(2, 1)), Convolve(a["k"], shape=s)))
     line = Convolve([0.25, 0.5, 0.25], shape=s, ndim=1)
-    scene = Place((9, 9), s, a["o"]) @ Place(s, (9, 9), (1, -2))
+    scene = PatchPlacement((9, 9), s, a["o"]) @ PatchPlacement(s, (9, 9), (1, -2))
     low_rank = LowRankNoise(jnp.asarray(a["u"]), jnp.asarray(a["v"]))
     views = [
-        View(a["y"], {"x": total}, Isotropic(jnp.asarray(a["std"])), "zero"),
+        View(a["y"], {"x": total}, IsotropicNoise(jnp.asarray(a["std"])), "zero"),
         View(a["s"], {"x": stack}, low_rank, "stack"),
         View(a["z"], {"x": dense}, DenseNoise(jnp.diag(jnp.array([2.0, 1.0]))), "dense", group="7"),
         View(a["y"], {"x": line}, 0.1, "conv", "nan"),
@@ -709,7 +709,7 @@ def shared_problem(a):
         [
             View(both, {"a": Identity((4,))}, 0.1, "alone"),
             View(both, {"a": Identity((4,)), "b": x}, DiagonalNoise(jnp.ones(4)), "both", mask),
-            View(both, {"a": own, "b": own}, Isotropic(jnp.ones(N)), "own", np.ones((N, 4))),
+            View(both, {"a": own, "b": own}, IsotropicNoise(jnp.ones(N)), "own", np.ones((N, 4))),
         ],
     )
 
@@ -821,7 +821,7 @@ def test_a_new_view_in_a_file_that_is_no_archive(tmp_path, arrays, content):
 
 
 def test_a_masked_noise_is_taken_over_with_its_mask(tmp_path):
-    noise = Masked(Isotropic(0.1), np.array([1, 0, 1, 1]))
+    noise = Masked(IsotropicNoise(0.1), np.array([1, 0, 1, 1]))
     views = [View(np.ones((N, 4)), {"a": Identity((4,))}, noise, "v")]
     problem = Problem([Source("a", (4,))], views)
     view = load_view({"observations": np.ones((3, 4))}, problem)
@@ -873,7 +873,7 @@ def test_summary_of_a_mixture(tmp_path, arrays):
 
 
 def test_summary_counts_co_observed_draws_once():
-    y, fn = np.ones((N, 4)), Function(jnp.cumsum, in_shape=(4,))
+    y, fn = np.ones((N, 4)), FunctionOperator(jnp.cumsum, in_shape=(4,))
     views = [View(y, {"x": fn}, 1.0, "a", group="g"), View(y, {"x": fn}, 1.0, "b", group="g")]
     sources, (_, *rows) = summary_rows(Problem([Source("x", (4,))], views))
     assert sources[1][-1] == N

@@ -26,7 +26,7 @@ from dichroic.learning.mixture.low_rank_em import (
 )
 from dichroic.operators import Dense, Identity
 from dichroic.operators.noise import DenseNoise
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.priors.serialization import pack, unpack
 from dichroic.priors.stationary import Torus, symmetric_power, torus_of
 from dichroic.problem.identifiability.sample_size import scarcity
@@ -53,7 +53,7 @@ def stationary(rng, torus, count, scale=1.0):
     means = np.repeat(rng.normal(size=(count, torus.channels)), np.prod(torus.grid), axis=1)
     shape = (*([torus.channels] if torus.channels > 1 else []), *torus.grid)
     weights, axes = rng.dirichlet(np.full(count, 5.0)), len(torus.grid)
-    return Mixture.from_moments(weights, means, cov, shape=shape, stationary=axes)
+    return GaussianMixture.from_moments(weights, means, cov, shape=shape, stationary=axes)
 
 
 def case(rng, *, n=60, missing=False):
@@ -168,7 +168,7 @@ def test_both_kinds_of_em_take_the_same_step(textbook, rng, monkeypatch):
     dense = {k: dataclasses.replace(m) for k, m in mixtures.items()}
     full = np.asarray(mixtures["star"].covariances())
     weights, means = np.exp(mixtures["star"].log_weights), np.asarray(mixtures["star"].means)
-    dense["star"] = Mixture.from_moments(weights, means, full)
+    dense["star"] = GaussianMixture.from_moments(weights, means, full)
     if textbook:
         for module in ("em", "low_rank_em"):
             monkeypatch.setattr(f"dichroic.learning.mixture.{module}.ascend", _textbook_only)
@@ -215,7 +215,9 @@ def test_a_series_is_learned_as_well_as_its_few_numbers_allow(size):
     y = 0.5 + rng.normal(size=(n, size)) @ np.linalg.cholesky(truth).T
     y += 0.1 * rng.normal(size=y.shape)
     obs = Observations(y, {"x": Identity(size)}, DenseNoise(0.01 * np.eye(size)))
-    start = Mixture.from_moments([1.0], np.zeros((1, size)), np.eye(size)[None], stationary=1)
+    start = GaussianMixture.from_moments(
+        [1.0], np.zeros((1, size)), np.eye(size)[None], stationary=1
+    )
     config = dataclasses.replace(FREE, steps=40)
     found, _ = em_iteration({"x": start}, [obs], ["x"], config)
     excess = symmetric_power(np.asarray(found["x"].covariances()[0]) + 0.01 * np.eye(size), -1)
@@ -241,7 +243,7 @@ def test_halves_of_a_component_differ_in_variance(rng):
 def test_draws_with_a_stationary_prior_of_many_numbers_are_from_the_posterior():
     rng, size, n = np.random.default_rng(0), 140, 400
     cov = toeplitz(0.9 ** np.arange(size))
-    prior = Mixture.from_moments([1.0], np.zeros((1, size)), cov[None], stationary=1)
+    prior = GaussianMixture.from_moments([1.0], np.zeros((1, size)), cov[None], stationary=1)
     x = rng.normal(size=(n, size)) @ np.linalg.cholesky(cov).T
     y = x + 0.5 * rng.normal(size=x.shape)
     obs = Observations(y, {"x": Identity(size)}, DenseNoise(0.25 * np.eye(size)))
@@ -301,7 +303,7 @@ def test_sources_that_cannot_be_stationary_are_refused(shape, settings, message,
 def test_the_evidence_of_held_out_observations_is_the_same_in_both_kinds_of_em(rng):
     mixtures, obs = case(rng)
     star = mixtures["star"]
-    full = Mixture.from_moments(np.exp(star.log_weights), star.means, star.covariances())
+    full = GaussianMixture.from_moments(np.exp(star.log_weights), star.means, star.covariances())
     dense = mean_log_evidence({**mixtures, "star": full}, [obs])
     assert dense == pytest.approx(low_rank_log_evidence(mixtures, obs).mean(), rel=1e-7)
 

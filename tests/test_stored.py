@@ -21,12 +21,12 @@ from dichroic.errors import DataError, DichroicError, ShapeError
 from dichroic.io import StoredView, load_array, load_problem, open_view, summary_rows
 from dichroic.learning.fit import describe
 from dichroic.operators.noise import DenseNoise
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem.identifiability import identifiability
 from dichroic.problem.problem import check_values, held_out, holdout
 from dichroic.problem.view import some_of, spread
 from dichroic.separation.separator import Separator
-from dichroic.separation.streaming import separate_to
+from dichroic.separation.streaming import separate_to_zarr
 
 N, D, M = 150, 3, 4
 KINDS = ["npy", "fortran", "npz", "packed", "h5", "zarr"]
@@ -380,7 +380,7 @@ def prior(seed, dim):
     rng = np.random.default_rng(seed)
     factor = rng.normal(size=(2, dim, dim))
     covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(dim)
-    return Mixture.from_moments([0.4, 0.6], rng.normal(size=(2, dim)), covariances)
+    return GaussianMixture.from_moments([0.4, 0.6], rng.normal(size=(2, dim)), covariances)
 
 
 def separator_of(problem):
@@ -404,7 +404,7 @@ def test_views_by_name_are_separated_as_in_memory(tmp_path):
     whole = memory.separate("q", seed=3)
     joined = np.concatenate([part.draws["b"] for _, part in parts], axis=1)
     np.testing.assert_array_equal(joined, whole.draws["b"])
-    separate_to(tmp_path / "out.zarr", stored, "single", n_draws=1, chunk=64)
+    separate_to_zarr(tmp_path / "out.zarr", stored, "single", n_draws=1, chunk=64)
     want = memory.separate("single").draws["b"]
     np.testing.assert_array_equal(load_array("out.zarr:draws/b", tmp_path), want)
     view = stored.problem.view("single")

@@ -27,13 +27,13 @@ from dichroic.io.zarr_store import Job, finished_blocks, open_store
 from dichroic.metrics import mean_chi2
 from dichroic.operators import Dense, Identity, Scale
 from dichroic.operators.noise import DiagonalNoise
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
 from dichroic.runtime.blocks import block_size, bytes_each, parse_bytes, parse_shard, shard_blocks
 from dichroic.runtime.files import writing
 from dichroic.separation.separator import Separator
-from dichroic.separation.streaming import separate_to
+from dichroic.separation.streaming import separate_to_zarr
 
 N, D, M = 200, 6, 4
 COMMAND = ["-m", "dichroic"]
@@ -49,7 +49,7 @@ def prior(seed, rank):
     rng = np.random.default_rng(seed)
     factor = rng.normal(size=(2, D, 3))
     covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(D)
-    return Mixture.from_moments([0.4, 0.6], rng.normal(size=(2, D)), covariances, rank=rank)
+    return GaussianMixture.from_moments([0.4, 0.6], rng.normal(size=(2, D)), covariances, rank=rank)
 
 
 def separator_of(problem, rank, seed=0):
@@ -710,7 +710,7 @@ def test_co_observed_views_and_views_by_name(tmp_path, rng):
     whole = separator.separate("p", seed=1)
     for first, part in separator.stream("q", seed=1, chunk=64):
         assert_same(part, whole, slice(first, first + part.chi2.shape[1]))
-    done = separate_to(tmp_path / "x.zarr", separator, views, n_draws=1, seed=1, chunk=32)
+    done = separate_to_zarr(tmp_path / "x.zarr", separator, views, n_draws=1, seed=1, chunk=32)
     assert done.missing == ()
     got = zarr.open_group(tmp_path / "x.zarr", mode="r")
     np.testing.assert_array_equal(got["draws/b"][...], whole.draws["b"])

@@ -14,7 +14,7 @@ from dichroic.learning.diffusion.score_matching import (
     score_matching_loss,
     train_denoiser,
 )
-from dichroic.priors import Mixture, Preconditioned, gaussian
+from dichroic.priors import DiffusionPrior, GaussianMixture, gaussian
 from dichroic.priors.networks import Mlp
 
 DIM, SIGMA_MIN = 2, 1e-2
@@ -24,7 +24,7 @@ build = eqx.filter_jit(lambda key: Mlp((DIM,), width=32, depth=1, key=key))
 
 
 def untrained(base, seed=0):
-    return Preconditioned(base, build(jax.random.key(seed)))
+    return DiffusionPrior(base, build(jax.random.key(seed)))
 
 
 @eqx.filter_jit
@@ -43,7 +43,7 @@ def test_the_loss_of_the_exact_denoiser_of_white_data_is_one(scale):
     assert abs(value - 1) < 4 * np.sqrt(2 / (n * DIM))
 
 
-BIMODAL = Mixture.from_moments(
+BIMODAL = GaussianMixture.from_moments(
     [1, 2], np.array([[-1.0, 0.5], [1.0, -0.3]]), [0.02 * np.eye(2), 0.05 * np.eye(2)]
 )
 

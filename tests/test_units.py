@@ -14,10 +14,10 @@ from dichroic.inference.low_rank import moments
 from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.matrix_free import diagonal_of
 from dichroic.learning.data import prepare
-from dichroic.learning.fit import Start
+from dichroic.learning.fit import InitialPriors
 from dichroic.learning.mixture.em import LEAST_UNIT, chosen_units, deviations
 from dichroic.learning.mixture.low_rank_em import from_columns
-from dichroic.operators import Dense, Diagonal, Identity, Learned, Scale
+from dichroic.operators import Dense, Diagonal, Identity, Learnable, Scale
 from dichroic.operators.scaling import (
     as_parameters,
     check_units,
@@ -76,7 +76,9 @@ def test_an_operator_acts_on_a_source_in_units(op, rng):
 
 
 def test_a_learned_gain_is_diagonal_in_units():
-    op = in_units({"a": Learned(Scale(3, 2.0), "gain")}, as_parameters({"a": np.arange(3.0)}))["a"]
+    op = in_units({"a": Learnable(Scale(3, 2.0), "gain")}, as_parameters({"a": np.arange(3.0)}))[
+        "a"
+    ]
     np.testing.assert_allclose(diagonal_of(op), [0, 2, 4])
 
 
@@ -173,7 +175,7 @@ def test_models_in_units_are_kept_and_go_on(fits, tmp_path):
     renamed = dataclasses.replace(view, operators={"b": view.operators["a"]}, truth={})
     other = loaded.with_sources({"b": "a"})
     np.testing.assert_array_equal(other.separate(renamed).draws["b"], want)
-    state = Start(separator.denoisers, separator.operators)
+    state = InitialPriors(separator.denoisers, separator.operators)
     problem = Problem([Source("a", (DIM,))], [view])
     found = state.state(problem, prepare(problem, separator.config)).operators
     np.testing.assert_array_equal(units_of(found)["a"], units_of(separator.operators)["a"])

@@ -8,7 +8,7 @@ from dichroic.benchmark.baselines import WienerFilter
 from dichroic.benchmark.baselines.wiener_filter import moments_of
 from dichroic.errors import DataError
 from dichroic.operators import Dense, Identity, Scale
-from dichroic.operators.noise import DiagonalNoise, Isotropic, Masked
+from dichroic.operators.noise import DiagonalNoise, IsotropicNoise, Masked
 from dichroic.problem.observations import Observations
 
 NOISE, DIM = 0.5, 4
@@ -97,10 +97,10 @@ def test_observations_one_by_one_are_as_all_together(rng, x64):
     n, a, b = 150, rng.normal(size=(3, 2)), rng.normal(size=(3, 3))
     y1, y2 = rng.normal(size=(n, 3)), 3 * rng.normal(size=(n, 3))
     each = lambda m: Dense(np.broadcast_to(m, (n, *m.shape)).copy())
-    shared = [Observations(y1, {"a": Dense(a)}, Isotropic(0.3))]
-    shared += [Observations(y2, {"a": Dense(a), "b": Dense(b)}, Isotropic(0.3))]
-    own = [Observations(y1, {"a": each(a)}, Isotropic(np.full(n, 0.3)))]
-    own += [Observations(y2, {"a": each(a), "b": each(b)}, Isotropic(np.full(n, 0.3)))]
+    shared = [Observations(y1, {"a": Dense(a)}, IsotropicNoise(0.3))]
+    shared += [Observations(y2, {"a": Dense(a), "b": Dense(b)}, IsotropicNoise(0.3))]
+    own = [Observations(y1, {"a": each(a)}, IsotropicNoise(np.full(n, 0.3)))]
+    own += [Observations(y2, {"a": each(a), "b": each(b)}, IsotropicNoise(np.full(n, 0.3)))]
     one, other = moments_of(shared), moments_of(own)
     for k in ("a", "b"):
         for x, y in zip(one[k], other[k], strict=True):
@@ -116,7 +116,7 @@ def test_moments_from_observations_that_differ(kind, rng):
     std = rng.uniform(0.02, 1.0, n) if kind == "noise" else np.full(n, 0.1)
     y = np.einsum("nmd,nd->nm", np.broadcast_to(a, (n, *a.shape[1:])), x)
     y = y + std[:, None] * rng.normal(size=y.shape)
-    noise = Isotropic(std)
+    noise = IsotropicNoise(std)
     if kind == "missing":
         seen = rng.uniform(size=y.shape) < 0.6
         y, noise = np.where(seen, y, 0), Masked(noise, seen)
@@ -130,7 +130,7 @@ def test_moments_from_observations_that_differ(kind, rng):
 def test_what_no_observation_sees_has_the_variance_of_the_rest(rng, x64):
     y = rng.normal(size=(500, DIM)) * 2
     seen = np.arange(DIM) != 2
-    obs = Observations(y * seen, {"x": Identity((DIM,))}, Masked(Isotropic(0.1), seen))
+    obs = Observations(y * seen, {"x": Identity((DIM,))}, Masked(IsotropicNoise(0.1), seen))
     mean, cov = moments_of([obs])["x"]
     expect = np.cov(y[:, seen].T) - 0.01 * np.eye(DIM - 1)
     np.testing.assert_allclose(cov[np.ix_(seen, seen)], expect, atol=1e-6)
@@ -143,8 +143,8 @@ def test_views_of_different_scales(rng, x64):
     """`b` is seen through a hundredth: its covariance is ten thousand times the difference."""
     y1, y2 = rng.normal(size=(400, 3)), 2 * rng.normal(size=(400, 3))
     eye = Identity((3,))
-    views = [Observations(y1, {"a": eye}, Isotropic(0.1))]
-    views += [Observations(y2, {"a": eye, "b": Scale(3, 0.01)}, Isotropic(0.1))]
+    views = [Observations(y1, {"a": eye}, IsotropicNoise(0.1))]
+    views += [Observations(y2, {"a": eye, "b": Scale(3, 0.01)}, IsotropicNoise(0.1))]
     _, cov = moments_of(views)["b"]
     np.testing.assert_allclose(cov, 1e4 * (np.cov(y2.T) - np.cov(y1.T)), rtol=1e-4, atol=0.1)
 

@@ -10,8 +10,8 @@ from dichroic.inference.posterior import MatrixFreePosterior
 from dichroic.inference.woodbury import approximate_inverse
 from dichroic.numerics.batching import split
 from dichroic.operators import Convolve, Dense, Diagonal, Identity, Scale
-from dichroic.operators.noise import DiagonalNoise, Isotropic, Masked
-from dichroic.priors import Mixture, Wrapped
+from dichroic.operators.noise import DiagonalNoise, IsotropicNoise, Masked
+from dichroic.priors import CustomDenoiser, GaussianMixture
 from dichroic.problem.observations import Observations
 
 D, RANK, ROWS = 24, 3, 4
@@ -22,7 +22,7 @@ def low_rank(seed, size=5.0, kinds=1):
     rng = np.random.default_rng(seed)
     basis = np.stack([np.linalg.qr(rng.normal(size=(D, RANK)))[0] for _ in range(kinds)])
     variances, means = np.full((kinds, RANK), size**2), 3 * rng.normal(size=(kinds, D))
-    return Mixture(
+    return GaussianMixture(
         np.full(kinds, -np.log(kinds)), means, basis, variances, np.full(kinds, 0.1), (D,)
     )
 
@@ -32,7 +32,7 @@ def observations(kind, rng):
     y, std = rng.normal(size=(ROWS, D)), rng.uniform(0.02, 0.3, size=(ROWS, D))
     mask = (rng.uniform(size=(ROWS, D)) < 0.7).astype(float)
     if kind == "shared":
-        return Observations(y, {"a": Identity(D), "b": Scale(D, 0.5)}, Isotropic(0.05))
+        return Observations(y, {"a": Identity(D), "b": Scale(D, 0.5)}, IsotropicNoise(0.05))
     if kind == "masked":
         gains = Diagonal(rng.uniform(0.5, 2, size=(ROWS, D)), shape=D)
         return Observations(
@@ -40,9 +40,9 @@ def observations(kind, rng):
         )
     if kind == "per observation":
         rotations = np.linalg.qr(rng.normal(size=(ROWS, D, D)))[0]
-        return Observations(y, {"a": Dense(rotations), "b": Identity(D)}, Isotropic(std[:, 0]))
+        return Observations(y, {"a": Dense(rotations), "b": Identity(D)}, IsotropicNoise(std[:, 0]))
     kernels = Convolve(np.abs(rng.normal(size=(ROWS, 3))), shape=D)
-    return Observations(mask * y, {"a": kernels, "b": kernels}, Masked(Isotropic(0.05), mask))
+    return Observations(mask * y, {"a": kernels, "b": kernels}, Masked(IsotropicNoise(0.05), mask))
 
 
 EXACT = ["shared", "masked", "per observation"]
@@ -94,7 +94,7 @@ def solved(priors, obs, **options):
 
 
 def stationary(fn):
-    return Wrapped(fn, shape=D, spectrum=np.geomspace(30, 0.01, D))
+    return CustomDenoiser(fn, shape=D, spectrum=np.geomspace(30, 0.01, D))
 
 
 PRIORS = {

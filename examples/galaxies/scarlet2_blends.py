@@ -25,7 +25,7 @@ from scarlet2.source import Source
 
 from dichroic.benchmark.problems import blends, galaxies
 from dichroic.metrics import output_snr
-from dichroic.operators import Compose, Operator, Place
+from dichroic.operators import Compose, Operator, PatchPlacement
 from dichroic.runtime.tables import text_table
 
 STEPS = 300
@@ -33,7 +33,7 @@ STEPS = 300
 
 def centre(op: Operator, i: int) -> np.ndarray:
     """Where the galaxy of observation `i` is, row and column."""
-    if isinstance(op, Place):
+    if isinstance(op, PatchPlacement):
         return np.asarray(op.offset[i]) + (galaxies.SIZE - 1) / 2
     parts = op.operators if isinstance(op, Compose) else ()
     return next((c for p in parts if len(c := centre(p, i))), np.zeros(0))

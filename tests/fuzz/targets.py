@@ -31,7 +31,7 @@ from dichroic.learning.checkpoint import load_state, save_state
 from dichroic.learning.fit import describe, write_record
 from dichroic.learning.state import State
 from dichroic.operators import Dense, Identity
-from dichroic.priors import Mixture, Preconditioned
+from dichroic.priors import DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp
 from dichroic.problem.problem import Problem, Source, check_values
 from dichroic.problem.view import View
@@ -84,14 +84,14 @@ class Target:
 def mixture(shape, seed=0):
     rng, dim = np.random.default_rng(seed), math.prod(shape)
     root = rng.normal(size=(2, dim, dim))
-    return Mixture.from_moments(
+    return GaussianMixture.from_moments(
         [0.4, 0.6], rng.normal(size=(2, *shape)), root @ root.swapaxes(1, 2)
     )
 
 
 def network(shape):
     made = eqx.filter_jit(lambda key: Mlp(shape, 8, 1, 2, key=key))(jax.random.key(0))
-    return Preconditioned(mixture(shape), made, "base")
+    return DiffusionPrior(mixture(shape), made, "base")
 
 
 def said(denoiser):

@@ -120,9 +120,9 @@ def separate(args: argparse.Namespace) -> int:
 def _separate_blocks(args: argparse.Namespace, separator: Any, view: Any) -> None:
     from dichroic.runtime.tracking import Console
     from dichroic.separation.separator import MEMORY
-    from dichroic.separation.streaming import separate_to
+    from dichroic.separation.streaming import separate_to_zarr
 
-    separate_to(
+    separate_to_zarr(
         args.out,
         separator,
         view,

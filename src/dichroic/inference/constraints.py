@@ -18,7 +18,7 @@ from dichroic.errors import ConfigError
 from dichroic.numerics.deterministic_map import of_each
 from dichroic.operators import Operator
 from dichroic.operators.scaling import own_units
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import Observations
 
 _MOVED = 0.75  # of the squares of a source; half of them are below 0 where its mean is 0
@@ -57,7 +57,7 @@ def _residual(obs: Observations, x: dict[str, Array]) -> Array:
     return obs.y - obs.apply(x)
 
 
-def check_learned(priors: Mapping[str, Mixture], bounds: Bounds) -> None:
+def check_learned(priors: Mapping[str, GaussianMixture], bounds: Bounds) -> None:
     """Raise `ConfigError` where what was learned of a source contradicts its bounds.
 
     That is where most of it, by the squares of its numbers, would have to be moved: bounds in other units.

@@ -72,7 +72,7 @@ def tuples(
     at most `max_tuples`, else of as many found from coarse to fine. Then neighbours are merged in pairs,
     and those in pairs again, until all tuples of groups can be looked at; the best are opened into
     their halves, and so on down. It finds what matters if components that lie together stand together
-    (see `Mixture.ordered`). An index past the last component stands for none, with a score of −∞.
+    (see `GaussianMixture.ordered`). An index past the last component stands for none, with a score of −∞.
     """
     levels = [list(views)]
     while math.prod(v.log_weights.size for v in levels[-1]) > max_tuples:

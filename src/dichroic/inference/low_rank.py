@@ -25,8 +25,8 @@ import numpy as np
 from scipy.linalg.lapack import dpotri
 
 from dichroic.errors import DataError
-from dichroic.inference.matrix_free import Columns, Common, Seen, diagonal_of_noise, products
-from dichroic.priors import Mixture
+from dichroic.inference.matrix_free import Columns, OperatorCache, Seen, diagonal_of_noise, products
+from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import Observations
 
 MOST_TUPLES = 4096
@@ -98,10 +98,10 @@ class LowRankView:
 
     def __init__(
         self,
-        mixtures: Mapping[str, Mixture],
+        mixtures: Mapping[str, GaussianMixture],
         obs: Observations,
         sigmas: Mapping[str, float] | None = None,
-        common: "Common | None" = None,
+        common: "OperatorCache | None" = None,
         behind: np.ndarray | None = None,
     ):
         """`sigmas` are noise levels of the sources, where components are to be those given noised values.
@@ -114,7 +114,7 @@ class LowRankView:
         self.seen = np.asarray(one.noise.observed(obs.size), np.float64)
         self.size, names = obs.size, [k for k in obs.sources if k in mixtures]
         level = lambda k: None if sigmas is None else sigmas[k]
-        common = common or Common()
+        common = common or OperatorCache()
         operators = {k: common.operator(k, obs.operators[k], one.operators[k]) for k in names}
         self.parts = {k: _part(mixtures[k], a, self.seen, level(k)) for k, a in operators.items()}
         counts = [p.log_weights.size for p in self.parts.values()]
@@ -319,7 +319,11 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 
 def part_of(
-    mixture: Mixture, obs: Observations, common: Common, name: str, sigma: float | None = None
+    mixture: GaussianMixture,
+    obs: Observations,
+    common: OperatorCache,
+    name: str,
+    sigma: float | None = None,
 ) -> Part:
     """The source `name` in a view, given a value with noise of the level `sigma` if there is one."""
     one = obs.one(0)
@@ -328,7 +332,7 @@ def part_of(
     return _part(mixture, operator, seen, sigma)
 
 
-def _part(mixture: Mixture, operator: Seen, seen: np.ndarray, sigma: float | None) -> Part:
+def _part(mixture: GaussianMixture, operator: Seen, seen: np.ndarray, sigma: float | None) -> Part:
     forward, back = products(operator.op, seen, operator.gain)
     columns, floor = moments(mixture, sigma)
     k, d, r = columns.shape
@@ -340,7 +344,7 @@ def _part(mixture: Mixture, operator: Seen, seen: np.ndarray, sigma: float | Non
     return Part(log_weights, flat, columns, floor, forward, back, operator.gain, operator.scale)
 
 
-def moments(mixture: Mixture, sigma: float | None = None) -> tuple[np.ndarray, float]:
+def moments(mixture: GaussianMixture, sigma: float | None = None) -> tuple[np.ndarray, float]:
     """`(μ_k, F_k)` `(K, D, 1 + R)` and `τ` with covariances `F_k F_kᵀ + τ I`, in float64.
 
     Of the prior, or, with `sigma`, of a component given a value with noise of that level.
@@ -354,7 +358,7 @@ def moments(mixture: Mixture, sigma: float | None = None) -> tuple[np.ndarray, f
     return np.concatenate([to64(mixture.means)[:, :, None], factors], axis=2), floor
 
 
-def gains(mixture: Mixture, sigma: float) -> tuple[np.ndarray, float]:
+def gains(mixture: GaussianMixture, sigma: float) -> tuple[np.ndarray, float]:
     """`(r, g)` with `C_k (C_k + σ² I)⁻¹ = U_k diag(r) U_kᵀ + g I`."""
     floor = float(np.asarray(mixture.floor, np.float64).mean())
     variances, rest = np.asarray(mixture.variances, np.float64), floor + sigma**2

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dichroic.inference.low_rank import Given, LowRankView, Part, part_of
-from dichroic.inference.matrix_free import Common
-from dichroic.priors import Mixture
-from dichroic.problem.observations import Observations, Observed, groups
+from dichroic.inference.matrix_free import OperatorCache
+from dichroic.priors import GaussianMixture
+from dichroic.problem.observations import ObservationBatches, Observations, groups
 
 NEGLIGIBLE = 1e-12  # probability of a tuple
 
@@ -51,7 +51,7 @@ class Background:
 
 
 @dataclass(frozen=True)
-class Before:
+class BackgroundPosteriors:
     """What `n` observations say before each background.
 
     Their `log_evidence` before all; the `rows` `(J, n)` that may be before each, the residuals that its mean
@@ -71,7 +71,9 @@ class Before:
         return found
 
 
-def every_tuple(mixtures: Mapping[str, Mixture], obs: Observed, most: int) -> np.ndarray | None:
+def every_tuple(
+    mixtures: Mapping[str, GaussianMixture], obs: ObservationBatches, most: int
+) -> np.ndarray | None:
     """That each observation may be of each tuple before each background, `(J, T, n)`; None of more than `most`."""
     own = [mixtures[k] for k in obs.sources]
     size = lambda behind: math.prod(m.log_weights.size for m in own if bool(m.stationary) == behind)
@@ -87,16 +89,16 @@ class Backgrounds:
 
     def __init__(
         self,
-        mixtures: Mapping[str, Mixture],
+        mixtures: Mapping[str, GaussianMixture],
         obs: Observations,
-        common: Common | None = None,
+        common: OperatorCache | None = None,
         sigmas: Mapping[str, float] | None = None,
     ):
         """`sigmas` are noise levels of the sources, where components are to be those given noised values."""
         own = {k: mixtures[k] for k in obs.sources}
         wide = {k: m for k, m in own.items() if m.stationary}
         rest = {k: m for k, m in own.items() if not m.stationary}
-        common = common or Common()
+        common = common or OperatorCache()
         level = lambda k: None if sigmas is None else sigmas[k]
         parts = {k: part_of(m, obs, common, k, level(k)) for k, m in wide.items()}
         self.each: list[Background] = []
@@ -133,7 +135,7 @@ class Backgrounds:
         most = len(self.each) if near is None else int(near.any(axis=1).sum(axis=0).max())
         return self.each[0].view.chunks(obs, most)
 
-    def given(self, y: np.ndarray, near: np.ndarray | None = None) -> "Before":
+    def given(self, y: np.ndarray, near: np.ndarray | None = None) -> "BackgroundPosteriors":
         """What observations `(n, M)` say before each background, or those that they are `near` `(J, T, n)`."""
         rows = np.ones((len(self.each), len(y)), bool) if near is None else near.any(axis=1)
         levels, residuals, given = np.full(rows.shape, -np.inf), [], []
@@ -147,7 +149,7 @@ class Backgrounds:
             levels[j, some] = given[-1].log_evidence
         top = levels.max(axis=0)
         log_evidence = top + np.log(np.exp(levels - top).sum(axis=0))
-        return Before(log_evidence, rows, residuals, given)
+        return BackgroundPosteriors(log_evidence, rows, residuals, given)
 
     def likely(self, obs: Observations) -> dict[str, np.ndarray]:
         """The components of every source that the first observations may be of."""
@@ -161,9 +163,9 @@ class Backgrounds:
         return {k: np.array(sorted(i)) for k, i in kept.items()}
 
 
-def low_rank_log_evidence(mixtures: Mapping[str, Mixture], obs: Observations) -> np.ndarray:
+def low_rank_log_evidence(mixtures: Mapping[str, GaussianMixture], obs: Observations) -> np.ndarray:
     """`log p(y)` of each observation, `(n,)`."""
-    found, common = np.zeros(obs.count), Common()
+    found, common = np.zeros(obs.count), OperatorCache()
     for index, some in groups(obs):
         behind = Backgrounds(mixtures, some, common)
         for rows, y in behind.chunks(some):

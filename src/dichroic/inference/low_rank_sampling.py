@@ -1,10 +1,10 @@
 """Joint posterior draws of sources of many numbers, whose priors are of low rank or corrections of such.
 
-*Exact* draws where all priors are mixtures. Where networks correct them, the reverse chain of `sample.Ancestral`:
-given its noised value a source is the mixture's posterior, whose components have covariances of low rank plus a
-floor, with means moved by the network; given the observation too, a draw of `x` is then the same algebra as an
-exact one, at every noise level. One evaluation of each network a step, no Jacobian and no iterative solve; for a
-network of zero the chain is exact at any number of steps.
+*Exact* draws where all priors are mixtures. Where networks correct them, the reverse chain of
+`sample.AncestralSampler`: given its noised value a source is the mixture's posterior, whose components have
+covariances of low rank plus a floor, with means moved by the network; given the observation too, a draw of `x` is
+then the same algebra as an exact one, at every noise level. One evaluation of each network a step, no Jacobian and
+no iterative solve; for a network of zero the chain is exact at any number of steps.
 
 The last bits of a product of matrices depend on how many rows it has, so rows are taken in lanes of one number,
 the last filled up: a draw does not depend on how many others there are. They depend on the number of threads of a
@@ -28,7 +28,7 @@ from dichroic.inference.samplers import Draws, Progress, Sampler, observation_ke
 from dichroic.numerics.batching import in_batches, split, take
 from dichroic.numerics.deterministic_map import LANES
 from dichroic.operators.noise import Noise
-from dichroic.priors import Denoiser, Mixture, Preconditioned
+from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.priors.diffusion import NETWORK_BATCH, corrections
 from dichroic.problem.observations import Observations, groups, is_shared
 from dichroic.runtime.blocks import spans
@@ -36,7 +36,7 @@ from dichroic.runtime.hardware import in_threads
 
 _CHUNK_BYTES = 256 * 2**20
 _KEPT_BYTES = 2 * 2**30  # of views, prepared once for all chunks
-Priors = Mapping[str, Mixture | Preconditioned]
+Priors = Mapping[str, GaussianMixture | DiffusionPrior]
 Alike = list[tuple[np.ndarray, Observations]]
 Map = Callable[..., Iterable[Any]]  # of a function over lanes
 
@@ -71,10 +71,10 @@ class Noised:
 
 def is_low_rank_prior(denoiser: Denoiser) -> bool:
     """Whether a denoiser is a mixture of low rank or of many numbers, or one whose means a network moves."""
-    if isinstance(denoiser, Preconditioned):
+    if isinstance(denoiser, DiffusionPrior):
         return denoiser.covariance == "base" and is_low_rank_prior(denoiser.base)
     low = lambda mixture: not mixture.full_rank or mixture.dim > EXACT_LIMIT
-    return isinstance(denoiser, Mixture) and low(denoiser)
+    return isinstance(denoiser, GaussianMixture) and low(denoiser)
 
 
 def low_rank_draws(
@@ -114,7 +114,7 @@ class _Walk:
 
     def __init__(self, priors: Priors, obs: Observations, sampler: Sampler | None):
         self.priors, self.obs = priors, obs
-        self.bases = {k: p.base if isinstance(p, Preconditioned) else p for k, p in priors.items()}
+        self.bases = {k: p.base if isinstance(p, DiffusionPrior) else p for k, p in priors.items()}
         self.sigmas: list[dict[str, float]] = []
         self._shared: dict[int, Backgrounds] = {}
         if sampler is not None:
@@ -278,20 +278,20 @@ class _Before:
 
 
 def noised(
-    prior: Mixture | Preconditioned, x_t: np.ndarray, sigma: float, each: Map = map
+    prior: GaussianMixture | DiffusionPrior, x_t: np.ndarray, sigma: float, each: Map = map
 ) -> Noised:
     """What the noised values `x_t` `(n, D)` say of a source."""
-    base = prior.base if isinstance(prior, Preconditioned) else prior
+    base = prior.base if isinstance(prior, DiffusionPrior) else prior
     own = lambda some: [a[: some[1]] for a in _noised_lanes(base, x_t[some[0]], sigma)]
     parts = each(own, _lanes(np.arange(len(x_t))))
     log_weights, coefficients, offset = map(np.concatenate, zip(*parts, strict=True))
-    if isinstance(prior, Preconditioned):
+    if isinstance(prior, DiffusionPrior):
         offset = offset + _corrections(prior, x_t, sigma)
     return Noised(log_weights, coefficients, offset)
 
 
 def _noised_lanes(
-    base: Mixture, x_t: np.ndarray, sigma: float
+    base: GaussianMixture, x_t: np.ndarray, sigma: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The parts of `Noised`, of the mixture alone."""
     to64 = lambda a: np.asarray(a, np.float64)
@@ -314,7 +314,7 @@ def _noised_lanes(
     return log_weights, coefficients, gain * x_t
 
 
-def _corrections(prior: Preconditioned, x_t: np.ndarray, sigma: float) -> np.ndarray:
+def _corrections(prior: DiffusionPrior, x_t: np.ndarray, sigma: float) -> np.ndarray:
     """What the network adds to the mean, `(n, D)`; always of as many rows at once, by whose number XLA rounds.
 
     On a processor of few: more at once are no faster.

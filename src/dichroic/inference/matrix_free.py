@@ -13,9 +13,9 @@ import numpy as np
 
 from dichroic.numerics.batching import row_counts
 from dichroic.operators import Diagonal, Identity, Operator, Scale
-from dichroic.operators.noise import DiagonalNoise, Isotropic, Masked, Noise
+from dichroic.operators.noise import DiagonalNoise, IsotropicNoise, Masked, Noise
 from dichroic.operators.structure import factors
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 
 Columns = Callable[[np.ndarray], np.ndarray]
 _LEAST_SCALE = 1e-6  # of an entry, relative to the largest
@@ -28,7 +28,7 @@ class Seen:
         self.op, self.gain = op, diagonal_of(op)
         self._columns: tuple[Any, np.ndarray] | None = None
 
-    def columns(self, mixture: Mixture, flat: np.ndarray) -> np.ndarray:
+    def columns(self, mixture: GaussianMixture, flat: np.ndarray) -> np.ndarray:
         """`A` times the columns `flat` of the prior `mixture`; of the first one, they are kept."""
         if self._columns is not None and self._columns[0] is mixture:
             return self._columns[1]
@@ -53,7 +53,7 @@ class Seen:
         return forward(back(np.eye(size)))
 
 
-class Common:
+class OperatorCache:
     """Operators that all observations share, whatever is missing of each of them."""
 
     def __init__(self) -> None:
@@ -113,6 +113,6 @@ def diagonal_of_noise(noise: Noise, size: int) -> np.ndarray | None:
     inner = noise
     while isinstance(inner, Masked):
         inner = inner.noise
-    if not isinstance(inner, (Isotropic, DiagonalNoise)):
+    if not isinstance(inner, (IsotropicNoise, DiagonalNoise)):
         return None
     return np.asarray(noise.mv(jnp.ones(size)), np.float64)

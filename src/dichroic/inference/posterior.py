@@ -27,16 +27,16 @@ from dichroic.inference.evidence import DEFAULT_MAX_TUPLES, posterior_draw, post
 from dichroic.inference.woodbury import approximate_inverse
 from dichroic.numerics.cholesky import psd_factor
 from dichroic.numerics.conjugate_gradient import conjugate_gradient
-from dichroic.priors import Denoiser, Mixture
+from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.priors.components import Components
 from dichroic.priors.covariance import Moments
-from dichroic.problem.observations import Observations, Observed
+from dichroic.problem.observations import ObservationBatches, Observations
 
 Sources = dict[str, Array]
 EXACT_LIMIT = 128
 
 
-class Effort(eqx.Module):
+class SolverStats(eqx.Module):
     """What the linear solves for one observation came to; a sum of two is that of both.
 
     The largest relative `residual`, the numbers of `solves` and of those that `converged`, and their `steps` of
@@ -49,22 +49,22 @@ class Effort(eqx.Module):
     steps: Int[Array, ""]
 
     @classmethod
-    def none(cls) -> "Effort":
+    def none(cls) -> "SolverStats":
         """No solve."""
         zero = jnp.zeros((), int)
         return cls(jnp.zeros(()), zero, zero, zero)
 
     @classmethod
-    def one(cls, converged: Any = True, residual: Any = 0.0, steps: Any = 0) -> "Effort":
+    def one(cls, converged: Any = True, residual: Any = 0.0, steps: Any = 0) -> "SolverStats":
         """One solve."""
         count = jnp.asarray(converged, int)
         return cls(jnp.asarray(residual, float), jnp.ones((), int), count, jnp.asarray(steps, int))
 
-    def __add__(self, other: "Effort") -> "Effort":
+    def __add__(self, other: "SolverStats") -> "SolverStats":
         counts = (self.solves, self.converged, self.steps)
         others = (other.solves, other.converged, other.steps)
         residual = jnp.maximum(self.residual, other.residual)
-        return Effort(residual, *(a + b for a, b in zip(counts, others, strict=True)))
+        return SolverStats(residual, *(a + b for a, b in zip(counts, others, strict=True)))
 
 
 class Estimate(eqx.Module):
@@ -77,7 +77,7 @@ class Estimate(eqx.Module):
     mean: PyTree[Array]
     prior: PyTree[Array]
     log_evidence: Float[Array, ""]
-    effort: Effort
+    effort: SolverStats
     dual: Float[Array, " obs"] | None = None
 
 
@@ -109,7 +109,7 @@ def _draw(denoiser: Denoiser, x_t: Array, sigma: Array, key: PRNGKeyArray) -> Ar
 
 
 def _unconditional(x: Sources) -> Estimate:
-    return Estimate(x, x, jnp.zeros(()), Effort.one())
+    return Estimate(x, x, jnp.zeros(()), SolverStats.one())
 
 
 class Posterior(eqx.Module):
@@ -152,7 +152,7 @@ class Posterior(eqx.Module):
 
     def draw_without_path(self, key: PRNGKeyArray) -> Sources:
         """An exact draw of `x_β | y`, when every prior is a mixture: no diffusion is needed."""
-        given = {k: d.prior() for k, d in self.denoisers.items() if isinstance(d, Mixture)}
+        given = {k: d.prior() for k, d in self.denoisers.items() if isinstance(d, GaussianMixture)}
         x, _ = posterior_draw(
             *self._problem(given),
             key,
@@ -174,7 +174,7 @@ class Posterior(eqx.Module):
             mean={k: u.reshape(x_t[k].shape) for k, u in zip(given, x, strict=True)},
             prior={k: c.mean.reshape(x_t[k].shape) for k, c in given.items()},
             log_evidence=log_evidence,
-            effort=Effort.one(jnp.isfinite(log_evidence)),
+            effort=SolverStats.one(jnp.isfinite(log_evidence)),
         )
 
 
@@ -251,14 +251,14 @@ class MatrixFreePosterior(eqx.Module):
         )
         mean = jax.tree.map(jnp.add, start, spread(solution.x))
         prior = shaped({k: m.mean for k, m in given.items()})
-        effort = Effort.one(solution.converged, solution.residual, solution.steps)
+        effort = SolverStats.one(solution.converged, solution.residual, solution.steps)
         return Estimate(mean, prior, jnp.zeros(()), effort, solution.x)
 
 
 Denoise = Prior | Posterior | MatrixFreePosterior
 
 
-def is_large(views: Sequence[Observed]) -> bool:
+def is_large(views: Sequence[ObservationBatches]) -> bool:
     """Whether sources start as mixtures of low rank."""
     return max(max(obs.size, *obs.dims.values()) for obs in views) > EXACT_LIMIT
 

@@ -27,7 +27,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from dichroic.config import SamplerConfig
-from dichroic.inference.posterior import Denoise, Effort, Estimate, Prior, Sources, build_posterior
+from dichroic.inference.posterior import (
+    Denoise,
+    Estimate,
+    Prior,
+    SolverStats,
+    Sources,
+    build_posterior,
+)
 from dichroic.numerics.deterministic_map import LANES, chunks, lanes_width, own_lanes
 from dichroic.priors import Denoiser
 from dichroic.priors.schedule import Geometric, Karras, Schedule
@@ -83,7 +90,7 @@ def _bridge(x, d, z, t, s):
     return d + r * (x - d) + s * jnp.sqrt(1 - r) * z
 
 
-class Ancestral(Sampler):
+class AncestralSampler(Sampler):
     """The reverse chain itself: a draw of `x` given `x_t`, then the bridge to the next level.
 
     The draw uses the covariance of the estimate and not only its mean, so the chain is exact for
@@ -101,7 +108,7 @@ class Ancestral(Sampler):
         return denoise.draw(x, here, key)
 
 
-class Ddpm(Sampler):
+class DDPM(Sampler):
     """Ancestral sampling with the mean of `x` given `x_t` in place of a draw."""
 
     def step(self, denoise, x, key, here, there, guess):
@@ -109,7 +116,7 @@ class Ddpm(Sampler):
         return jax.tree.map(_bridge, x, e.mean, noise_like(key, x), here, there), e
 
 
-class Ddim(Sampler):
+class DDIM(Sampler):
     """Deterministic steps of the probability-flow equation."""
 
     def step(self, denoise, x, key, here, there, guess):
@@ -138,7 +145,7 @@ class PredictorCorrector(Sampler):
     snr: float = eqx.field(static=True, default=0.2)
 
     def step(self, denoise, x, key, here, there, guess):
-        x, e = Ddpm.step(self, denoise, x, jax.random.fold_in(key, 0), here, there, guess)  # type: ignore[arg-type]
+        x, e = DDPM.step(self, denoise, x, jax.random.fold_in(key, 0), here, there, guess)  # type: ignore[arg-type]
         for i in range(self.corrections):
             corrected = denoise(x, there, e.dual)
             e, d = _after(e, corrected), corrected.mean
@@ -168,7 +175,7 @@ class Draw(eqx.Module):
     steps: Int[Array, ""]
 
     @classmethod
-    def of(cls, x: Sources, evidence: Float[Array, ""], effort: Effort) -> "Draw":
+    def of(cls, x: Sources, evidence: Float[Array, ""], effort: SolverStats) -> "Draw":
         """`x` with the `effort` of its solves, of which there is one at least."""
         converged = effort.converged / effort.solves
         return cls(x, evidence, effort.residual, converged, effort.steps)
@@ -203,7 +210,7 @@ def walk(
         cost += sum(jax.tree.leaves(jax.tree.map(gap, e.mean, e.prior, here, there)))
         return (x, cost, effort + e.effort, e.dual), None
 
-    first = start, jnp.zeros(()), Effort.none(), denoise.first_guess()
+    first = start, jnp.zeros(()), SolverStats.none(), denoise.first_guess()
     (x, cost, effort, guess), _ = jax.lax.scan(body, first, jnp.arange(sampler.steps))
     key_last = jax.random.fold_in(key_path, sampler.steps)
     last = sampler.last(denoise, x, key_last, at(levels[-1]), guess)
@@ -229,7 +236,7 @@ def observation_keys(key: PRNGKeyArray, draw: Array, index: Int[Array, "*n"]) ->
     return jax.vmap(lambda k: jax.random.fold_in(k, draw))(keys).reshape(index.shape)
 
 
-class Exact(eqx.Module):
+class ExactSampler(eqx.Module):
     """Draws without diffusion, exact where every prior is a mixture of Gaussians."""
 
     def draw(
@@ -237,18 +244,18 @@ class Exact(eqx.Module):
     ) -> Draw:
         """One joint draw of the sources of one observation."""
         x = build_posterior(denoisers, obs, solver="exact", **options).draw_without_path(key)
-        return Draw.of(x, jnp.zeros(()), Effort.one())
+        return Draw.of(x, jnp.zeros(()), SolverStats.one())
 
 
-class Gibbs(eqx.Module):
+class GibbsSampler(eqx.Module):
     """One source at a time given the others' current draws, the residual as its observation.
 
     Kept for comparison: sources mix slowly where the observation ties them (arXiv 2510.05205, section
-    3). `sampler` draws each source, `Exact()` for mixture priors; the first sweep starts from the
+    3). `sampler` draws each source, `ExactSampler()` for mixture priors; the first sweep starts from the
     prior means.
     """
 
-    sampler: "Sampler | Exact"
+    sampler: "Sampler | ExactSampler"
     sweeps: int = eqx.field(static=True, default=16)
 
     def start(self, denoisers: dict[str, Denoiser], obs: Observations) -> Sources:
@@ -262,7 +269,7 @@ class Gibbs(eqx.Module):
         names = obs.sources
         x = self.start(denoisers, obs)
 
-        def sweep(carry: tuple[Sources, Effort], i: Int[Array, ""]):
+        def sweep(carry: tuple[Sources, SolverStats], i: Int[Array, ""]):
             x, effort = carry
             for j, name in enumerate(names):
                 others = obs.apply({**x, name: jnp.zeros_like(x[name])})
@@ -270,19 +277,19 @@ class Gibbs(eqx.Module):
                 k = jax.random.fold_in(jax.random.fold_in(key, i), j)
                 new = self.sampler.draw({name: denoisers[name]}, alone, k, **options)
                 x = {**x, **new.x}
-                effort += Effort.one(new.converged == 1, new.residual, new.steps)
+                effort += SolverStats.one(new.converged == 1, new.residual, new.steps)
             return (x, effort), None
 
-        (x, effort), _ = jax.lax.scan(sweep, (x, Effort.none()), jnp.arange(self.sweeps))
+        (x, effort), _ = jax.lax.scan(sweep, (x, SolverStats.none()), jnp.arange(self.sweeps))
         return Draw.of(x, jnp.zeros(()), effort)
 
 
-def draw_posterior(
+def sample_posterior(
     denoisers: dict[str, Denoiser],
     observations: Observations,
     key: PRNGKeyArray,
     *,
-    sampler: Sampler | Exact | Gibbs | None = None,
+    sampler: Sampler | ExactSampler | GibbsSampler | None = None,
     n_draws: int = 1,
     batch_size: int = 1024,
     first_index: int = 0,
@@ -291,7 +298,7 @@ def draw_posterior(
 ) -> Draws:
     """Joint posterior draws of all sources of every observation.
 
-    Without a `sampler` the draws are `Exact`, which needs every prior to be a mixture. `batch_size`
+    Without a `sampler` the draws are `ExactSampler`, which needs every prior to be a mixture. `batch_size`
     (rounded up to lanes of 64) bounds memory and changes no draw; `first_index` is the global number of
     the first observation. `options` go to `dichroic.inference.posterior.build_posterior`.
     """
@@ -301,7 +308,7 @@ def draw_posterior(
     for d in range(n_draws):
         for start, (rows, shared), index in chunks(observations, batch_size, first_index):
             keys = observation_keys(key, jnp.asarray(d), index)
-            given = denoisers, shared, sampler or Exact(), options
+            given = denoisers, shared, sampler or ExactSampler(), options
             out = distributed.dealt(_draw_lanes, given, (rows, keys), compiled=bool(parts))
             parts.append(jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out))
             if progress:
@@ -331,7 +338,7 @@ def _gather(parts: list[Draw], n_draws: int, own: slice) -> Draws:
     return Draws(stacked.x, *rest)
 
 
-def draw_prior(
+def sample_prior(
     denoiser: Denoiser,
     n: int,
     key: PRNGKeyArray,
@@ -360,9 +367,9 @@ def _prior_lanes(denoiser, keys, sampler) -> Array:
 
 
 SAMPLERS = {
-    "ancestral": Ancestral,
-    "ddpm": Ddpm,
-    "ddim": Ddim,
+    "ancestral": AncestralSampler,
+    "ddpm": DDPM,
+    "ddim": DDIM,
     "heun": Heun,
     "predictor-corrector": PredictorCorrector,
 }

@@ -13,9 +13,9 @@ from dichroic.config import FitConfig
 from dichroic.inference.constraints import bounded, of_others
 from dichroic.inference.low_rank_sampling import is_low_rank_prior, low_rank_draws
 from dichroic.inference.posterior import choose_solver, is_large
-from dichroic.inference.samplers import Draws, Progress, draw_posterior, make_sampler
+from dichroic.inference.samplers import Draws, Progress, make_sampler, sample_posterior
 from dichroic.numerics.deterministic_map import of_each
-from dichroic.priors import Denoiser, Mixture
+from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.observations import Observations, whitened_chi2
 
 Denoisers = dict[str, Denoiser]
@@ -98,7 +98,7 @@ def _free_draws(
     denoisers: Denoisers, obs: Observations, key: PRNGKeyArray, config: FitConfig, **kwargs: Any
 ) -> Draws:
     s, used = config.sampler, {k: denoisers[k] for k in obs.sources}
-    mixtures = all(isinstance(d, Mixture) for d in used.values())
+    mixtures = all(isinstance(d, GaussianMixture) for d in used.values())
     low_rank = all(map(is_low_rank_prior, used.values())) or (mixtures and is_large([obs]))
     if low_rank and (mixtures or s.name in ("auto", "ancestral")):
         kwargs.pop("batch_size", None)
@@ -107,7 +107,7 @@ def _free_draws(
     solver = choose_solver(obs, s.solver)
     exact = solver == "exact" and mixtures
     kwargs = {"batch_size": config.batch_size, **kwargs}
-    return draw_posterior(
+    return sample_posterior(
         denoisers,
         obs,
         key,

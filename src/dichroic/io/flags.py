@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 
 from dichroic.errors import ConfigError, DataError
-from dichroic.io.location import Spot
+from dichroic.io.location import Location
 from dichroic.io.values import is_integer, short
 
 
-def flag_bits(flags: np.ndarray, listed: bool, spot: Spot) -> np.ndarray:
+def flag_bits(flags: np.ndarray, listed: bool, spot: Location) -> np.ndarray:
     """Flags as unsigned integers of their own width; those `listed` in the file itself are read as floats."""
     if listed and np.all(flags == np.round(flags)) and np.all(np.abs(flags) < 2**53):
         flags = flags.astype(np.int64)
@@ -21,7 +21,7 @@ def flag_bits(flags: np.ndarray, listed: bool, spot: Spot) -> np.ndarray:
     return native.view(f"u{native.itemsize}").reshape(flags.shape)
 
 
-def bad_bits(bad: Any, dtype: np.dtype, spot: Spot) -> np.integer:
+def bad_bits(bad: Any, dtype: np.dtype, spot: Location) -> np.integer:
     """The bits that make an entry of flags of `dtype` missing: those of `bad`, one or a list; all, without it."""
     most = np.iinfo(dtype).max
     values = bad if isinstance(bad, (list, tuple)) else [most if bad is None else bad]

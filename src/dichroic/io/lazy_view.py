@@ -9,7 +9,7 @@ import numpy as np
 
 from dichroic.errors import DataError
 from dichroic.io.arrays import array_shape
-from dichroic.io.location import Rows, Spot, naming
+from dichroic.io.location import Location, Rows, naming
 from dichroic.io.view_spec import build_view, group_of, held_out_of, probe_of
 from dichroic.operators import Operator, Shape
 from dichroic.operators.noise import Noise
@@ -30,7 +30,7 @@ class StoredView:
 
     name: str
     table: Mapping[str, Any]
-    spot: Spot
+    spot: Location
     shapes: Mapping[str, Shape]
 
     @property
@@ -123,7 +123,7 @@ class StoredView:
     def _read_rows(self, index: slice | np.ndarray) -> View:
         return self._read(replace(self.spot, rows=Rows(index, self.count)))
 
-    def _read(self, spot: Spot) -> View:
+    def _read(self, spot: Location) -> View:
         view = build_view(self.name, self.table, self.shapes, spot)
         with naming(spot):
             view = self._completed(view)

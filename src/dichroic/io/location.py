@@ -39,7 +39,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Spot:
+class Location:
     """A position in a file: the file's name, its folder, and the keys that lead there.
 
     With `rows`, arrays that have one row per observation are read as far as these go; what all observations
@@ -52,7 +52,7 @@ class Spot:
     rows: Rows | None = None
     kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def at(self, key: str | int) -> "Spot":
+    def at(self, key: str | int) -> "Location":
         """The position of the entry `key` of the table (or list) that is here."""
         if isinstance(key, int):
             return replace(self, path=f"{self.path}[{key}]")
@@ -100,7 +100,7 @@ class Spot:
 
 
 @contextmanager
-def naming(spot: Spot) -> Iterator[None]:
+def naming(spot: Location) -> Iterator[None]:
     """Let errors raised inside start with `spot`, unless they name a position already."""
     try:
         yield
@@ -114,7 +114,7 @@ def naming(spot: Spot) -> Iterator[None]:
         raise ConfigError(f"{spot}: it is too large or nested too deeply: {error}") from error
 
 
-def as_table(value: Any, spot: Spot) -> dict[str, Any]:
+def as_table(value: Any, spot: Location) -> dict[str, Any]:
     """`value` as a dictionary with text keys."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{spot}: expected a table (key: value), got {short(value)}")
@@ -128,23 +128,23 @@ def as_table(value: Any, spot: Spot) -> dict[str, Any]:
     return {str(k): v for k, v in value.items()}
 
 
-def known_table(value: Any, names: Iterable[str], spot: Spot) -> dict[str, Any]:
+def known_table(value: Any, names: Iterable[str], spot: Location) -> dict[str, Any]:
     """`value`, where there is one, as a dictionary whose keys are among `names`."""
     table = {} if value is None else as_table(value, spot)
     check_keys(table, names, str(spot))
     return table
 
 
-def require(table: Mapping[str, Any], keys: Iterable[str], spot: Spot) -> None:
+def require(table: Mapping[str, Any], keys: Iterable[str], spot: Location) -> None:
     """Raise a `ConfigError` unless `table` has a value for each of `keys`."""
     for key in keys:
         if table.get(key) is None:
             raise ConfigError(f"{spot}: {key!r} is missing")
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], Spot]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], Location]:
     """The table in a YAML file, and its position."""
-    spot = Spot(path.name, path.parent)
+    spot = Location(path.name, path.parent)
     if path.is_dir():
         there = sorted(p.name for kind in ("*.yaml", "*.yml") for p in path.glob(kind))
         raise ConfigError(

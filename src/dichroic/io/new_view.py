@@ -12,7 +12,7 @@ from dichroic.errors import ConfigError, DataError
 from dichroic.io.array_safety import check_npz
 from dichroic.io.arrays import open_npz
 from dichroic.io.lazy_view import StoredView
-from dichroic.io.location import Spot, as_table, naming, read_yaml, require
+from dichroic.io.location import Location, as_table, naming, read_yaml, require
 from dichroic.io.operator_spec import NOISES
 from dichroic.io.references import no_file
 from dichroic.io.view_spec import VIEW_KEYS
@@ -89,24 +89,24 @@ def _seen(view: AnyView, problem: Problem) -> int:
 # What the file or mapping says.
 
 
-def _view_table(source: Any, problem: Problem) -> tuple[dict[str, Any], Spot, str]:
+def _view_table(source: Any, problem: Problem) -> tuple[dict[str, Any], Location, str]:
     """`(table, position, name)` of a view stated in a file or a mapping."""
     if isinstance(source, Mapping):
-        spot = Spot("view", Path())
+        spot = Location("view", Path())
         return as_table(source, spot), spot, "view"
     path = Path(source)
     if path.suffix.lower() in (".yaml", ".yml"):
         return *read_yaml(path), path.stem
     if path.suffix.lower() != ".npz":
         raise ConfigError(f"{path.name}: expected a view in an .npz or a .yaml file")
-    spot = Spot(path.name, path.parent)
+    spot = Location(path.name, path.parent)
     if not path.is_file():
         raise DataError(f"{spot}: {no_file(path)}")
     with naming(spot):
         return _npz_table(path, problem.names, spot), spot, path.stem
 
 
-def _npz_table(path: Path, names: Sequence[str], spot: Spot) -> dict[str, Any]:
+def _npz_table(path: Path, names: Sequence[str], spot: Location) -> dict[str, Any]:
     """The view in an `.npz` file, in the form of a YAML file's."""
     noises = [f"noise/{kind}" for kind in NOISES if kind not in ("low_rank", "stationary")]
     per_source = [f"{what}/{name}" for what in ("operator", "truth") for name in names]

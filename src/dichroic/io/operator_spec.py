@@ -10,7 +10,7 @@ import numpy as np
 from dichroic import operators
 from dichroic.config import check_keys
 from dichroic.errors import ConfigError, ShapeError
-from dichroic.io.location import Spot, known_table, naming, require
+from dichroic.io.location import Location, known_table, naming, require
 from dichroic.io.references import is_reference
 from dichroic.io.values import as_number, is_integer, parse_count, parse_shape, short
 from dichroic.numerics.arrays import as_booleans, unmasked
@@ -21,7 +21,7 @@ from dichroic.operators.convolve import check_stated, kernel_axes
 from dichroic.operators.noise import (
     DenseNoise,
     DiagonalNoise,
-    Isotropic,
+    IsotropicNoise,
     LowRankNoise,
     Noise,
     StationaryNoise,
@@ -30,14 +30,14 @@ from dichroic.operators.noise import (
 ops: Any = operators  # type checkers do not see the constructors that equinox derives
 
 
-def build_operator(spec: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def build_operator(spec: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     """The operator of `spec` on arrays of `in_shape`; it must give `out_shape`, where known."""
     kind, args = _kind(spec, _OPERATORS, spot)
     with naming(spot.at(kind)):
         return _OPERATORS[kind](args, in_shape, out_shape, spot.at(kind))
 
 
-def build_noise(spec: Any, shape: Shape, spot: Spot) -> Noise | float:
+def build_noise(spec: Any, shape: Shape, spot: Location) -> Noise | float:
     """The noise model of `spec` of observations of `shape`; a standard deviation, where `spec` is a number.
 
     A reference to an array in a file stands for the number that the array is.
@@ -61,14 +61,14 @@ def build_noise(spec: Any, shape: Shape, spot: Spot) -> Noise | float:
         return NOISES[kind](args, shape, spot.at(kind))
 
 
-def _refers(spec: Any, spot: Spot) -> bool:
+def _refers(spec: Any, spot: Location) -> bool:
     """Whether `spec` is a reference to an array in a file, rather than the name of a kind."""
     if isinstance(spec, str):
         return spec not in NOISES and is_reference(spec, spot.folder)
     return isinstance(spec, Mapping) and "file" in spec
 
 
-def _one_std(reference: Any, spot: Spot) -> Noise:
+def _one_std(reference: Any, spot: Location) -> Noise:
     """Isotropic noise, whose standard deviation is an array of no axes in a file."""
     array = spot.array(reference)
     if array.ndim:
@@ -77,10 +77,10 @@ def _one_std(reference: Any, spot: Spot) -> Noise:
             "Say what several numbers are: {isotropic: …} standard deviations, one per observation, or "
             "{diagonal: …} variances of the entries"
         )
-    return Isotropic(as_float_or_nan(array))
+    return IsotropicNoise(as_float_or_nan(array))
 
 
-def _kind(spec: Any, kinds: Mapping[str, Any], spot: Spot) -> tuple[str, Any]:
+def _kind(spec: Any, kinds: Mapping[str, Any], spot: Location) -> tuple[str, Any]:
     """`(kind, arguments)` of `kind` or `{kind: arguments}`."""
     if isinstance(spec, str):
         spec = {spec: None}
@@ -95,7 +95,7 @@ def _kind(spec: Any, kinds: Mapping[str, Any], spot: Spot) -> tuple[str, Any]:
     return kind, args
 
 
-def _arguments(args: Any, main: str, others: Sequence[str], spot: Spot) -> dict[str, Any]:
+def _arguments(args: Any, main: str, others: Sequence[str], spot: Location) -> dict[str, Any]:
     """The arguments by name; a bare value, or a `{file, key}` reference, is that of `main`."""
     if not isinstance(args, Mapping) or "file" in args:
         return {main: args}
@@ -112,13 +112,13 @@ def axes(*counts: int) -> Callable[[Shape], bool]:
 # Operators: `(arguments, input shape, output shape where known, position) → operator`.
 
 
-def _identity(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _identity(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     if args is not None:
         raise ConfigError(f"identity takes no arguments, got {short(args)}")
     return ops.Identity(in_shape)
 
 
-def _zero(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _zero(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     table = known_table(args, ("out_shape",), spot)
     shape = parse_shape(table["out_shape"]) if table else out_shape
     if shape is None:
@@ -126,15 +126,15 @@ def _zero(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Op
     return ops.Zero(in_shape, shape)
 
 
-def _scale(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _scale(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     return ops.Scale(in_shape, spot.array(args, axes(0)))
 
 
-def _diagonal(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _diagonal(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     return ops.Diagonal(spot.array(args, axes(len(in_shape))), shape=in_shape)
 
 
-def _mask(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _mask(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     array = unmasked(spot.array(args, axes(len(in_shape))), "a mask")
     as_booleans(
         array, "a mask", "1 for what is seen and 0 for what is not", "weights are a diagonal"
@@ -142,7 +142,7 @@ def _mask(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Op
     return ops.Diagonal(array, shape=in_shape)
 
 
-def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     values = _arguments(args, "matrix", ("out_shape",), spot)
     matrix = spot.array(values["matrix"], axes(2))
     if "out_shape" in values:
@@ -152,15 +152,15 @@ def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> O
     return ops.Dense(matrix, in_shape=in_shape, out_shape=out_shape)
 
 
-def _block_average(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _block_average(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     return _blocks(ops.BlockAverage, args, in_shape, spot)
 
 
-def _block_project(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _block_project(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     return _blocks(ops.BlockProject, args, in_shape, spot)
 
 
-def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Spot) -> Operator:
+def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Location) -> Operator:
     values = _arguments(args, "factor", ("axes",), spot)
     axes = values.get("axes")
     if axes is not None:
@@ -170,7 +170,7 @@ def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Spot) -> Operator:
     return kind(in_shape, parse_count(values["factor"], "factor"), axes=axes)
 
 
-def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     values = _arguments(args, "kernel", ("ndim", "channels", "centre"), spot)
     ndim, channels = values.get("ndim"), values.get("channels")
     ndim = None if ndim is None else parse_count(ndim, "ndim")
@@ -189,16 +189,16 @@ def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -
     return ops.Convolve(kernel, shape=in_shape, ndim=ndim, channels=channels, centre=centre)
 
 
-def _place(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _place(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     values = _arguments(args, "offset", ("out_shape",), spot)
     if "out_shape" in values:
         out_shape = parse_shape(values["out_shape"])
     if out_shape is None:
         raise ConfigError("give the shape of the scene: {place: {offset: …, out_shape: […]}}")
-    return ops.Place(in_shape, out_shape, spot.array(values["offset"], axes(1)))
+    return ops.PatchPlacement(in_shape, out_shape, spot.array(values["offset"], axes(1)))
 
 
-def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     chain: list[Operator] = []
     for i, spec in reversed(list(enumerate(_several(args, spot)))):
         chain.insert(0, build_operator(spec, in_shape, None if i else out_shape, spot.at(i)))
@@ -206,30 +206,30 @@ def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) ->
     return ops.Compose(tuple(chain))
 
 
-def _sum(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _sum(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     specs = enumerate(_several(args, spot))
     return ops.Sum(tuple(build_operator(s, in_shape, out_shape, spot.at(i)) for i, s in specs))
 
 
-def _stack(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _stack(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     specs = enumerate(_several(args, spot))
     return ops.Stack(tuple(build_operator(s, in_shape, None, spot.at(i)) for i, s in specs))
 
 
-def _several(args: Any, spot: Spot) -> list[Any]:
+def _several(args: Any, spot: Location) -> list[Any]:
     if not isinstance(args, (list, tuple)) or not args:
         raise ConfigError(f"expected a list of operators, got {short(args)}")
     return list(args)
 
 
-def _learned(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Spot) -> Operator:
+def _learned(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     table = known_table(args, ("name", "operator"), spot)
     require(table, ("name", "operator"), spot)
     inner = build_operator(table["operator"], in_shape, out_shape, spot.at("operator"))
-    return ops.Learned(inner, str(table["name"]))
+    return ops.Learnable(inner, str(table["name"]))
 
 
-_OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
+_OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Location], Operator]] = {
     "identity": _identity,
     "zero": _zero,
     "scale": _scale,
@@ -250,7 +250,7 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Spot], Operator]] = {
 # Noise models: `(arguments, shape of an observation, position) → noise`.
 
 
-def _isotropic(args: Any, shape: Shape, spot: Spot) -> Noise:
+def _isotropic(args: Any, shape: Shape, spot: Location) -> Noise:
     def shared(found: Shape) -> bool:
         count = None if spot.rows is None else spot.rows.count
         if count is not None and len(shape) > 1 and found == (shape[0],) != (count,):
@@ -260,10 +260,10 @@ def _isotropic(args: Any, shape: Shape, spot: Spot) -> Noise:
             )
         return not found
 
-    return Isotropic(_axes(args, (0, 1), "a number or (n,)", shared, spot))
+    return IsotropicNoise(_axes(args, (0, 1), "a number or (n,)", shared, spot))
 
 
-def _diagonal_noise(args: Any, shape: Shape, spot: Spot) -> Noise:
+def _diagonal_noise(args: Any, shape: Shape, spot: Location) -> Noise:
     table = dict(args) if isinstance(args, Mapping) and "file" not in args else {"variance": args}
     check_keys(table, ("variance", "std", "per"), str(spot))
     given = [k for k in ("variance", "std") if table.get(k) is not None]
@@ -316,7 +316,7 @@ _PER = {  # whether all observations share an array of some shape; the array aga
 }
 
 
-def _low_rank(args: Any, shape: Shape, spot: Spot) -> Noise:
+def _low_rank(args: Any, shape: Shape, spot: Location) -> Noise:
     table = known_table(args, ("factor", "variance"), spot)
     require(table, ("factor", "variance"), spot)
     entries = _entries(shape)
@@ -326,7 +326,7 @@ def _low_rank(args: Any, shape: Shape, spot: Spot) -> Noise:
     return LowRankNoise(factor, variance)
 
 
-def _dense_noise(args: Any, shape: Shape, spot: Spot) -> Noise:
+def _dense_noise(args: Any, shape: Shape, spot: Location) -> Noise:
     size = math.prod(shape)
     shared = lambda found: found in ((size, size), (*shape, *shape))
     return DenseNoise(_axes(args, (2, 3), "(M, M) or (n, M, M)", shared, spot))
@@ -337,7 +337,7 @@ def _axes(
     ndims: tuple[int, ...],
     expected: str,
     shared: Callable[[Shape], bool],
-    spot: Spot,
+    spot: Location,
 ) -> jax.Array:
     """The array of `reference`, which must have one of the numbers of axes `ndims`."""
     array = as_float_or_nan(spot.array(reference, shared))
@@ -351,7 +351,7 @@ def _entries(shape: Shape) -> Callable[[Shape], bool]:
     return lambda found: found in (shape, (math.prod(shape),))
 
 
-def _stationary(args: Any, shape: Shape, spot: Spot) -> Noise:
+def _stationary(args: Any, shape: Shape, spot: Location) -> Noise:
     values = _arguments(args, "covariance", ("ndim",), spot)
     ndim = values.get("ndim")
     ndim = None if ndim is None else parse_count(ndim, "ndim")
@@ -359,7 +359,7 @@ def _stationary(args: Any, shape: Shape, spot: Spot) -> Noise:
     return StationaryNoise(covariance, ndim=ndim)
 
 
-NOISES: dict[str, Callable[[Any, Shape, Spot], Noise]] = {
+NOISES: dict[str, Callable[[Any, Shape, Location], Noise]] = {
     "isotropic": _isotropic,
     "diagonal": _diagonal_noise,
     "low_rank": _low_rank,

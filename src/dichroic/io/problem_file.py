@@ -6,7 +6,7 @@ from typing import Any
 
 from dichroic.config import check_keys
 from dichroic.io.lazy_view import StoredView
-from dichroic.io.location import Spot, as_table, naming, read_yaml, require
+from dichroic.io.location import Location, as_table, naming, read_yaml, require
 from dichroic.io.values import parse_shape
 from dichroic.io.view_spec import VIEW_KEYS
 from dichroic.operators import Shape
@@ -46,7 +46,7 @@ def load_problem(
     return problem, {} if section is None else as_table(section, spot.at("fit"))
 
 
-def _sources(value: Any, spot: Spot) -> list[Source]:
+def _sources(value: Any, spot: Location) -> list[Source]:
     sources = []
     for name, spec in as_table(value, spot).items():
         here = spot.at(name)
@@ -60,7 +60,7 @@ def _sources(value: Any, spot: Spot) -> list[Source]:
 
 
 def _problem_view(
-    name: str, value: Any, shapes: Mapping[str, Shape], spot: Spot, stored: bool, probe: bool
+    name: str, value: Any, shapes: Mapping[str, Shape], spot: Location, stored: bool, probe: bool
 ) -> View | StoredView:
     table = as_table(value, spot) | ({} if probe else {"probe": False})
     check_keys(table, VIEW_KEYS, str(spot))

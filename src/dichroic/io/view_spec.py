@@ -9,7 +9,7 @@ import numpy as np
 
 from dichroic.errors import ConfigError
 from dichroic.io.flags import bad_bits, flag_bits
-from dichroic.io.location import Spot, known_table, naming, require
+from dichroic.io.location import Location, known_table, naming, require
 from dichroic.io.operator_spec import build_noise, build_operator
 from dichroic.io.values import short
 from dichroic.numerics.arrays import as_booleans, split_mask, unmasked
@@ -22,7 +22,7 @@ VIEW_KEYS = ("observations", "operators", "noise", "mask", "group", "truth", "he
 
 
 def build_view(
-    name: str, table: Mapping[str, Any], shapes: Mapping[str, Shape], spot: Spot
+    name: str, table: Mapping[str, Any], shapes: Mapping[str, Shape], spot: Location
 ) -> View:
     """The view that `table` states; without `noise` it is NaN, for `new_view` to replace.
 
@@ -46,7 +46,7 @@ def build_view(
         return View(y, operators, noise, name, mask, group_of(table), known, held_out, probe)
 
 
-def _noise(name: str, spec: Any, shape: Shape, spot: Spot) -> Noise | float:
+def _noise(name: str, spec: Any, shape: Shape, spot: Location) -> Noise | float:
     """The noise that `spec` states; of some observations flat, as it is then kept."""
     here = spot.at("noise")
 
@@ -65,7 +65,7 @@ def group_of(table: Mapping[str, Any]) -> str | None:
     return None if table.get("group") is None else str(table["group"])
 
 
-def probe_of(table: Mapping[str, Any], spot: Spot) -> bool:
+def probe_of(table: Mapping[str, Any], spot: Location) -> bool:
     """Whether the operators of the view that `table` states are probed: `probe`, true by default."""
     probe = table.get("probe", True)
     if not isinstance(probe, bool):
@@ -73,7 +73,7 @@ def probe_of(table: Mapping[str, Any], spot: Spot) -> bool:
     return probe
 
 
-def held_out_of(table: Mapping[str, Any], spot: Spot) -> np.ndarray | None:
+def held_out_of(table: Mapping[str, Any], spot: Location) -> np.ndarray | None:
     """`(n,)` booleans of the `held_out` that `table` states, if it does."""
     if table.get("held_out") is None:
         return None
@@ -88,7 +88,7 @@ def _never(shape: Shape) -> bool:
     return False
 
 
-def _mask(spec: Any, shape: Shape, spot: Spot) -> Any:
+def _mask(spec: Any, shape: Shape, spot: Location) -> Any:
     shared = lambda found: found == shape
     if spec is None:
         return None
@@ -98,7 +98,9 @@ def _mask(spec: Any, shape: Shape, spot: Spot) -> Any:
     return "nan" if missing else spot.array(spec, shared)
 
 
-def _unflagged(spec: Mapping[str, Any], shared: Callable[[Shape], bool], spot: Spot) -> np.ndarray:
+def _unflagged(
+    spec: Mapping[str, Any], shared: Callable[[Shape], bool], spot: Location
+) -> np.ndarray:
     """True where none of the bits `bad` of flags is set, or none at all; what is masked in them is missing."""
     table = known_table(spec, ("flags", "bad"), spot)
     require(table, ("flags",), spot)

@@ -11,8 +11,8 @@ import numpy as np
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError
 from dichroic.operators.learnable import Parameters
-from dichroic.problem.dataset import Numbers, bits_of, rows_within, shared_out, stored_dataset
-from dichroic.problem.observations import Observed
+from dichroic.problem.dataset import IndexSet, bits_of, rows_within, shared_out, stored_dataset
+from dichroic.problem.observations import ObservationBatches
 from dichroic.problem.offsets import agreed_offsets
 from dichroic.problem.problem import Problem, held_out_bits, holdout, joint_observations
 from dichroic.problem.screening import left_out
@@ -33,8 +33,8 @@ class Data:
     Where training observations are in files: the `memory` to work with, in bytes, and a folder for draws.
     """
 
-    train: tuple[Observed, ...]
-    test: tuple[Observed, ...]
+    train: tuple[ObservationBatches, ...]
+    test: tuple[ObservationBatches, ...]
     truth: tuple[Mapping[str, np.ndarray], ...]
     names: tuple[str, ...]
     order: tuple[tuple[str, ...], ...]
@@ -80,7 +80,7 @@ def prepare(
         else:
             bits, n = held_out_bits(views, config.holdout, seed), views[0].count
             usable = ~bits_of(left[i], n)
-            rest, chosen = Numbers(~bits & usable, n), Numbers(bits & usable, n)
+            rest, chosen = IndexSet(~bits & usable, n), IndexSet(bits & usable, n)
             most = _scored(views, memory // len(groups))
             index = (chosen if chosen.count else rest).spread(most)
             kept = held = [v.select(index) for v in views]
@@ -114,7 +114,7 @@ def _truth(views: Sequence[View]) -> dict[str, np.ndarray]:
     return {k: np.asarray(x) for view in views for k, x in view.truth.items()}
 
 
-def learning_order(views: Sequence[Observed]) -> tuple[tuple[str, ...], ...]:
+def learning_order(views: Sequence[ObservationBatches]) -> tuple[tuple[str, ...], ...]:
     """Groups of sources: first those of the view with the fewest, then the fewest new ones, and so on.
 
     Contrastive problems (view k sees sources 1…k) are learned source by source, a problem whose views
@@ -158,7 +158,7 @@ def _check_source(name: str, problem: Problem, where: str) -> None:
 
 
 def _check_order(
-    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, Observed]
+    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, ObservationBatches]
 ) -> None:
     listed = [name for group in order for name in group]
     if sorted(listed) != sorted(names) or not all(order):

@@ -59,7 +59,7 @@ CHECKPOINT_SECONDS = 1.0  # iterations of closed-form EM can be far shorter than
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialPriors:
     """Priors that were learned before, and what was learned of operators, in place of the mixture phase."""
 
     denoisers: Denoisers
@@ -109,7 +109,7 @@ def fit(
     resume: bool = False,
     tracker: Tracker | None = None,
     memory: int | None = None,
-    start: Start | None = None,
+    start: InitialPriors | None = None,
     advice: Callable[[], Iterable[str]] = tuple,
     at_end: Callable[[State, Data], dict[str, Any]] | None = None,
 ) -> tuple[State, list[dict[str, Any]]]:

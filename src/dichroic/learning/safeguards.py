@@ -14,7 +14,7 @@ from dichroic.errors import DataError, RunError
 from dichroic.inference.samplers import Draws
 from dichroic.learning.data import Data
 from dichroic.numerics.finite import finite
-from dichroic.priors import Denoiser, Preconditioned
+from dichroic.priors import Denoiser, DiffusionPrior
 from dichroic.problem.observations import Observations
 from dichroic.runtime.tracking import warn
 
@@ -89,7 +89,7 @@ def _draws_fault(
 
 
 def _unsteady(obs: Observations, denoisers: Mapping[str, Denoiser]) -> str | None:
-    networks = [k for k in obs.sources if isinstance(denoisers[k], Preconditioned)]
+    networks = [k for k in obs.sources if isinstance(denoisers[k], DiffusionPrior)]
     if not networks:
         return None
     return (

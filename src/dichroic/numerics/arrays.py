@@ -83,7 +83,7 @@ def stacked(arrays: Sequence[Any], what: str) -> np.ndarray:
 
 PAD = (
     "dichroic.pad_stamps(arrays) pads them to the largest and masks what it adds; in a scene, operators "
-    "such as Place say where each one is"
+    "such as PatchPlacement say where each one is"
 )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from dichroic.errors import DataError, DichroicError, ShapeError
 from dichroic.operators.base import Operator, as_shape
-from dichroic.operators.elementary import Dense, Function
+from dichroic.operators.elementary import Dense, FunctionOperator
 from dichroic.operators.external import External
 from dichroic.operators.sparse import Sparse
 
@@ -84,7 +84,7 @@ def _function(
     if in_shape is None:
         raise ShapeError("a function as an operator: give the shape of its argument, in_shape=…")
     try:
-        traced = Function(given, in_shape=in_shape)
+        traced = FunctionOperator(given, in_shape=in_shape)
         if adjoint is not None:
             jax.eval_shape(traced.rmv, jax.ShapeDtypeStruct(traced.out_shape, np.float32))
     except (DichroicError, NotImplementedError):

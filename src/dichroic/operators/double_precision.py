@@ -20,7 +20,7 @@ from dichroic.errors import DataError, DichroicError
 from dichroic.numerics.batching import split, take
 from dichroic.numerics.precision import float64
 from dichroic.operators.base import Operator, in_double
-from dichroic.operators.elementary import Function
+from dichroic.operators.elementary import FunctionOperator
 
 Values = Mapping[str, np.ndarray]  # of each source, `(*shape)`
 _LOW_BITS = 12  # of a float32; 0 of numbers that were not rounded, but for one in 4,096
@@ -78,14 +78,14 @@ def _apart(operators: dict[str, Operator]) -> dict[str, Operator]:
 
     JAX remembers what it made of an array in double precision, and takes that in single precision too.
     """
-    is_function = lambda node: isinstance(node, Function)
+    is_function = lambda node: isinstance(node, FunctionOperator)
 
     def apart(node: Any) -> Any:
         if not is_function(node) or not isinstance(node.fn, FunctionType):
             return node
         if node.fn not in _COPIES:
             _COPIES[node.fn] = _own(node.fn)  # the same in all calls: programs are kept by it
-        copy = object.__new__(Function)
+        copy = object.__new__(FunctionOperator)
         for field in dataclasses.fields(node):
             value = _COPIES[node.fn] if field.name == "fn" else getattr(node, field.name)
             object.__setattr__(copy, field.name, value)

@@ -180,7 +180,7 @@ class Dense(Operator):
         return jnp.sum(self.matrix**2, axis=1).reshape(self.out_shape)
 
 
-class Function(Operator):
+class FunctionOperator(Operator):
     """`A x = fn(x, params)` for any JAX function that is linear in `x`; the adjoint is derived.
 
     `params` is a pytree of arrays, shared by all observations, or, with `per_observation=True`, with

@@ -107,7 +107,7 @@ class BlockProject(Operator):
         return jnp.full(self.out_shape, 1 / self.average.factor ** len(self.average.axes))
 
 
-class Place(Operator):
+class PatchPlacement(Operator):
     """A patch put into a larger scene: `(A x)[o + i] = x[i]`, 0 elsewhere; what lies outside is cut off.
 
     `offset` is where the first number of the patch comes to lie, one integer per axis (possibly negative), or
@@ -130,11 +130,11 @@ class Place(Operator):
             or (self.offset.shape[-1] != axes)
         ):
             raise ShapeError(
-                f"Place: a patch of shape {self.in_shape} in a scene of shape {self.out_shape} needs offsets "
+                f"PatchPlacement: a patch of shape {self.in_shape} in a scene of shape {self.out_shape} needs offsets "
                 f"of shape ({axes},) or (n, {axes}), got {self.offset.shape}"
             )
         if not np.all(np.asarray(self.offset) == np.round(self.offset)):
-            raise ShapeError("Place: offsets are whole numbers of pixels")
+            raise ShapeError("PatchPlacement: offsets are whole numbers of pixels")
 
     def _start(self) -> list[Array]:
         """Where the patch is in the scene with a margin of the patch's size; outside of it, at its edge."""

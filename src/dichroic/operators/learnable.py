@@ -18,20 +18,20 @@ Parameters = dict[str, tuple[Array, ...]]  # by name: the arrays of the operator
 MOST_PARAMETERS = 4096  # numbers of all together: their information matrix is dense
 
 
-class Learned(Operator):
+class Learnable(Operator):
     """`operator`, whose arrays are to be learned; those that it has are where the search starts.
 
-    A gain is `Learned(Scale(shape, 0.3), "gain") @ A`, a matrix shared by a view
-    `Learned(Dense(guess), "instrument")`; any `Function` of parameters will do. Operators with one `name` are
-    one: they keep the same values. A source needs a view that sees it through known operators
-    alone, which settles its scale.
+    A gain is `Learnable(Scale(shape, 0.3), "gain") @ A`, a matrix shared by a view
+    `Learnable(Dense(guess), "instrument")`; any `FunctionOperator` of parameters will do. Operators with one
+    `name` are one: they keep the same values. A source needs a view that sees it through known operators alone,
+    which settles its scale.
     """
 
     operator: Operator
     name: str = eqx.field(static=True)
 
     def __check_init__(self):
-        label = f"Learned {self.name!r}"
+        label = f"Learnable {self.name!r}"
         if not self.name or any(c in self.name for c in "/\\:. \t\n"):
             raise DataError(f"{label}: a name has letters, digits, '_' and '-'")
         arrays = _arrays(self.operator)
@@ -66,10 +66,10 @@ class Learned(Operator):
 
 
 def _is_learned(node: Any) -> bool:
-    return isinstance(node, Learned)
+    return isinstance(node, Learnable)
 
 
-def learned_parts(tree: Any) -> Iterator[Learned]:
+def learned_parts(tree: Any) -> Iterator[Learnable]:
     """The operators in `tree` that are to be learned."""
     return (n for n in jax.tree.leaves(tree, is_leaf=_is_learned) if _is_learned(n))
 
@@ -95,11 +95,13 @@ def parameters(tree: Any) -> Parameters:
         other = found.setdefault(node.name, arrays)
         if [a.shape for a in other] != [a.shape for a in arrays]:
             raise DataError(
-                f"Learned {node.name!r}: two operators of this name have arrays of different shapes, "
+                f"Learnable {node.name!r}: two operators of this name have arrays of different shapes, "
                 f"{[a.shape for a in other]} and {[a.shape for a in arrays]}; give each its own name"
             )
         if not all(bool(jnp.array_equal(a, b)) for a, b in zip(other, arrays, strict=True)):
-            raise DataError(f"Learned {node.name!r}: two operators of this name start differently")
+            raise DataError(
+                f"Learnable {node.name!r}: two operators of this name start differently"
+            )
     size = sum(a.size for arrays in found.values() for a in arrays)
     if size > MOST_PARAMETERS:
         raise DataError(
@@ -135,15 +137,15 @@ def with_parameters(tree: Tree, values: Mapping[str, Any]) -> Tree:
             return node
         arrays, rest = eqx.partition(node.operator, eqx.is_inexact_array)
         new = jax.tree.unflatten(jax.tree.structure(arrays), _like(node, values[node.name]))
-        return Learned(eqx.combine(new, rest), node.name)
+        return Learnable(eqx.combine(new, rest), node.name)
 
     return jax.tree.map(replaced, tree, is_leaf=_is_learned)
 
 
-def _like(node: Learned, values: Sequence[Any]) -> list[Array]:
+def _like(node: Learnable, values: Sequence[Any]) -> list[Array]:
     shapes = [a.shape for a in _arrays(node.operator)], [jnp.shape(a) for a in values]
     if shapes[0] != shapes[1]:
         raise DataError(
-            f"Learned {node.name!r}: arrays of shapes {shapes[0]}, but what was learned has {shapes[1]}"
+            f"Learnable {node.name!r}: arrays of shapes {shapes[0]}, but what was learned has {shapes[1]}"
         )
     return list(values)

@@ -40,9 +40,9 @@ _OVERFLOW = 1e30  # of what is expected: beyond that, infinity is no fault
 _BATCH = 2**24  # numbers at a time, of products with the operators of all observations
 _PRIMITIVE = (
     *(known.Identity, known.Zero, known.Scale, known.Diagonal, known.Dense, known.Sparse, Units),
-    *(known.BlockAverage, known.BlockProject, known.Convolve, known.Place),
+    *(known.BlockAverage, known.BlockProject, known.Convolve, known.PatchPlacement),
 )
-_CONTAINERS = (known.Compose, known.Sum, known.Stack, known.Learned)
+_CONTAINERS = (known.Compose, known.Sum, known.Stack, known.Learnable)
 _ANYWAY = "or turn the probe off (probe=False) if it is linear to the accuracy that you need"
 _NOT_LINEAR = (
     "not linear; give its derivative at a typical source, and take what is constant off the observations, "
@@ -83,7 +83,7 @@ def _sample(count: int) -> list[int]:
 
 
 def _named(part: Operator, label: str, observation: int | None) -> str:
-    named = repr(part.label) if isinstance(part, known.Function) else ""
+    named = repr(part.label) if isinstance(part, known.FunctionOperator) else ""
     where = "" if observation is None else f", observation {observation}"
     return f"{label}{where}: {type(part).__name__} {named}".rstrip()
 

@@ -41,7 +41,7 @@ class Noise(eqx.Module):
         return jnp.ones(size)
 
 
-class Isotropic(Noise):
+class IsotropicNoise(Noise):
     """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation (per channel: `DiagonalNoise`)."""
 
     std: Float[Array, "*n"] = param(0, converter=as_float_or_nan)

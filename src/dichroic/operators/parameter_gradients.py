@@ -1,4 +1,4 @@
-"""Whether operators that are to be learned (`operators.Learned`) can be: by derivatives of products with them.
+"""Whether operators that are to be learned (`operators.Learnable`) can be: by derivatives of products with them.
 
 A fit climbs the evidence along its slope in the parameters θ, which it has only if `∂ A(θ) x / ∂θ` is not zero:
 a whole-number offset, or anything that rounds, has none. Outputs on which no θ has an effect, though a source is
@@ -33,15 +33,15 @@ def check_slopes(operators: Iterable[Mapping[str, Operator]]) -> None:
         here, away = (np.sum([np.abs(p[k]) for p in parts], axis=0) for k in (0, 1))
         if not np.isfinite(here).all():
             raise DataError(
-                f"Learned {name!r}: the derivative of A x with respect to {_which(~np.isfinite(here))} is "
+                f"Learnable {name!r}: the derivative of A x with respect to {_which(~np.isfinite(here))} is "
                 "not finite where "
                 "it starts; start it elsewhere"
             )
         flat = (here == 0) & (away == 0)
         if flat.any():
             raise DataError(
-                f"Learned {name!r}: A x does not change with {_which(flat)}, as with whole-number offsets "
-                "(Place) and "
+                f"Learnable {name!r}: A x does not change with {_which(flat)}, as with whole-number offsets "
+                "(PatchPlacement) and "
                 "whatever is rounded, so a fit cannot learn it. What works is a parameter that A x "
                 "changes with smoothly, "
                 "such as a delay t as a Function, by the phases of Fourier transforms (lambda x, t: "
@@ -51,7 +51,7 @@ def check_slopes(operators: Iterable[Mapping[str, Operator]]) -> None:
             )
         if not here.any():
             raise DataError(
-                f"Learned {name!r}: A x does not change with its parameters where they start: start them elsewhere"
+                f"Learnable {name!r}: A x does not change with its parameters at their start: start elsewhere"
             )
 
 
@@ -72,7 +72,7 @@ def _slopes(operator: Operator, name: str, away: float) -> np.ndarray:
         slopes = _gradient(moved, rest, x, y)
     except Exception as error:
         raise DataError(
-            f"Learned {name!r}: A x has no derivative with respect to its parameters "
+            f"Learnable {name!r}: A x has no derivative with respect to its parameters "
             f"({type(error).__name__}: {error}), "
             "so a fit cannot learn them"
         ) from error

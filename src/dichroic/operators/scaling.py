@@ -23,7 +23,7 @@ from dichroic.operators.elementary import Diagonal
 from dichroic.operators.learnable import Parameters
 from dichroic.operators.structure import Compose
 
-Numbers = TypeVar("Numbers")
+Values = TypeVar("Values")
 _UNITS, _OFFSET = "units:", "offset:"  # which no name of an operator has
 
 
@@ -76,7 +76,7 @@ def in_units(operators: dict[str, Operator], values: Parameters) -> dict[str, Op
     return {k: _acting(op, known[k]) if k in known else op for k, op in operators.items()}
 
 
-def from_units(x: Mapping[str, Numbers], values: Parameters) -> dict[str, Numbers]:
+def from_units(x: Mapping[str, Values], values: Parameters) -> dict[str, Values]:
     """Sources `(…, *shape)` as they are, from those in units; in float64 where they have an offset."""
     known = {k: np.asarray(s) for k, s in units_of(values).items()}
     x = {k: a * known[k] if k in known else a for k, a in x.items()}  # type: ignore[operator]

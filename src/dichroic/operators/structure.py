@@ -8,7 +8,7 @@ from jaxtyping import Array
 from dichroic.errors import ShapeError
 from dichroic.operators.base import Operator, Shape
 from dichroic.operators.elementary import Diagonal, Identity, Scale
-from dichroic.operators.learnable import Learned
+from dichroic.operators.learnable import Learnable
 
 
 class Compose(Operator):
@@ -56,7 +56,7 @@ class Compose(Operator):
 
 def factors(op: Operator) -> list[Operator]:
     """The factors of `op`, whether or not they are learned."""
-    if isinstance(op, Learned):
+    if isinstance(op, Learnable):
         return factors(op.operator)
     return [f for part in op.operators for f in factors(part)] if isinstance(op, Compose) else [op]
 

@@ -69,12 +69,12 @@ def _optional(value: Any) -> Array | None:
     return None if value is None else as_float(value)
 
 
-class Wrapped(Denoiser):
+class CustomDenoiser(Denoiser):
     """A user's own `fn(x, sigma)`, or `fn(params, x, sigma)` with a pytree of parameters (Flax).
 
     `fn` takes one sample of shape `shape` and a scalar `sigma`; `mean` and `std` describe the prior
     roughly (scalars): sampling starts from `mean`, with noise levels in units of `std`. `spectrum`, of shape
-    `shape`, has the prior's variances in the discrete cosine transform (`spectrum_of` samples of the source).
+    `shape`, has the prior's variances in the discrete cosine transform (`dct_spectrum` samples of the source).
 
     With a `spectrum`, conjugate gradients are preconditioned. `covariance="spectrum"` also takes `V[x | x_t]` from
     it: no Jacobian, as accurate where a source is stationary, and too wide where it is not.
@@ -92,7 +92,7 @@ class Wrapped(Denoiser):
     def __check_init__(self):
         found = None if self.spectrum is None else self.spectrum.shape
         if found != self.shape and not (found is None and self.covariance == "jacobian"):
-            raise ShapeError(f"Wrapped: a spectrum of shape {found}; expected {self.shape}")
+            raise ShapeError(f"CustomDenoiser: a spectrum of shape {found}; expected {self.shape}")
 
     def __call__(self, x_t: Array, sigma: Array) -> Array:
         args: tuple[Any, ...] = () if self.params is None else (self.params,)

@@ -20,13 +20,13 @@ from dichroic.operators import Shape
 from dichroic.priors.components import Components
 from dichroic.priors.covariance import Moments
 from dichroic.priors.denoiser import Denoiser
-from dichroic.priors.gaussian_mixture import Mixture
+from dichroic.priors.gaussian_mixture import GaussianMixture
 
 CovarianceModel = Literal["jacobian", "base"]
 NETWORK_BATCH = 256  # rows of a network at once, outside of training
 
 
-class Preconditioned(Denoiser):
+class DiffusionPrior(Denoiser):
     """`base` corrected by `network(x, c_noise)`, both for arrays of shape `base.shape`.
 
     `covariance` says where the joint posterior takes `V[x | x_t]` from: `"jacobian"`, the projected
@@ -35,7 +35,7 @@ class Preconditioned(Denoiser):
     base preconditions.
     """
 
-    base: Mixture
+    base: GaussianMixture
     network: eqx.Module
     covariance: CovarianceModel = eqx.field(static=True, default="jacobian")
 
@@ -89,7 +89,7 @@ class Preconditioned(Denoiser):
 
 def denoised(denoiser: Denoiser, x_t: Array, sigma: Array) -> Array:
     """`D(x_t, σ)` of rows."""
-    if isinstance(denoiser, Preconditioned):
+    if isinstance(denoiser, DiffusionPrior):
         return denoised(denoiser.base, x_t, sigma) + corrections(denoiser, x_t, sigma)
     return _denoised(denoiser, x_t, sigma)
 
@@ -99,14 +99,14 @@ def _denoised(denoiser: Denoiser, x_t: Array, sigma: Array) -> Array:
     return jax.vmap(denoiser)(x_t, sigma)
 
 
-def corrections(denoiser: Preconditioned, x_t: Array, sigma: Array) -> Array:
-    """`Preconditioned.correction` of rows; the network is compiled once for all sources with one of its kind."""
+def corrections(denoiser: DiffusionPrior, x_t: Array, sigma: Array) -> Array:
+    """`DiffusionPrior.correction` of rows; the network is compiled once for all sources with one of its kind."""
     *question, c_out = _questions(denoiser, x_t, sigma)
     return c_out * _answers(denoiser.network, *question)
 
 
 @eqx.filter_jit
-def _questions(denoiser: Preconditioned, x_t: Array, sigma: Array) -> tuple[Array, Array, Array]:
+def _questions(denoiser: DiffusionPrior, x_t: Array, sigma: Array) -> tuple[Array, Array, Array]:
     c_out = denoiser.c_out(sigma).reshape(-1, *[1] * (x_t.ndim - 1))
     return *jax.vmap(denoiser.question)(x_t, sigma), c_out
 

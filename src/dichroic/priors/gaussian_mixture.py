@@ -29,10 +29,10 @@ from dichroic.priors.denoiser import Denoiser
 _FEW = 8  # components whose means precondition
 
 
-class Mixture(Denoiser):
+class GaussianMixture(Denoiser):
     """The exact denoiser of a mixture of Gaussians over arrays of shape `shape`.
 
-    Build it from moments with `Mixture.from_moments`, or with `gaussian` for a single component. With
+    Build it from moments with `GaussianMixture.from_moments`, or with `gaussian` for a single component. With
     `stationary`, covariances of every component depend on differences of positions alone, along so many of the
     last axes, and its mean not on them (`dichroic.priors.stationary`); a fit keeps that.
     """
@@ -55,7 +55,7 @@ class Mixture(Denoiser):
         shape: Shape | None = None,
         rank: int | None = None,
         stationary: int = 0,
-    ) -> "Mixture":
+    ) -> "GaussianMixture":
         """From weights `(K,)`, means `(K, *shape)` and covariances `(K, D, D)`.
 
         With `rank`, each covariance keeps its `rank` leading directions and the mean of the other
@@ -133,11 +133,11 @@ class Mixture(Denoiser):
         within = jnp.sum(self.variances, -1) / self.dim + self.floor
         return jnp.sqrt(jnp.exp(self.log_weights) @ (between + within))
 
-    def pick(self, index: Any) -> "Mixture":
+    def pick(self, index: Any) -> "GaussianMixture":
         """The components `index` alone, with their weights as they are."""
         return jax.tree.map(lambda a: a[index], self)
 
-    def ordered(self) -> "Mixture":
+    def ordered(self) -> "GaussianMixture":
         """The same mixture with components that lie together next to each other.
 
         The means are halved along their principal axis, each half along its own, and so on.
@@ -244,11 +244,11 @@ def _halved(means: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.concatenate([_halved(means, order[:middle]), _halved(means, order[middle:])])
 
 
-def gaussian(mean: Any, covariance: Any, *, rank: int | None = None) -> Mixture:
+def gaussian(mean: Any, covariance: Any, *, rank: int | None = None) -> GaussianMixture:
     """The exact denoiser of `N(mean, covariance)`: a mixture of one component.
 
     `mean` has the source's shape and `covariance` is `(D, D)` over the flattened source.
     """
     parts = {"mean": mean, "covariance": covariance}
     mean, covariance = (np.asarray(unmasked(a, f"gaussian: {k}"), float) for k, a in parts.items())
-    return Mixture.from_moments([1.0], mean[None], covariance[None], rank=rank)
+    return GaussianMixture.from_moments([1.0], mean[None], covariance[None], rank=rank)

@@ -15,7 +15,7 @@ import numpy as np
 
 from dichroic.errors import FormatError
 from dichroic.operators import Shape
-from dichroic.priors import Denoiser, Mixture, Preconditioned
+from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp, UNet
 
 NETWORKS = {"mlp": Mlp, "unet": UNet}
@@ -26,11 +26,11 @@ _WORDS = {"attention": (False, True), "precision": ("float32", "bfloat16")}  # o
 
 def pack(denoiser: Denoiser) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A denoiser as arrays and a JSON-able description."""
-    if isinstance(denoiser, Mixture):
+    if isinstance(denoiser, GaussianMixture):
         arrays = {k: np.asarray(getattr(denoiser, k)) for k in MIXTURE_FIELDS}
         meta = {"kind": "mixture", "shape": list(denoiser.shape)}
         return arrays, meta | ({"stationary": axes} if (axes := denoiser.stationary) else {})
-    if isinstance(denoiser, Preconditioned) and isinstance(
+    if isinstance(denoiser, DiffusionPrior) and isinstance(
         denoiser.network, tuple(NETWORKS.values())
     ):
         arrays, meta = pack(denoiser.base)
@@ -77,7 +77,7 @@ def _unpack(arrays: Arrays, meta: Any) -> Denoiser:
     covariance = meta.get("covariance")
     if covariance not in ("jacobian", "base"):
         raise FormatError(f"no covariance {_short(covariance)}; there are 'jacobian' and 'base'")
-    return Preconditioned(base, _network(weights, meta.get("network"), base.shape), covariance)
+    return DiffusionPrior(base, _network(weights, meta.get("network"), base.shape), covariance)
 
 
 def _shape(value: Any) -> Shape:
@@ -86,7 +86,7 @@ def _shape(value: Any) -> Shape:
     return tuple(value)
 
 
-def _mixture(arrays: Arrays, shape: Shape, stationary: Any) -> Mixture:
+def _mixture(arrays: Arrays, shape: Shape, stationary: Any) -> GaussianMixture:
     if stationary != 0 and not (_is_count(stationary) and stationary <= len(shape)):
         raise FormatError(
             f"a source of {len(shape)} axes that is stationary along {_short(stationary)}"
@@ -109,7 +109,7 @@ def _mixture(arrays: Arrays, shape: Shape, stationary: Any) -> Mixture:
         raise FormatError("a stationary source whose covariances are of low rank, or with a floor")
     if not np.any(np.isfinite(parts["log_weights"])):
         raise FormatError("no component has a weight above zero")
-    return Mixture(
+    return GaussianMixture(
         **{k: jnp.asarray(a) for k, a in parts.items()}, shape=shape, stationary=stationary
     )
 

@@ -18,9 +18,9 @@ from dichroic.numerics.arrays import unmasked
 from dichroic.priors.covariance import Moments, strongest
 
 
-def spectrum_of(samples: Float[np.ndarray, "n *shape"]) -> Float[np.ndarray, "*shape"]:
+def dct_spectrum(samples: Float[np.ndarray, "n *shape"]) -> Float[np.ndarray, "*shape"]:
     """The variances of `samples` in the transform over all of their axes but the first."""
-    x = jnp.asarray(unmasked(samples, "spectrum_of: samples"), float)
+    x = jnp.asarray(unmasked(samples, "dct_spectrum: samples"), float)
     transformed = dctn(x - x.mean(axis=0), axes=tuple(range(1, x.ndim)), norm="ortho")
     return np.asarray(jnp.mean(transformed**2, axis=0))
 

@@ -23,7 +23,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 
 _UNSEEN = 1e-7  # ε: the information about a frequency that counts as none
 _APART = 0.5  # by which part of its variance each half of a component that is split differs from it
@@ -89,14 +89,14 @@ def symmetric_power(a: np.ndarray, exponent: float | int, floor: float = 1e-300)
     return (vectors * np.maximum(values, floor)[..., None, :] ** exponent) @ adjoint(vectors)
 
 
-def torus_of(mixture: Mixture) -> Torus:
+def torus_of(mixture: GaussianMixture) -> Torus:
     """That of a source, whose last `mixture.stationary` axes are positions."""
     split = len(mixture.shape) - mixture.stationary
     return Torus(math.prod(mixture.shape[:split]), mixture.shape[split:])
 
 
 def stationary_step(
-    mixture: Mixture,
+    mixture: GaussianMixture,
     g: np.ndarray,
     s: np.ndarray,
     w: np.ndarray,
@@ -140,7 +140,7 @@ def _shift(torus: Torus, g: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.broadcast_to(step, (len(g), c, p)).reshape(len(g), -1)
 
 
-def split_stationary(mixture: Mixture, parents: np.ndarray) -> Mixture:
+def split_stationary(mixture: GaussianMixture, parents: np.ndarray) -> GaussianMixture:
     """The components `parents` in two, of more and of less variance than they have, with their mean."""
     log_weights, variances = (
         np.array(a, np.float64) for a in (mixture.log_weights, mixture.variances)
@@ -152,7 +152,7 @@ def split_stationary(mixture: Mixture, parents: np.ndarray) -> Mixture:
     means, basis, floor = (
         grown(np.asarray(a)) for a in (mixture.means, mixture.basis, mixture.floor)
     )
-    return Mixture(
+    return GaussianMixture(
         log_weights=grown(log_weights),
         means=means,
         basis=basis,

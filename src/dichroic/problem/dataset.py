@@ -1,4 +1,4 @@
-"""Observations that processes share, in memory or in files (`observations.Observed`)."""
+"""Observations that processes share, in memory or in files (`observations.ObservationBatches`)."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from dichroic.errors import DataError
 from dichroic.numerics.batching import split, take
 from dichroic.operators import Operator
 from dichroic.operators.learnable import Parameters
-from dichroic.problem.observations import Observations, Observed
+from dichroic.problem.observations import ObservationBatches, Observations
 from dichroic.problem.problem import joint_observations
 from dichroic.problem.view import AnyView
 from dichroic.runtime import distributed
@@ -65,7 +65,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class Dataset(_Shared):
-    """Observations in memory that processes share (`observations.Observed`)."""
+    """Observations in memory that processes share (`observations.ObservationBatches`)."""
 
     whole: Observations
 
@@ -108,7 +108,7 @@ def bits_of(numbers: np.ndarray, n: int) -> np.ndarray:
     return bits
 
 
-class Numbers:
+class IndexSet:
     """The numbers of the observations, of `n`, whose bit is `value`, in order, without a list of them.
 
     The `bits` are as `np.packbits` has them.
@@ -158,7 +158,7 @@ class StoredDataset(_Shared):
     """
 
     views: tuple[AnyView, ...]
-    numbers: Numbers
+    numbers: IndexSet
     block: int
     parameters: Parameters = field(default_factory=dict)
 
@@ -210,7 +210,7 @@ class StoredDataset(_Shared):
 
 
 def stored_dataset(
-    views: Sequence[AnyView], numbers: Numbers, memory: int, parameters: Parameters
+    views: Sequence[AnyView], numbers: IndexSet, memory: int, parameters: Parameters
 ) -> StoredDataset:
     """The observations of co-observed `views` that have `numbers`, in blocks for so many bytes of memory.
 
@@ -243,7 +243,7 @@ def observations_within(
     return block_size(memory, int(resident_memory() * 2**20), each, count, shards)
 
 
-def shared_out(views: Sequence[Observations]) -> tuple[Observed, ...]:
+def shared_out(views: Sequence[Observations]) -> tuple[ObservationBatches, ...]:
     """`views` for several processes to share; as they are for one, or where there are too few to share."""
     if distributed.processes() == 1 or min(obs.count for obs in views) < distributed.processes():
         return tuple(views)

@@ -17,7 +17,7 @@ from dichroic.operators.base import broadcasts
 from dichroic.operators.noise import (
     DenseNoise,
     DiagonalNoise,
-    Isotropic,
+    IsotropicNoise,
     JointNoise,
     LowRankNoise,
     Masked,
@@ -29,7 +29,7 @@ from dichroic.problem.validation import check_finite, once
 
 _LARGEST = 1e36  # variance of noise, and inverse of the smallest
 _AXES: dict[type[Noise], dict[str, str]] = {  # of every parameter, for one observation of M entries
-    Isotropic: {"std": ""},
+    IsotropicNoise: {"std": ""},
     DiagonalNoise: {"variance": "M"},
     LowRankNoise: {"factor": "MR", "variance": "M"},
     DenseNoise: {"covariance": "MM"},
@@ -44,7 +44,7 @@ def flat_noise(noise: Any, shape: Shape, label: str, count: int | None = None) -
     """
     if isinstance(noise, (int, float, np.generic, np.ndarray, jax.Array)) and np.ndim(noise) == 0:
         check_real(noise, f"{label}: a noise standard deviation")
-        return Isotropic(float(noise))
+        return IsotropicNoise(float(noise))
     if not isinstance(noise, Noise):
         raise DataError(
             f"{label}: noise of type {type(noise).__name__}; expected a number (the standard "
@@ -150,9 +150,9 @@ def without_masked(noise: Noise, seen: np.ndarray) -> Noise:
         parts = np.split(seen, np.cumsum(noise.sizes)[:-1], axis=-1)
         pairs = zip(noise.noises, parts, strict=True)
         return JointNoise(tuple(without_masked(n, s) for n, s in pairs), noise.sizes)
-    if isinstance(noise, Isotropic):
+    if isinstance(noise, IsotropicNoise):
         some = _of(seen, noise.std.ndim).any(-1)
-        return Isotropic(np.where(some, noise.std, 1))
+        return IsotropicNoise(np.where(some, noise.std, 1))
     if isinstance(noise, DiagonalNoise):
         return DiagonalNoise(np.where(_of(seen, noise.variance.ndim - 1), noise.variance, 1))
     if isinstance(noise, LowRankNoise):
@@ -203,7 +203,7 @@ def check_noise(noise: Noise, label: str, shape: Shape) -> None:
             check_noise(part, label, (size,))
     elif isinstance(noise, Masked):
         check_noise(noise.noise, label, shape)
-    elif isinstance(noise, Isotropic):
+    elif isinstance(noise, IsotropicNoise):
         std = np.asarray(noise.std, np.float64)
         fine = np.isfinite(std) & (std > 0)
         _check_each(

@@ -26,7 +26,7 @@ Tree = TypeVar("Tree")
 
 
 @runtime_checkable
-class Observed(Protocol):
+class ObservationBatches(Protocol):
     """What sources are learned from: `Observations`, or those that processes share (`data.Dataset`)."""
 
     @property
@@ -79,7 +79,7 @@ class Observed(Protocol):
         """The rows that all processes have."""
         ...
 
-    def at(self, operators: Parameters) -> "Observed":
+    def at(self, operators: Parameters) -> "ObservationBatches":
         """With the numbers of operators that are learned replaced by `operators`."""
         ...
 
@@ -178,12 +178,12 @@ class Observations(eqx.Module):
         return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
 
 
-def every_block(views: Iterable[Observed]) -> Iterator[Observations]:
+def every_block(views: Iterable[ObservationBatches]) -> Iterator[Observations]:
     """The blocks of all `views`."""
     return itertools.chain.from_iterable(obs.blocks() for obs in views)
 
 
-def numbered(obs: Observed) -> Iterator[tuple[int, Observations]]:
+def numbered(obs: ObservationBatches) -> Iterator[tuple[int, Observations]]:
     """The blocks of this process, each with the number of its first observation."""
     start = obs.first
     for block in obs.blocks():

@@ -177,7 +177,7 @@ def check_known(problem: Problem, what: str) -> None:
     if learned:
         raise DataError(
             f"{what} needs operators that are known, and {', '.join(learned)} of this problem are to be "
-            "learned; put their values in place of Learned(…)"
+            "learned; put their values in place of Learnable(…)"
         )
 
 

@@ -64,9 +64,9 @@ def _kind_name(op: Any) -> str:
         parts = [_kind_name(part) for part in op.operators]
         sign = {ops.Compose: " ∘ ", ops.Sum: " + ", ops.Stack: ", "}[type(op)]
         return parts[0] if len(parts) == 1 else f"({sign.join(parts)})"
-    if isinstance(op, ops.Learned):
+    if isinstance(op, ops.Learnable):
         return f"learned {op.name} ({_kind_name(op.operator)})"
-    if isinstance(op, ops.Function):
+    if isinstance(op, ops.FunctionOperator):
         return f"function {op.label}"
     return _snake(type(op).__name__)
 

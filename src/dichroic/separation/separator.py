@@ -14,17 +14,17 @@ import numpy as np
 from dichroic.config import FitConfig, check_keys
 from dichroic.errors import DataError, RunError, ShapeError
 from dichroic.inference.constraints import within_bounds
-from dichroic.inference.samplers import draw_prior, make_sampler
+from dichroic.inference.samplers import make_sampler, sample_prior
 from dichroic.inference.sampling import Denoisers, draw, predictive_chi2
 from dichroic.io.model_files import load_model, save_model
 from dichroic.learning.data import Data, prepare
-from dichroic.learning.fit import Start, fit
+from dichroic.learning.fit import InitialPriors, fit
 from dichroic.learning.predictive.checks import predictive_checks
 from dichroic.learning.predictive.result import PredictiveChecks
 from dichroic.learning.state import State
 from dichroic.operators.learnable import Parameters, from_lists, to_lists
 from dichroic.operators.scaling import check_units, from_units, named_units, without_units
-from dichroic.priors import Denoiser, Mixture
+from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.identifiability import advice, zero_operators
 from dichroic.problem.offsets import prepared
 from dichroic.problem.problem import Problem, check_view, named_views
@@ -182,7 +182,7 @@ class Separator:
         options: dict[str, Any] = {"out": out, "resume": resume, "memory": memory}
         if start is not None:
             other = start if isinstance(start, Separator) else Separator.load(start)
-            options["start"] = Start(other._fitted(), other.operators)
+            options["start"] = InitialPriors(other._fitted(), other.operators)
         options |= {"tracker": as_tracker(progress), "advice": lambda: self.advice}
         options["at_end"] = self._at_end
         self._checks = None
@@ -327,11 +327,11 @@ class Separator:
         denoiser = self.denoisers[source]
         sampler = (
             None
-            if isinstance(denoiser, Mixture)
+            if isinstance(denoiser, GaussianMixture)
             else make_sampler(self.config.sampler, auto="heun")
         )
         key, size = jax.random.key(seed), self.config.batch_size
-        x = draw_prior(denoiser, n, key, sampler=sampler, batch_size=size)
+        x = sample_prior(denoiser, n, key, sampler=sampler, batch_size=size)
         x = from_units({source: x}, self.operators)
         return within_bounds(x, self.config.bounds)[source]
 

@@ -1,6 +1,6 @@
 """Separate more observations than fit in memory, into a zarr store, by any number of processes, resumably.
 
-    path = separate_to("out.zarr", separator, open_view("new.yaml", problem), n_draws=32, memory=4 * 2**30)
+    path = separate_to_zarr("out.zarr", separator, open_view("new.yaml", problem), n_draws=32, memory=4 * 2**30)
 
 Blocks of observations are separated one by one and written whole (see `store`). An observation's draws depend on
 its number alone, so it does not matter which process does which block, nor in how many goes.
@@ -44,7 +44,7 @@ _SAMPLED = 16  # observations that tell one view from another
 Progress = Callable[[int, int], None]
 
 
-def separate_to(
+def separate_to_zarr(
     path: str | Path,
     separator: Separator,
     view: Selectable | str | Sequence[Selectable],

@@ -28,7 +28,7 @@ from dichroic.inference.samplers import noise_like
 from dichroic.numerics.batching import param, row_counts, split, take
 from dichroic.numerics.cholesky import inverse_cholesky
 from dichroic.operators import Dense, Shape
-from dichroic.operators.noise import Isotropic
+from dichroic.operators.noise import IsotropicNoise
 from dichroic.problem.observations import Observations, whitened_chi2
 
 SMALL, MOST_NUMBERS, OPERATOR_INPUTS = 128, 10**8, 1024
@@ -102,7 +102,7 @@ def white_inputs(
     parts = jnp.split(a, np.cumsum([obs.dims[k] for k in names])[:-1], axis=-1)
     shapes = {k: op.in_shape for k, op in obs.operators.items()}
     white = {k: Dense(m, in_shape=shapes[k]) for k, m in zip(names, parts, strict=True)}
-    return Observations(y, white, Isotropic(1.0)), jnp.broadcast_to(constant, n), inputs
+    return Observations(y, white, IsotropicNoise(1.0)), jnp.broadcast_to(constant, n), inputs
 
 
 def large_inputs(obs: Observations) -> tuple[Observations, Array, dict[str, Array]]:

@@ -37,11 +37,11 @@ from dichroic.benchmark.baselines.ddprism_iterations import (
 )
 from dichroic.benchmark.baselines.ddprism_sampling import Absolute
 from dichroic.errors import DataError, FormatError, RunError
-from dichroic.inference.samplers import draw_prior
+from dichroic.inference.samplers import sample_prior
 from dichroic.inference.sampling import Denoisers, predictive_chi2
 from dichroic.io.model_files import pack, read_tensors, unpack, write_tensors
 from dichroic.learning.data import learning_order
-from dichroic.priors import Denoiser, Mixture
+from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.identifiability import advice
 from dichroic.problem.observations import Observations
 from dichroic.problem.offsets import check_no_offset, prepared
@@ -139,7 +139,7 @@ class Ddprism:
         prior = Absolute(self.denoisers[source], self.config.unit)
         sampler = make_sampler(self.config, alone_steps(self.config, self.config.steps))
         key = jax.random.key(seed)
-        return draw_prior(prior, n, key, sampler=sampler, batch_size=self.config.batch_size)
+        return sample_prior(prior, n, key, sampler=sampler, batch_size=self.config.batch_size)
 
     def _fitted(self) -> Denoisers:
         if not self.denoisers:
@@ -221,7 +221,7 @@ def _state(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> State:
 
 
 def _pack(denoiser: Denoiser) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    if isinstance(denoiser, Mixture):
+    if isinstance(denoiser, GaussianMixture):
         arrays, about = pack(denoiser)
         return about, arrays
     leaves = jax.tree.leaves(eqx.filter(denoiser.network, eqx.is_array))

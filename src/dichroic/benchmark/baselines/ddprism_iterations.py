@@ -30,10 +30,10 @@ from dichroic.benchmark.baselines.ddprism_training import (
     wide_gaussian,
 )
 from dichroic.errors import ConfigError, DataError
-from dichroic.inference.samplers import Draws, Progress, draw_posterior
+from dichroic.inference.samplers import Draws, Progress, sample_posterior
 from dichroic.inference.sampling import Denoisers
 from dichroic.operators import Shape
-from dichroic.priors import Denoiser, Preconditioned
+from dichroic.priors import Denoiser, DiffusionPrior
 from dichroic.priors.schedule import Geometric
 from dichroic.problem.observations import Observations
 from dichroic.runtime.tracking import Tracker
@@ -230,7 +230,7 @@ def draw(
     if in_turn(obs, config):
         sampler = PublishedGibbs(make_sampler(config, steps), config.rounds)
     options = {"batch_size": config.batch_size, **options}
-    return draw_posterior(known, obs, key, sampler=sampler, **options)
+    return sample_posterior(known, obs, key, sampler=sampler, **options)
 
 
 def in_range(x: Samples, limit: float) -> np.ndarray:
@@ -352,7 +352,7 @@ def _learn(state: State, names, samples, views, key, config: DdprismConfig, trac
             continue
         key_fresh, key_train = jax.random.split(jax.random.fold_in(key, 1000 + j))
         denoiser = state.denoisers[name]
-        if not isinstance(denoiser, Preconditioned):
+        if not isinstance(denoiser, DiffusionPrior):
             denoiser = fresh_network(denoiser.shape, key_fresh, config)
         learned[name], losses[f"loss_{name}"] = train(
             denoiser,
@@ -376,7 +376,7 @@ def _pool(samples: Mapping[int, Samples], name: str, config: DdprismConfig) -> n
     return found
 
 
-def fresh_network(shape: Shape, key: PRNGKeyArray, config: DdprismConfig) -> Preconditioned:
+def fresh_network(shape: Shape, key: PRNGKeyArray, config: DdprismConfig) -> DiffusionPrior:
     """A denoiser with a network that knows nothing yet."""
     c = config
     return network_denoiser(

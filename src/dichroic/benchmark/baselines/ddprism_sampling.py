@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from dichroic.inference.posterior import Effort, Estimate, MatrixFreePosterior, Sources
-from dichroic.inference.samplers import Ddim, Draw, Gibbs, Sampler, noise_like, walk
+from dichroic.inference.posterior import Estimate, MatrixFreePosterior, SolverStats, Sources
+from dichroic.inference.samplers import DDIM, Draw, GibbsSampler, Sampler, noise_like, walk
 from dichroic.numerics.batching import flagged
 from dichroic.numerics.conjugate_gradient import conjugate_gradient
 from dichroic.priors import Denoiser
@@ -85,7 +85,7 @@ class PublishedPosterior(MatrixFreePosterior):
             v, residual, steps = solution.x, solution.residual, solution.steps
             shift = spread(v)
         mean = {k: prior[k] + shift[k] for k in prior}
-        effort = Effort.one(residual <= self.tolerance, residual, steps)
+        effort = SolverStats.one(residual <= self.tolerance, residual, steps)
         return Estimate(mean, prior, jnp.zeros(()), effort, v)
 
 
@@ -111,7 +111,7 @@ class PublishedPredictorCorrector(Sampler):
 
     def step(self, denoise, x, key, here, there, guess):
         """A prediction at the next level and its corrections."""
-        x, e = Ddim.step(self, denoise, x, key, here, there, guess)  # type: ignore[arg-type]
+        x, e = DDIM.step(self, denoise, x, key, here, there, guess)  # type: ignore[arg-type]
         for i in range(self.corrections):
             d = denoise(x, there).mean
             z = noise_like(jax.random.fold_in(key, i), x)
@@ -140,7 +140,7 @@ class Started(Observations):
         return True
 
 
-class PublishedGibbs(Gibbs):
+class PublishedGibbs(GibbsSampler):
     """Gibbs sampling from the draws that `Started` observations bring, else from zero."""
 
     def start(self, denoisers: dict[str, Denoiser], obs: Observations) -> Sources:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.errors import DataError
 from dichroic.operators import Shape
-from dichroic.priors import Mixture, Preconditioned, gaussian
+from dichroic.priors import DiffusionPrior, GaussianMixture, gaussian
 from dichroic.priors.schedule import Geometric
 
 _BLOCK = 100
@@ -44,7 +44,7 @@ class TimeMlp(eqx.Module):
     """Layers `h ← norm(silu(W h))` of `width`; features of `log σ` are concatenated to the input.
 
     The features are sines and cosines at `time_features / 2` frequencies from 1 down to 10⁻⁴. It is called
-    with the `c_noise = ¼ log σ` of `Preconditioned`.
+    with the `c_noise = ¼ log σ` of `DiffusionPrior`.
     """
 
     layers: list[eqx.nn.Linear]
@@ -86,11 +86,11 @@ def network_denoiser(
     depth: int,
     time_features: int,
     unit: float = 1.0,
-) -> Preconditioned:
+) -> DiffusionPrior:
     """A fresh denoiser of arrays of `shape`, preconditioned about `N(0, unit² I)`."""
     dim = int(np.prod(shape))
     base = gaussian(np.zeros(shape), unit**2 * np.eye(dim))
-    return Preconditioned(base, _fresh(tuple(shape), width, depth, time_features, key))
+    return DiffusionPrior(base, _fresh(tuple(shape), width, depth, time_features, key))
 
 
 @eqx.filter_jit
@@ -98,12 +98,12 @@ def _fresh(shape: Shape, width: int, depth: int, time_features: int, key: PRNGKe
     return TimeMlp(shape, width, depth, time_features, key=key)
 
 
-def wide_gaussian(shape: Shape, *, rank: int, unit: float = 1.0) -> Mixture:
+def wide_gaussian(shape: Shape, *, rank: int, unit: float = 1.0) -> GaussianMixture:
     """Where every source starts: `N(0, (2 unit)² I)`."""
     return gaussian(np.zeros(shape), 4 * unit**2 * np.eye(int(np.prod(shape))), rank=rank)
 
 
-def ppca(samples: Float[np.ndarray, "n *shape"], *, rank: int) -> Mixture:
+def ppca(samples: Float[np.ndarray, "n *shape"], *, rank: int) -> GaussianMixture:
     """The Gaussian of `samples` with a covariance of `rank` directions and a floor."""
     if len(samples) < 2:
         raise DataError(f"a Gaussian needs two draws at least, and {len(samples)} are left")
@@ -113,7 +113,7 @@ def ppca(samples: Float[np.ndarray, "n *shape"], *, rank: int) -> Mixture:
 
 
 def score_matching_loss(
-    denoiser: Preconditioned,
+    denoiser: DiffusionPrior,
     x: Float[Array, "batch *shape"],
     key: PRNGKeyArray,
     *,
@@ -135,14 +135,14 @@ def score_matching_loss(
 
 
 def train(
-    denoiser: Preconditioned,
+    denoiser: DiffusionPrior,
     samples: Float[np.ndarray, "n *shape"],
     key: PRNGKeyArray,
     *,
     config: Training,
     room: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Preconditioned, float]:
+) -> tuple[DiffusionPrior, float]:
     """The denoiser with its network trained on `samples`, and the mean loss of the last block of steps.
 
     `room` is the size that the array of samples is padded to, so that another number of them does not

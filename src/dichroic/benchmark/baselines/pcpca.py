@@ -43,7 +43,7 @@ from dichroic.inference.sampling import draw, predictive_chi2
 from dichroic.learning.data import Data
 from dichroic.numerics.batching import split, take
 from dichroic.operators import Operator
-from dichroic.operators.noise import Isotropic, Masked, observed_entries
+from dichroic.operators.noise import IsotropicNoise, Masked, observed_entries
 from dichroic.priors import Denoiser, gaussian
 from dichroic.problem.observations import Observations
 from dichroic.problem.offsets import prepared
@@ -116,7 +116,7 @@ def alone(
 ) -> Observations:
     """Observations `y` of one source through white noise, with the missing entries of `obs`."""
     seen = np.asarray(observed_entries(obs.noise, obs.size))
-    noise = Isotropic(jnp.asarray(std))
+    noise = IsotropicNoise(jnp.asarray(std))
     if not np.all(seen):
         noise = Masked(noise, jnp.asarray(seen[0] if len(seen) == 1 else seen))
     return Observations(jnp.asarray(y), {name: operator}, noise)

@@ -16,7 +16,7 @@ from dichroic.benchmark.problems.exact_posterior import limit_posterior
 from dichroic.benchmark.problems.manifolds import manifold_curves
 from dichroic.config import FitConfig
 from dichroic.learning.mixture.em import mean_log_evidence
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.problem.problem import joint_observations
 from dichroic.separation.separator import Separator
 
@@ -107,7 +107,7 @@ def limit_of(case: Case, held: Held, n_draws: int) -> tuple[dict[str, np.ndarray
 def evidence_of(method: Method, held: Held) -> float | None:
     """The mean log evidence of the observations `held`, where all priors of `method` are mixtures."""
     denoisers = getattr(method, "denoisers", {})
-    if not denoisers or not all(isinstance(d, Mixture) for d in denoisers.values()):
+    if not denoisers or not all(isinstance(d, GaussianMixture) for d in denoisers.values()):
         return None
     obs = joint_observations(held.views, getattr(method, "operators", {}))
     return mean_log_evidence(denoisers, [obs])

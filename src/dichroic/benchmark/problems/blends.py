@@ -19,7 +19,7 @@ from dichroic.benchmark.problems import galaxies
 from dichroic.benchmark.problems.galaxies import SIZE, precondition
 from dichroic.benchmark.problems.remote import find_file
 from dichroic.errors import DataError
-from dichroic.operators import Convolve, Operator, Place, Scale
+from dichroic.operators import Convolve, Operator, PatchPlacement, Scale
 from dichroic.operators.noise import DiagonalNoise, StationaryNoise
 from dichroic.problem.view import View
 
@@ -51,7 +51,10 @@ def see(psf: np.ndarray, shape: tuple[int, int], offset: np.ndarray, amplitude) 
     """`P S E G a`; per observation where its parts are."""
     blur = Convolve(psf, shape=shape)
     return (
-        blur @ Place((SIZE, SIZE), shape, offset) @ precondition() @ Scale((SIZE, SIZE), amplitude)
+        blur
+        @ PatchPlacement((SIZE, SIZE), shape, offset)
+        @ precondition()
+        @ Scale((SIZE, SIZE), amplitude)
     )
 
 
@@ -77,7 +80,7 @@ def blend_view(
     for i, (name, offset) in enumerate(offsets.items()):
         some = held.pick(which[:, i])
         flux = np.exp(rng.uniform(*np.log(galaxies.FAINT), size=count))
-        place = Place((SIZE, SIZE), (SCENE, SCENE), offset)
+        place = PatchPlacement((SIZE, SIZE), (SCENE, SCENE), offset)
         truth[name] = place.each(galaxies.with_flux(some.image, flux))
         own[name] = place.each(some.seen * (flux / some.flux)[:, None, None])
     noise = StationaryNoise(camera.covariance, shape=(SCENE, SCENE))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dichroic.metrics import coverage, mean_chi2, psnr
-from dichroic.problem.dataset import Numbers, bits_of
+from dichroic.problem.dataset import IndexSet, bits_of
 from dichroic.problem.problem import Problem, held_out_bits
 from dichroic.problem.screening import left_out
 from dichroic.problem.view import View
@@ -48,8 +48,8 @@ def separate_held_out(
     for i, views in enumerate(problem.joint_views()):
         bits, n = held_out_bits(views, config.holdout, config.seed + i), views[0].count
         usable = ~bits_of(left[i], n)
-        fresh = Numbers(bits & usable, n).count > 0
-        numbers = Numbers((bits if fresh else ~bits) & usable, n)
+        fresh = IndexSet(bits & usable, n).count > 0
+        numbers = IndexSet((bits if fresh else ~bits) & usable, n)
         index = numbers.between(0, min(most, numbers.count))
         some = [v.select(index) for v in views]
         truth = {

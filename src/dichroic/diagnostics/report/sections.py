@@ -19,7 +19,7 @@ from dichroic.learning.diffusion.score_matching import is_gain
 from dichroic.metrics import coverage, informed_chi2, mean_chi2, rank_histogram
 from dichroic.operators.learnable import parameters
 from dichroic.operators.scaling import without_units
-from dichroic.priors import Denoiser, Mixture, Preconditioned
+from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.problem.problem import sees
 from dichroic.problem.view import View
 
@@ -225,10 +225,10 @@ def _kept(page: Page) -> str:
 
 
 def _describe(denoiser: Denoiser) -> str:
-    if isinstance(denoiser, Mixture):
+    if isinstance(denoiser, GaussianMixture):
         size = denoiser.log_weights.size
         return f"mixture of {size} Gaussians" if size > 1 else "one Gaussian"
-    if isinstance(denoiser, Preconditioned):
+    if isinstance(denoiser, DiffusionPrior):
         return f"diffusion model: a network that corrects a {_describe(denoiser.base)}"
     return f"a denoiser of type {type(denoiser).__name__}"
 

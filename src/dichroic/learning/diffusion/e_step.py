@@ -14,7 +14,7 @@ from dichroic.learning.data import Data
 from dichroic.learning.diffusion.draw_cache import StoredDraws, draw_to_disk
 from dichroic.learning.safeguards import check_draws
 from dichroic.problem.dataset import StoredDataset
-from dichroic.problem.observations import Observations, Observed, numbered
+from dichroic.problem.observations import ObservationBatches, Observations, numbered
 from dichroic.runtime import distributed
 from dichroic.runtime.fingerprint import fingerprint
 from dichroic.runtime.tracking import Clock
@@ -24,7 +24,7 @@ Samples = Mapping[str, np.ndarray | StoredDraws]
 
 def expectation(
     current: Denoisers,
-    views: Sequence[Observed],
+    views: Sequence[ObservationBatches],
     names: Sequence[str],
     key: PRNGKeyArray,
     config: FitConfig,
@@ -45,7 +45,7 @@ def expectation(
 
 def _own_draws(
     current: Denoisers,
-    obs: Observed,
+    obs: ObservationBatches,
     name: str,
     key: PRNGKeyArray,
     config: FitConfig,

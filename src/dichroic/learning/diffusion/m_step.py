@@ -16,7 +16,7 @@ from dichroic.learning.diffusion.e_step import Samples
 from dichroic.learning.diffusion.score_matching import train_denoiser, with_network
 from dichroic.learning.state import Metrics
 from dichroic.numerics.finite import finite
-from dichroic.priors import Denoiser, Preconditioned
+from dichroic.priors import Denoiser, DiffusionPrior
 from dichroic.runtime.tracking import Clock, warn
 
 _SLOWER = 0.1  # of the learning rate, after a training that diverged
@@ -39,7 +39,7 @@ def maximisation(
 
 def trained(
     old: Denoiser,
-    start: Preconditioned,
+    start: DiffusionPrior,
     samples: np.ndarray | StoredDraws,
     key: PRNGKeyArray,
     name: str,

@@ -29,7 +29,7 @@ from dichroic.inference.posterior import EXACT_LIMIT
 from dichroic.learning.diffusion.draw_cache import StoredDraws, windows
 from dichroic.numerics.batching import in_batches
 from dichroic.operators import Shape
-from dichroic.priors import Denoiser, Mixture, Preconditioned
+from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.priors.diffusion import NETWORK_BATCH, denoised
 from dichroic.priors.networks import Mlp, UNet
 from dichroic.runtime import distributed
@@ -39,7 +39,7 @@ _TOP = 5.0  # above a few standard deviations of the source there is nothing to 
 
 
 def score_matching_loss(
-    denoiser: Preconditioned,
+    denoiser: DiffusionPrior,
     x: Float[Array, "batch *shape"],
     key: PRNGKeyArray,
     *,
@@ -58,7 +58,7 @@ def _loss(network: eqx.Module, x: Array, c_noise: Array, wanted: Array) -> Array
 
 
 def _examples(
-    denoiser: Preconditioned, x: Array, key: PRNGKeyArray, sigma_min: float
+    denoiser: DiffusionPrior, x: Array, key: PRNGKeyArray, sigma_min: float
 ) -> tuple[Array, Array, Array]:
     """What the network is asked, and should answer, for a batch `x` with fresh noise."""
     key_sigma, key_noise = jax.random.split(key)
@@ -125,14 +125,14 @@ def _noised(x: Array, sigma: Array, z: Array) -> Array:
 
 
 def train_denoiser(
-    denoiser: Preconditioned,
+    denoiser: DiffusionPrior,
     samples: np.ndarray | StoredDraws,
     key: PRNGKeyArray,
     *,
     config: DiffusionConfig,
     sigma_min: float,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Preconditioned, float]:
+) -> tuple[DiffusionPrior, float]:
     """The denoiser with its network trained on `samples` `(n, *shape)`, and the mean loss of the last block."""
     weights, frozen = eqx.partition(denoiser.network, eqx.is_inexact_array)
     carry = (weights, weights, _optimiser(config).init(weights))
@@ -205,13 +205,13 @@ def _update(carry, frozen, x, c_noise, wanted, step, config):
 _compiled_batch, _compiled_update = eqx.filter_jit(_batch), eqx.filter_jit(_update)
 
 
-def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> Preconditioned:
+def with_network(denoiser: Denoiser, key: PRNGKeyArray, config: FitConfig) -> DiffusionPrior:
     """A mixture corrected by a fresh network; a denoiser that has a network already stays as it is."""
-    if isinstance(denoiser, Preconditioned):
+    if isinstance(denoiser, DiffusionPrior):
         return denoiser
-    assert isinstance(denoiser, Mixture)
+    assert isinstance(denoiser, GaussianMixture)
     network = _compiled_network(denoiser.shape, config.diffusion, key)
-    return Preconditioned(denoiser, network, covariance=config.diffusion.covariance)
+    return DiffusionPrior(denoiser, network, covariance=config.diffusion.covariance)
 
 
 def fresh_network(shape: Shape, c: DiffusionConfig, key: PRNGKeyArray) -> Mlp | UNet:

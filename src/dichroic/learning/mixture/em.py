@@ -29,14 +29,14 @@ from dichroic.learning.mixture.m_step import MOST_MEANS, ascend, joint_shifts, m
 from dichroic.learning.mixture.statistics import Statistics, chunks, pairs, view_statistics
 from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics
 from dichroic.numerics.batching import split
-from dichroic.priors import Denoiser, Mixture, gaussian
+from dichroic.priors import Denoiser, GaussianMixture, gaussian
 from dichroic.priors.components import Components
 from dichroic.priors.stationary import split_stationary
-from dichroic.problem.observations import Observations, Observed, every_block, is_shared
+from dichroic.problem.observations import ObservationBatches, Observations, every_block, is_shared
 from dichroic.runtime import distributed
 from dichroic.runtime.tracking import Clock
 
-Mixtures = dict[str, Mixture]
+Mixtures = dict[str, GaussianMixture]
 # Tuples (n, T, sources) of each observation; None where a view is one mixture, see
 # `dichroic.learning.mixture.statistics_shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
@@ -47,7 +47,7 @@ _MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of w
 
 def em_iteration(
     mixtures: Mixtures,
-    views: Sequence[Observed],
+    views: Sequence[ObservationBatches],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
@@ -78,7 +78,7 @@ def em_iteration(
         shifts = joint_shifts(mixtures, found, free, shrinkage) if together else {}
         step = partial(maximise, damping=1 / share, textbook=textbook)
 
-        def new(name: str) -> Mixture:
+        def new(name: str) -> GaussianMixture:
             floor = config.floor * float(mixtures[name].scale) ** 2
             options = {"shrinkage": shrinkage.get(name, 0.0), "shift": shifts.get(name)}
             return step(mixtures[name], found.sums[name], floor=floor, **options)
@@ -138,7 +138,7 @@ def statistics(
 
 
 def mean_log_evidence(
-    mixtures: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
+    mixtures: Mixtures, views: Sequence[ObservationBatches], *, max_tuples: int = DEFAULT_MAX_TUPLES
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
     own = lambda: sum(
@@ -148,7 +148,11 @@ def mean_log_evidence(
 
 
 def gain_in_evidence(
-    old: Mixtures, new: Mixtures, views: Sequence[Observed], *, max_tuples: int = DEFAULT_MAX_TUPLES
+    old: Mixtures,
+    new: Mixtures,
+    views: Sequence[ObservationBatches],
+    *,
+    max_tuples: int = DEFAULT_MAX_TUPLES,
 ) -> tuple[float, float]:
     """The mean of `log p(y)` by `new` mixtures less that by the `old`, and its standard error.
 
@@ -177,7 +181,7 @@ def log_evidences(
     return np.asarray(_view_log_evidence(priors, obs, max_tuples), np.float64)
 
 
-def is_low_rank(mixtures: Mixtures, obs: Observed) -> bool:
+def is_low_rank(mixtures: Mixtures, obs: ObservationBatches) -> bool:
     """Whether `dichroic.inference.low_rank` is for this view."""
     return is_large([obs]) or any(not mixtures[k].full_rank for k in obs.sources)
 
@@ -229,26 +233,26 @@ def _of_each(function: Callable[[Observations], Array], rows: Observations, numb
 
 def initial_gaussians(
     names: Sequence[str],
-    views: Sequence[Observed],
+    views: Sequence[ObservationBatches],
     known: Mapping[str, Denoiser],
     rank: int | None,
     stationary: Mapping[str, int] = MappingProxyType({}),
 ) -> Mixtures:
     """One Gaussian for each of the sources `names`, which are new; `stationary` along so many of their axes."""
-    mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, Mixture)}
+    mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, GaussianMixture)}
     start = partial(initial_gaussian, views=views, group=names, known=mixtures, rank=rank)
     return {n: start(n, stationary=stationary.get(n, 0)) for n in names}
 
 
 def initial_gaussian(
     name: str,
-    views: Sequence[Observed],
+    views: Sequence[ObservationBatches],
     group: Sequence[str],
     *,
     known: Mixtures | None = None,
     rank: int | None = None,
     stationary: int = 0,
-) -> Mixture:
+) -> GaussianMixture:
     """A Gaussian with the variance that explains the power of the views, shared equally by the `group`.
 
     Isotropic; or, with a `rank`, from the moments that the sources `known` leave (`initial_low_rank`), but for one
@@ -268,7 +272,7 @@ def initial_gaussian(
     return replace(white, stationary=stationary)
 
 
-def chosen_units(gaussians: Mapping[str, Mixture], choice: str) -> dict[str, np.ndarray]:
+def chosen_units(gaussians: Mapping[str, GaussianMixture], choice: str) -> dict[str, np.ndarray]:
     """The units, `(*shape)`, of those sources that are to have some, of which each is one Gaussian yet.
 
     By `"auto"` these are the ones of whose numbers some vary much less than others.
@@ -278,7 +282,7 @@ def chosen_units(gaussians: Mapping[str, Mixture], choice: str) -> dict[str, np.
     return {n: s for n, s in found.items() if choice == "each" or evenness(s) < _EVEN}
 
 
-def deviations(mixture: Mixture) -> np.ndarray:
+def deviations(mixture: GaussianMixture) -> np.ndarray:
     """The standard deviation of each number of one Gaussian, `(*shape)`, relative to their root mean square."""
     basis, variances = np.asarray(mixture.basis[0], np.float64), np.asarray(mixture.variances[0])
     square = basis**2 @ variances + float(mixture.floor[0])
@@ -286,7 +290,7 @@ def deviations(mixture: Mixture) -> np.ndarray:
     return np.maximum(relative, LEAST_UNIT).reshape(mixture.shape)
 
 
-def split_components(mixture: Mixture, components: int) -> Mixture:
+def split_components(mixture: GaussianMixture, components: int) -> GaussianMixture:
     """Up to twice as many components, at most `components`: the heaviest are split in two.
 
     A component `N(μ, C)` with principal axis `λ u uᵀ` becomes `N(μ ± √(λ/2) u, C − ½ λ u uᵀ)`, which
@@ -308,7 +312,7 @@ def split_components(mixture: Mixture, components: int) -> Mixture:
     means[parents] -= axis
     variances[parents, which] = np.maximum(value / 2 - along, 0)
     grown = lambda a: np.concatenate([a, a[parents]])
-    return Mixture(
+    return GaussianMixture(
         log_weights=grown(log_weights),
         means=np.concatenate([means, child_means]),
         basis=grown(basis),

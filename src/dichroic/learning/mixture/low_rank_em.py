@@ -35,12 +35,18 @@ import numpy as np
 from dichroic.config import MixtureConfig
 from dichroic.inference.low_rank import moments
 from dichroic.inference.low_rank_background import Backgrounds, every_tuple
-from dichroic.inference.matrix_free import Common
+from dichroic.inference.matrix_free import OperatorCache
 from dichroic.learning.mixture.low_rank_statistics import Totals, sums_behind
 from dichroic.learning.mixture.m_step import ascend, maximise
-from dichroic.learning.mixture.statistics import Sums, merged
-from dichroic.priors import Mixture
-from dichroic.problem.observations import Observations, Observed, every_block, groups, is_shared
+from dichroic.learning.mixture.statistics import SufficientStatistics, merged
+from dichroic.priors import GaussianMixture
+from dichroic.problem.observations import (
+    ObservationBatches,
+    Observations,
+    every_block,
+    groups,
+    is_shared,
+)
 from dichroic.runtime.tracking import Clock
 
 _FEW = (
@@ -67,16 +73,16 @@ class LatentSums(eqx.Module):
     count: float
 
 
-AnySums = LatentSums | Sums
+AnySums = LatentSums | SufficientStatistics
 
 
 def low_rank_iteration(
-    mixtures: Mapping[str, Mixture],
-    views: Sequence[Observed],
+    mixtures: Mapping[str, GaussianMixture],
+    views: Sequence[ObservationBatches],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
-) -> tuple[dict[str, Mixture], float]:
+) -> tuple[dict[str, GaussianMixture], float]:
     """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last.
 
     Tuples of components that a step finds negligible for an observation are left out for it in the few after.
@@ -84,7 +90,7 @@ def low_rank_iteration(
 
     share = max(len(set(names) & set(obs.sources)) for obs in views)
 
-    def update(mixtures, found, textbook: bool) -> dict[str, Mixture]:
+    def update(mixtures, found, textbook: bool) -> dict[str, GaussianMixture]:
         options = {"least": config.floor, "damping": 1 / share, "textbook": textbook}
         step = lambda m: _maximise_stationary if m.stationary else maximise_low_rank
         new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
@@ -98,10 +104,10 @@ def low_rank_iteration(
             near[i] = every_tuple(mixtures, obs, room)
         return low_rank_statistics(mixtures, obs, names, near[i])
 
-    def own(mixtures: Mapping[str, Mixture]) -> tuple[float, dict[str, AnySums]]:
+    def own(mixtures: Mapping[str, GaussianMixture]) -> tuple[float, dict[str, AnySums]]:
         return _added(of_block(mixtures, i, obs) for i, obs in enumerate(every_block(views)))
 
-    def evaluate(mixtures: Mapping[str, Mixture]) -> tuple[float, dict[str, AnySums]]:
+    def evaluate(mixtures: Mapping[str, GaussianMixture]) -> tuple[float, dict[str, AnySums]]:
         if next(counter) % _RENEWED == 0:
             near.clear()
         return views[0].total(partial(own, mixtures))
@@ -112,7 +118,7 @@ def low_rank_iteration(
 
 
 def low_rank_statistics(
-    mixtures: Mapping[str, Mixture],
+    mixtures: Mapping[str, GaussianMixture],
     obs: Observations,
     names: Collection[str] | None = None,
     near: np.ndarray | None = None,
@@ -126,12 +132,15 @@ def low_rank_statistics(
     if is_shared(obs):
         return _shared_statistics(mixtures, obs, names, near=near)
     mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
-    common = Common()
+    common = OperatorCache()
     return _added(_statistics_of_few(mixtures, some, names, common) for _, some in groups(obs))
 
 
 def _statistics_of_few(
-    mixtures: Mapping[str, Mixture], obs: Observations, names: Collection[str], common: Common
+    mixtures: Mapping[str, GaussianMixture],
+    obs: Observations,
+    names: Collection[str],
+    common: OperatorCache,
 ) -> tuple[float, dict[str, AnySums]]:
     """The same of observations alike, if they are few by the components alone that they may be of."""
     tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
@@ -143,7 +152,7 @@ def _statistics_of_few(
     return value, {k: _among(s, kept[k], mixtures[k]) for k, s in sums.items()}
 
 
-def _among(sums: AnySums, index: np.ndarray, mixture: Mixture) -> AnySums:
+def _among(sums: AnySums, index: np.ndarray, mixture: GaussianMixture) -> AnySums:
     """Sums of the components `index`, as those of all components of `mixture`."""
 
     def spread(a: np.ndarray) -> np.ndarray:
@@ -165,10 +174,10 @@ def _added(parts: Iterable[tuple[float, dict[str, AnySums]]]) -> tuple[float, di
 
 
 def _shared_statistics(
-    mixtures: Mapping[str, Mixture],
+    mixtures: Mapping[str, GaussianMixture],
     obs: Observations,
     names: Collection[str],
-    common: Common | None = None,
+    common: OperatorCache | None = None,
     near: np.ndarray | None = None,
 ) -> tuple[float, dict[str, AnySums]]:
     """The same of observations that share their operators and noise."""
@@ -186,7 +195,7 @@ def _shared_statistics(
     return value, sums
 
 
-def _sums_of(mixtures: Mapping[str, Mixture], totals: Totals) -> dict[str, AnySums]:
+def _sums_of(mixtures: Mapping[str, GaussianMixture], totals: Totals) -> dict[str, AnySums]:
     """The sums of every source before one background."""
     view, inner = totals.view, totals.tuples + totals.uncertain
     found: dict[str, AnySums] = {}
@@ -218,13 +227,13 @@ def _sums(view, name, mixture, own, left, norm, lost, count) -> LatentSums:
 
 
 def maximise_low_rank(
-    mixture: Mixture,
+    mixture: GaussianMixture,
     sums: LatentSums,
     *,
     least: float,
     damping: float = 1.0,
     textbook: bool = False,
-) -> Mixture:
+) -> GaussianMixture:
     """The M-step of one source; `least` is the smallest floor, relative to the source's variance.
 
     The floor is by the fixed point of `dichroic.learning.mixture.em`, `τ ← τ scatter / information`, which does
@@ -254,16 +263,21 @@ def maximise_low_rank(
 
 
 def _maximise_stationary(
-    mixture: Mixture, sums: Sums, *, least: float, damping: float, textbook: bool = False
-) -> Mixture:
+    mixture: GaussianMixture,
+    sums: SufficientStatistics,
+    *,
+    least: float,
+    damping: float,
+    textbook: bool = False,
+) -> GaussianMixture:
     floor = least * float(mixture.scale) ** 2
     return maximise(mixture, sums, floor=floor, textbook=textbook)
 
 
-def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) -> Mixture:
+def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) -> GaussianMixture:
     """The mixture with `(μ_k, U_k)` `(K, D, 1 + R)` and the floor `τ`."""
     basis, values, _ = np.linalg.svd(columns[:, :, 1:], full_matrices=False)
-    return Mixture(
+    return GaussianMixture(
         log_weights=np.log(weights / weights.sum()),
         means=columns[:, :, 0],
         basis=basis,

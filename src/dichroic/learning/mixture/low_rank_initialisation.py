@@ -15,8 +15,8 @@ from dichroic.inference.posterior import EXACT_LIMIT
 from dichroic.learning.mixture.low_rank_em import from_columns
 from dichroic.numerics.batching import split
 from dichroic.operators.noise import Noise
-from dichroic.priors import Mixture
-from dichroic.problem.observations import Observations, Observed, is_shared
+from dichroic.priors import GaussianMixture
+from dichroic.problem.observations import ObservationBatches, Observations, is_shared
 
 _SAMPLE = 4000  # observations that a first basis is computed from
 _OPERATORS = 16  # of different ones, that a first covariance is computed from
@@ -26,12 +26,12 @@ _PRODUCTS, _EXTRA = 6, 8  # blocks of a Krylov space, and vectors of each beyond
 
 def initial_low_rank(
     name: str,
-    views: Sequence[Observed],
+    views: Sequence[ObservationBatches],
     rank: int,
     variance: float,
-    known: Mapping[str, Mixture],
+    known: Mapping[str, GaussianMixture],
     share: int,
-) -> Mixture:
+) -> GaussianMixture:
     """One component, from the moments that the views leave to the source.
 
     With back-projections `Aᵀ y`, divided by what the observations see of each entry: their mean and covariance,
@@ -77,7 +77,7 @@ class _Moments:
     that is missing says nothing: sums are divided by what is seen of each entry, and the mean is taken off before.
     """
 
-    def __init__(self, name: str, obs: Observed, known: Mapping[str, Mixture]):
+    def __init__(self, name: str, obs: ObservationBatches, known: Mapping[str, GaussianMixture]):
         some = obs.some(_SAMPLE)
         self.count, self.operator = obs.count, some.one(0).operators[name]
         few = 1 if is_shared(some) else min(some.count, _OPERATORS)
@@ -149,7 +149,7 @@ def mean_gain(obs: Observations, name: str) -> float:
 class _Known:
     """What is known of `Aᵀ y` of one observation: the covariance of its noise and of known sources."""
 
-    def __init__(self, name: str, one: Observations, known: Mapping[str, Mixture]):
+    def __init__(self, name: str, one: Observations, known: Mapping[str, GaussianMixture]):
         self.noise, self.sources = one.noise, []
         seen = np.asarray(one.noise.observed(one.size), np.float64)
         of = lambda op: products(op, seen, diagonal_of(op))

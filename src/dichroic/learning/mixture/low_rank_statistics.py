@@ -10,8 +10,8 @@ import numpy as np
 
 from dichroic.inference.low_rank import Given
 from dichroic.inference.low_rank_background import NEGLIGIBLE, Background
-from dichroic.learning.mixture.statistics import Sums
-from dichroic.priors import Mixture
+from dichroic.learning.mixture.statistics import SufficientStatistics
+from dichroic.priors import GaussianMixture
 
 
 class Totals:
@@ -65,7 +65,7 @@ class Totals:
         return self.count[:, None, None] * self.view.covariance
 
 
-def sums_behind(name: str, mixture: Mixture, totals: Totals) -> Sums:
+def sums_behind(name: str, mixture: GaussianMixture, totals: Totals) -> SufficientStatistics:
     """Those of the component of a source that is in the background of `totals`; others have none."""
     part, view = totals.background.parts[name], totals.view
     assert totals.square is not None
@@ -74,7 +74,9 @@ def sums_behind(name: str, mixture: Mixture, totals: Totals) -> Sums:
     head = lambda columns: part.back(view.base.solve(columns))
     x, xy = part.back(view.solved), part.back(totals.solved)  # H X, H Σ r y z̄ᵀ
     along = (xy - 0.5 * view.times(x, totals.tuples)) @ x.T
-    found = Sums(np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d)), np.zeros((k, d, d)))
+    found = SufficientStatistics(
+        np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d)), np.zeros((k, d, d))
+    )
     found.count[j] = n
     found.force[j] = head(totals.y[:, None])[:, 0] - x @ totals.latents
     found.scatter[j] = head(head(totals.square).T) - along - along.T

@@ -41,9 +41,9 @@ import jax
 import numpy as np
 
 from dichroic.errors import DataError
-from dichroic.learning.mixture.statistics import Statistics, Sums
+from dichroic.learning.mixture.statistics import Statistics, SufficientStatistics
 from dichroic.numerics.finite import finite
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 from dichroic.priors.stationary import stationary_step, symmetric_power
 from dichroic.runtime.tracking import Clock, warn
 
@@ -60,14 +60,14 @@ _OF_MEANS = 0.3  # κ / ν
 
 
 def ascend(
-    mixtures: dict[str, Mixture],
-    evaluate: Callable[[dict[str, Mixture]], tuple[float, Found]],
-    update: Callable[[dict[str, Mixture], Found, bool], dict[str, Mixture]],
+    mixtures: dict[str, GaussianMixture],
+    evaluate: Callable[[dict[str, GaussianMixture]], tuple[float, Found]],
+    update: Callable[[dict[str, GaussianMixture], Found, bool], dict[str, GaussianMixture]],
     *,
     steps: int,
     tolerance: float,
     clock: Clock | None = None,
-) -> tuple[dict[str, Mixture], float]:
+) -> tuple[dict[str, GaussianMixture], float]:
     """`steps` EM steps, and the evidence before the last.
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
@@ -116,7 +116,7 @@ def _finite_or_not(work: Callable[[], Result]) -> Result | None:
 
 
 def joint_shifts(
-    mixtures: Mapping[str, Mixture],
+    mixtures: Mapping[str, GaussianMixture],
     found: Statistics,
     names: Sequence[str],
     shrinkage: Mapping[str, float],
@@ -152,15 +152,15 @@ def joint_shifts(
 
 
 def maximise(
-    mixture: Mixture,
-    sums: Sums,
+    mixture: GaussianMixture,
+    sums: SufficientStatistics,
     *,
     floor: float,
     shrinkage: float = 0.0,
     shift: np.ndarray | None = None,
     damping: float = 1.0,
     textbook: bool = False,
-) -> Mixture:
+) -> GaussianMixture:
     """The M-step of one source, in float64: see the formulas above; `textbook` picks the first pair.
 
     Eigenvalues are kept above `floor`; `shrinkage` is the strength of the prior. `shift` is the step of the means
@@ -196,7 +196,7 @@ def maximise(
     if not mixture.stationary:  # of which spectra are above it
         new = symmetric_power(new, 1, floor)
     keep = alive[:, None]
-    return Mixture.from_moments(
+    return GaussianMixture.from_moments(
         np.maximum(n, 1e-6 * n.sum()),
         np.where(keep, mean + delta[..., 0], mean).reshape(-1, *mixture.shape),
         np.where(keep[..., None], new, cov),
@@ -229,7 +229,7 @@ def _covariance_step(c, s, w, weight, pooled):
     return left @ y @ _t(left)
 
 
-def _prior_of_means(mixture: Mixture, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
+def _prior_of_means(mixture: GaussianMixture, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
     """What the prior adds to the force `(K, D)` and to the information `(D, D)` of the means."""
     mean = np.asarray(mixture.means, np.float64)
     if not shrinkage or mixture.stationary or len(mean) == 1:

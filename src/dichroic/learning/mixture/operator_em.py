@@ -1,4 +1,4 @@
-"""The M-step of operators that are not wholly known (`operators.Learned`): semi-blind separation.
+"""The M-step of operators that are not wholly known (`operators.Learnable`): semi-blind separation.
 
 Their numbers θ are raised on the evidence itself, with the priors held fixed, by Fisher scoring: with the score
 `s_i = ∂ log p(y_i | θ) / ∂θ` of each observation,
@@ -31,7 +31,7 @@ from dichroic.learning.mixture.statistics import chunks
 from dichroic.numerics.batching import split
 from dichroic.numerics.finite import finite
 from dichroic.operators.learnable import Parameters, parameters, with_parameters
-from dichroic.problem.observations import Observations, Observed, numbered
+from dichroic.problem.observations import ObservationBatches, Observations, numbered
 from dichroic.runtime import distributed
 from dichroic.runtime.tracking import warn
 
@@ -50,7 +50,7 @@ class Scores(eqx.Module):
 
 
 def operator_iteration(
-    mixtures: Mapping[str, Any], views: Sequence[Observed], config: MixtureConfig
+    mixtures: Mapping[str, Any], views: Sequence[ObservationBatches], config: MixtureConfig
 ) -> tuple[Parameters, Parameters]:
     """The learned arrays of the operators in `views` after an M-step, and their standard errors.
 

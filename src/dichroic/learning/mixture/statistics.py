@@ -28,7 +28,7 @@ _CHUNK_MOST = 512
 _FUSED = 8  # entries of an observation, up to which small products are written out
 
 
-class Sums(eqx.Module):
+class SufficientStatistics(eqx.Module):
     """What observations say of the components of one source: `Σ r`, `Σ r u`, `Σ r u uᵀ` and `Σ r J`.
 
     `u = Aᵀ C_y⁻¹ (y − m)` and `J = Aᵀ C_y⁻¹ A`. At a maximum of the evidence `force` is 0 and `scatter` equals
@@ -40,17 +40,17 @@ class Sums(eqx.Module):
     scatter: Float[Array | np.ndarray, "K dim dim"]
     information: Float[Array | np.ndarray, "K dim dim"]
 
-    def pull_back(self, matrix: Float[Array | np.ndarray, "obs dim"]) -> "Sums":
+    def pull_back(self, matrix: Float[Array | np.ndarray, "obs dim"]) -> "SufficientStatistics":
         """The sums of a source from those of its projection by `matrix`."""
         squares = (pull_back_pair(x, matrix, matrix) for x in (self.scatter, self.information))
-        return Sums(self.count, self.force @ matrix, *squares)
+        return SufficientStatistics(self.count, self.force @ matrix, *squares)
 
 
 class Statistics(eqx.Module):
     """The log evidence of all observations, the sums of every source, and those that couple two sources."""
 
     log_evidence: Float[Array | np.ndarray, ""] | float
-    sums: dict[str, Sums]
+    sums: dict[str, SufficientStatistics]
     cross: dict[Pair, Float[Array | np.ndarray, "... _ _"]] = eqx.field(default_factory=dict)
 
     def __add__(self, other: "Statistics") -> "Statistics":
@@ -143,15 +143,15 @@ def pull_back_pair(cross: Any, a: Any, b: Any) -> Any:
     return a.T @ cross @ b
 
 
-def _zeros(count: int, dim: int) -> Sums:
+def _zeros(count: int, dim: int) -> SufficientStatistics:
     square = jnp.zeros((count, dim, dim))
-    return Sums(jnp.zeros(count), jnp.zeros((count, dim)), square, square)
+    return SufficientStatistics(jnp.zeros(count), jnp.zeros((count, dim)), square, square)
 
 
-def _terms(r: Array, u: Array, head: Array) -> Sums:
+def _terms(r: Array, u: Array, head: Array) -> SufficientStatistics:
     scale = r[:, None, None]
     scatter = scale * u[:, :, None] * u[:, None, :]
-    return Sums(r, r[:, None] * u, scatter, scale * _contract(head, head))
+    return SufficientStatistics(r, r[:, None] * u, scatter, scale * _contract(head, head))
 
 
 def _contract(a: Float[Array, "T obs d"], b: Float[Array, "T obs e"]) -> Float[Array, "T d e"]:

@@ -15,7 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dichroic.learning.mixture.statistics import Pair, Statistics, Sums, pull_back_pair
+from dichroic.learning.mixture.statistics import (
+    Pair,
+    Statistics,
+    SufficientStatistics,
+    pull_back_pair,
+)
 from dichroic.numerics.batching import Tree
 from dichroic.priors.components import Components
 from dichroic.problem.observations import Observations
@@ -45,7 +50,7 @@ def shared_statistics(
     back = root.swapaxes(1, 2)
     g = np.einsum("tij,tj->ti", back, g)
     information = n[:, None, None] * (back @ root)
-    own = Sums(n, g, back @ s @ root, information)
+    own = SufficientStatistics(n, g, back @ s @ root, information)
     sums = {k: view.collect(own, k).pull_back(view.matrices[k]) for k in view.matrices}
     cross = lambda a, b: pull_back_pair(
         view.collect(information, a, b), view.matrices[a], view.matrices[b]

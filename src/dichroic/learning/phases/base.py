@@ -11,7 +11,7 @@ from dichroic.learning.data import Data
 from dichroic.learning.mixture.operator_em import operator_iteration
 from dichroic.learning.state import Metrics, State
 from dichroic.operators.learnable import Parameters
-from dichroic.problem.observations import Observed
+from dichroic.problem.observations import ObservationBatches
 from dichroic.runtime.tracking import Clock
 
 Order = Sequence[Sequence[str]]
@@ -71,7 +71,10 @@ def learned(state: State, order: Order) -> bool:
 
 
 def learn_operators(
-    state: State, current: Mapping[str, Any], train: Sequence[Observed], config: MixtureConfig
+    state: State,
+    current: Mapping[str, Any],
+    train: Sequence[ObservationBatches],
+    config: MixtureConfig,
 ) -> tuple[Parameters, Metrics]:
     """The operators after an M-step on `train`, and the values and errors of those that are one number."""
     found, errors = operator_iteration(current, train, config)

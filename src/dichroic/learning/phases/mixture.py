@@ -38,8 +38,8 @@ from dichroic.learning.safeguards import no_prior
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
 from dichroic.operators.scaling import as_parameters, units_of, without_units
-from dichroic.priors import Mixture
-from dichroic.problem.observations import Observed
+from dichroic.priors import GaussianMixture
+from dichroic.problem.observations import ObservationBatches
 
 SHRINKAGE = (10.0, 2.5, 0.6, 0.15, 0.0)  # pseudo-observations: what is tried, one after the other
 CLEAR = 0.2  # nats that the first step down this ladder has to gain for each held-out observation
@@ -51,8 +51,8 @@ class _Group:
     """Sources that are learned together, and the observations they are learned from and scored by."""
 
     names: tuple[str, ...]
-    train: list[Observed]
-    test: list[Observed]
+    train: list[ObservationBatches]
+    test: list[ObservationBatches]
     which: list[int]  # joint views that `test` are of
 
     @classmethod
@@ -141,7 +141,7 @@ class MixtureEM:
     def cost(self, state: State, data: Data) -> float:
         """The number of components."""
         found = state.current.get(data.order[state.group][0])
-        return found.log_weights.size if isinstance(found, Mixture) else 1
+        return found.log_weights.size if isinstance(found, GaussianMixture) else 1
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
         """As sizes may still grow, of this group and those after it."""
@@ -159,13 +159,13 @@ class MixtureEM:
 
 
 def _mixtures(priors: Denoisers) -> bool:
-    return all(isinstance(d, Mixture) for d in priors.values())
+    return all(isinstance(d, GaussianMixture) for d in priors.values())
 
 
 def components(current: Denoisers, group: _Group) -> int:
     """The number of components of each source of the `group`."""
     found = current[group.names[0]]
-    assert isinstance(found, Mixture)
+    assert isinstance(found, GaussianMixture)
     return found.log_weights.size
 
 

@@ -10,7 +10,7 @@ from dichroic.learning.mixture.em import em_iteration, mean_log_evidence
 from dichroic.learning.phases.base import Context, Order, ended, is_last, learn_operators, learned
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
-from dichroic.priors import Mixture
+from dichroic.priors import GaussianMixture
 
 
 class JointRefinement:
@@ -62,5 +62,5 @@ class JointRefinement:
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether all sources have mixtures."""
-        mixtures = all(isinstance(d, Mixture) for d in state.current.values())
+        mixtures = all(isinstance(d, GaussianMixture) for d in state.current.values())
         return mixtures and learned(state, order)

@@ -27,7 +27,7 @@ from dichroic.numerics.batching import take
 from dichroic.numerics.deterministic_map import of_each
 from dichroic.numerics.finite import finite
 from dichroic.operators.noise import Masked, observed_entries
-from dichroic.priors import Denoiser, Mixture
+from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.observations import Observations
 
 FOLDS = 5
@@ -121,7 +121,7 @@ def _log_density(
     used: Mapping[str, Denoiser], whole: Observations, masked: Observations, config: FitConfig
 ) -> np.ndarray:
     """`log p(y_o | y_k)` of each observation, NaN unless all priors are mixtures."""
-    mixtures = {k: d for k, d in used.items() if isinstance(d, Mixture)}
+    mixtures = {k: d for k, d in used.items() if isinstance(d, GaussianMixture)}
     if len(mixtures) < len(used):
         return np.full(whole.count, np.nan)
     alike = _without(whole, np.zeros(whole.size, bool))  # of the type of the other: one program
