@@ -293,7 +293,7 @@ SLOPELESS = {
     ),
     "at-its-start": (
         FunctionOperator(lambda x, g: g**2 * x, in_shape=8, params=jnp.asarray(0.0)),
-        "where they start: start them elsewhere",
+        "at their start: start elsewhere",
     ),
     "root-at-0": (
         FunctionOperator(lambda x, g: jnp.sqrt(g) * x, in_shape=8, params=jnp.asarray(0.0)),

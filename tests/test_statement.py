@@ -170,7 +170,7 @@ def test_operator_kinds(tmp_path, arrays):
       scene:
         observations: y.npy
         operators:
-          x: {compose: [{place: {offset: o.npy, out_shape: [8, 8]}}, {place: {offset: [1, -2], out_shape: [9, 9]}}]}
+          x: {compose: [{patch_placement: {offset: o.npy, out_shape: [8, 8]}}, {patch_placement: {offset: [1, -2], out_shape: [9, 9]}}]}
         noise: 0.1
     """
     rng = np.random.default_rng(1)

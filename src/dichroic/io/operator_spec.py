@@ -189,12 +189,16 @@ def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Locatio
     return ops.Convolve(kernel, shape=in_shape, ndim=ndim, channels=channels, centre=centre)
 
 
-def _place(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
+def _patch_placement(
+    args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location
+) -> Operator:
     values = _arguments(args, "offset", ("out_shape",), spot)
     if "out_shape" in values:
         out_shape = parse_shape(values["out_shape"])
     if out_shape is None:
-        raise ConfigError("give the shape of the scene: {place: {offset: …, out_shape: […]}}")
+        raise ConfigError(
+            "give the shape of the scene: {patch_placement: {offset: …, out_shape: […]}}"
+        )
     return ops.PatchPlacement(in_shape, out_shape, spot.array(values["offset"], axes(1)))
 
 
@@ -239,7 +243,7 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Location], Operator]] 
     "block_average": _block_average,
     "block_project": _block_project,
     "convolve": _convolve,
-    "place": _place,
+    "patch_placement": _patch_placement,
     "compose": _compose,
     "sum": _sum,
     "stack": _stack,

@@ -130,7 +130,7 @@ class PatchPlacement(Operator):
             or (self.offset.shape[-1] != axes)
         ):
             raise ShapeError(
-                f"PatchPlacement: a patch of shape {self.in_shape} in a scene of shape {self.out_shape} needs offsets "
+                f"PatchPlacement: a patch of shape {self.in_shape} in a scene of {self.out_shape} needs offsets "
                 f"of shape ({axes},) or (n, {axes}), got {self.offset.shape}"
             )
         if not np.all(np.asarray(self.offset) == np.round(self.offset)):
