@@ -30,7 +30,7 @@ check: $(VENV)/.ready  ## format, lint, types, import order, tests
 bench: $(VENV)/.ready  ## all methods on the paper's first problem: bench-out/table.html
 	$(BIN)/dichroic bench contrastive-2 --quick
 
-benchmarks: $(VENV)/.ready  ## samplers against the analytic posterior; our M-step against the textbook's
+benchmarks: $(VENV)/.ready  ## samplers against the analytic posterior; our M-step against the standard's
 	$(BIN)/python benchmarks/estep.py
 	$(BIN)/python benchmarks/mixture_em.py
 

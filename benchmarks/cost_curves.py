@@ -76,7 +76,7 @@ def measure(size: Size) -> list[str]:
     mixtures, obs = case(size)
     config = MixtureConfig()
     iteration = twice(lambda: em_iteration(mixtures, [obs], list(mixtures), config))
-    options = {"sampler": ExactSampler(), "max_tuples": config.max_tuples, "batch_size": 1024}
+    options = {"sampler": ExactSampler(), "beam_width": config.beam_width, "batch_size": 1024}
     draw = twice(lambda: sample_posterior(mixtures, obs, jax.random.key(0), **options))
     return [
         f"{iteration[0]:.1f}",

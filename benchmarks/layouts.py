@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        distributed.join()
+        distributed.initialize()
         found = measure(args.count)
         print(json.dumps(found))
         return

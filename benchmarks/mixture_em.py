@@ -1,4 +1,4 @@
-"""The M-step of `dichroic.learning.mixture.em` against textbook EM, side by side in one run.
+"""The M-step of `dichroic.learning.mixture.em` against standard EM, side by side in one run.
 
 One curve in five dimensions through a fresh 3 × 5 projection per observation, 8,192 observations; components
 double from 1 to 64, with the same number of EM steps at each size for both. Held-out evidence, PSNR
@@ -30,7 +30,7 @@ from dichroic.runtime.tables import text_table
 NAME, SIZES, STEPS = "source1", (1, 2, 4, 8, 16, 32, 64), 20
 
 
-def learn(obs, *, textbook: bool):
+def learn(obs, *, standard: bool):
     config = MixtureConfig()
     mixture = initial_gaussian(NAME, [obs], [NAME])
     for size in SIZES:
@@ -40,7 +40,7 @@ def learn(obs, *, textbook: bool):
                 chosen = [choose({NAME: mixture}, obs, config)]
             sums = statistics({NAME: mixture}, [obs], chosen).sums[NAME]
             floor = config.floor * float(mixture.scale) ** 2
-            mixture = maximise(mixture, sums, floor=floor, textbook=textbook)
+            mixture = maximise(mixture, sums, floor=floor, standard=standard)
     return mixture
 
 
@@ -51,16 +51,16 @@ def main() -> None:
         train = joint_observations([manifold_problem(seed=seed, sources=1).views[0]])
         view = manifold_problem(seed=seed + 1000, problem_seed=seed, sources=1, count=2048).views[0]
         test = joint_observations([view])
-        for textbook in (True, False):
+        for standard in (True, False):
             began = time.perf_counter()
-            mixture = learn(train, textbook=textbook)
+            mixture = learn(train, standard=standard)
             seconds = time.perf_counter() - began
             x = sample_posterior({NAME: mixture}, test, jax.random.key(seed)).x[NAME][0]
             evidence = mean_log_evidence({NAME: mixture}, [test])
             values = np.linalg.eigvalsh(np.asarray(mixture.covariances(), np.float64))
             thickness = np.median(np.sqrt(values[:, :-1].mean(axis=1)))
             score = psnr(x, view.truth[NAME], data_range=4.0)
-            name = "textbook" if textbook else "ours"
+            name = "standard" if standard else "ours"
             numbers = f"{evidence:.3f}", f"{score:.2f}", f"{thickness:.4f}", f"{seconds:.1f}"
             rows.append([seed, name, *numbers])
     print(text_table(["seed", "M-step", "held-out log p", "PSNR", "thickness", "seconds"], rows))

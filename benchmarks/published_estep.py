@@ -139,7 +139,7 @@ def evaluation_costs() -> str:
     ours = {k: DiffusionPrior(mixtures[k], d.network, "base") for k, d in plain.items()}
     theirs = lambda d: {k: Absolute(v, CONFIG.unit) for k, v in d.items()}
     sampler = make_sampler(CONFIG, steps)
-    tuples = {"max_tuples": 256}
+    assignments = {"beam_width": 256}
     runs = [
         ("mixtures", "published: one CG step", "published", sampler, theirs(mixtures), {}),
         (
@@ -148,7 +148,7 @@ def evaluation_costs() -> str:
             "AncestralSampler",
             AncestralSampler(steps),
             mixtures,
-            tuples,
+            assignments,
         ),
         ("networks", "published: one CG step", "published", sampler, theirs(plain), {}),
         (
@@ -165,7 +165,7 @@ def evaluation_costs() -> str:
             "AncestralSampler",
             AncestralSampler(steps),
             ours,
-            tuples,
+            assignments,
         ),
     ]
     rows = []

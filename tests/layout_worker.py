@@ -67,7 +67,7 @@ def long_problem() -> Problem:
 
 def main(out: str) -> None:
     """All of it."""
-    distributed.join()
+    distributed.initialize()
     stated = problem()
     config = FitConfig.from_dict({"sampler": {"steps": 4}, "diffusion": {"width": 8, "depth": 1}})
     network = Mlp((D,), 8, 1, key=jax.random.key(3))
@@ -108,7 +108,7 @@ def main(out: str) -> None:
     for name, mixture in state.best.items():
         found[f"mean/{name}"] = np.asarray(mixture.location)
         found[f"covariance/{name}"] = np.asarray(mixture.covariances())
-    if distributed.is_first():
+    if distributed.is_primary():
         np.savez(out, layout=[distributed.processes(), len(jax.devices())], **found)
 
 

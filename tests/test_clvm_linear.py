@@ -10,7 +10,7 @@ from dichroic import Problem, Source, View
 from dichroic.benchmark.baselines import ClvmLinear
 from dichroic.benchmark.baselines import clvm_linear as clvm
 from dichroic.benchmark.baselines import linear_gaussian as g
-from dichroic.benchmark.baselines.ascent import ascend, root
+from dichroic.benchmark.baselines.ascent import monotone_em, root
 from dichroic.benchmark.baselines.fitted import candidate_ranks
 from dichroic.errors import ConfigError, RunError
 from dichroic.operators import Dense, Identity, Scale
@@ -147,8 +147,8 @@ def test_an_ascent_in_coordinates_of_its_curvature_takes_few_steps(rng):
         return -0.5 * np.sum(off * (curvature @ off)), [-curvature @ off]
 
     start, options = [np.zeros((30, 2))], {"iterations": 200, "tolerance": 1e-14}
-    plain = ascend(value, start, **options)
-    rooted = ascend(value, start, roots=[root(curvature)], **options)
+    plain = monotone_em(value, start, **options)
+    rooted = monotone_em(value, start, roots=[root(curvature)], **options)
     assert len(rooted.history) < 20 < len(plain.history)
     assert rooted.value > plain.value
     np.testing.assert_allclose(rooted.arrays[0], best, atol=1e-3)

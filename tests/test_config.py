@@ -108,9 +108,9 @@ def test_values_that_mean_the_same_are_the_same(values, expect):
 
 
 COUNTS = """
-    batch_size sampler.steps sampler.max_tuples
+    batch_size sampler.steps sampler.beam_width
     mixture.components mixture.steps mixture.iterations mixture.gaussian_iterations mixture.final_iterations
-    mixture.active_tuples mixture.max_tuples mixture.rank diffusion.channels diffusion.levels diffusion.level_depth
+    mixture.active_assignments mixture.beam_width mixture.rank diffusion.channels diffusion.levels diffusion.level_depth
     diffusion.steps diffusion.batch_size diffusion.width diffusion.depth
     diffusion.evidence_draws diffusion.evidence_observations
 """.split()

@@ -8,7 +8,7 @@ from jax.scipy.stats import multivariate_normal
 from scipy import special, stats
 
 from dichroic.inference import evidence
-from dichroic.inference.evidence import log_evidence, posterior_draw, posterior_means, tuples
+from dichroic.inference.evidence import assignments, log_evidence, posterior_draw, posterior_means
 from dichroic.inference.evidence_grid import grid_log_evidence, grid_scores
 from dichroic.numerics.cholesky import psd_factor
 from dichroic.priors import GaussianMixture
@@ -200,7 +200,7 @@ def curves(rng, counts, size, noise=0.01):
 @pytest.mark.parametrize("size", [3, 8])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_the_search_from_coarse_to_fine_finds_what_matters(size, shuffled, rng, x64):
-    """With 256 of 4,096 tuples, nearly all of the evidence; `ordered` undoes any shuffling."""
+    """With 256 of 4,096 assignments, nearly all of the evidence; `ordered` undoes any shuffling."""
     for _ in range(5):
         y, matrices, cov_noise, mixtures = curves(rng, (16, 16, 16), size)
         if shuffled:
@@ -208,7 +208,7 @@ def test_the_search_from_coarse_to_fine_finds_what_matters(size, shuffled, rng, 
             mixtures = [mix(m) for m in mixtures]
         sources = [m.prior() for m in mixtures]
         exact = log_evidence(y, matrices, cov_noise, sources)
-        found = log_evidence(y, matrices, cov_noise, sources, max_tuples=256)
+        found = log_evidence(y, matrices, cov_noise, sources, beam_width=256)
         assert -1e-9 < exact - found < 0.05
 
 
@@ -228,7 +228,7 @@ def test_ordered_keeps_the_mixture_and_sorts_a_line(rng):
 def test_room_for_every_tuple_is_exact(rng, x64):
     y, matrices, cov_noise, sources = case(rng, (4, 5, 4), 8)
     views = [evidence.project(c, a) for c, a in zip(sources, matrices, strict=True)]
-    index, scores = tuples(y, views, cov_noise, max_tuples=80)
+    index, scores = assignments(y, views, cov_noise, beam_width=80)
     _, expect = by_scipy(y, cov_noise, projected(matrices, sources))
     assert [tuple(i) for i in index.tolist()] == list(
         itertools.product(range(4), range(5), range(4))
@@ -241,7 +241,7 @@ def test_room_for_every_tuple_is_exact(rng, x64):
 def test_found_tuples_are_of_the_enumeration_once_each(size, most, rng, x64):
     y, matrices, cov_noise, sources = case(rng, (4, 5, 3), size)
     views = [evidence.project(c, a) for c, a in zip(sources, matrices, strict=True)]
-    index, scores = tuples(y, views, cov_noise, max_tuples=most)
+    index, scores = assignments(y, views, cov_noise, beam_width=most)
     _, every = by_scipy(y, cov_noise, projected(matrices, sources))
     real = np.all(np.asarray(index) < [4, 5, 3], axis=1)
     assert np.all(np.isneginf(np.asarray(scores)[~real]))

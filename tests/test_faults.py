@@ -164,9 +164,9 @@ def test_an_em_step_that_is_not_finite_is_taken_back_for_a_textbook_step(
     name, change = FAULTS[fault]
     breaking(mixture_em, name, 6, change=change)
     found = fit(one, tmp_path)
-    undone = {m["iteration"]: m["steps_undone"] for m in found.metrics if "steps_undone" in m}
+    undone = {m["iteration"]: m["rejected_steps"] for m in found.metrics if "rejected_steps" in m}
     assert undone == {2: 1}
-    assert not any("steps_lost" in m for m in found.metrics)
+    assert not any("failed_steps" in m for m in found.metrics)
     assert len(found.metrics) == len(whole_one.metrics)
     assert finite(found.denoisers)
     last = [m["heldout_log_evidence"] for m in (found.metrics[-1], whole_one.metrics[-1])]
@@ -185,11 +185,11 @@ def test_a_size_whose_steps_are_not_finite_ends_with_its_last_good_mixtures(
     found = fit(one, tmp_path, tracker=rows)
     last = found.metrics[-1]
     assert last["iteration"] == 4
-    assert (last["components"], last["steps_lost"]) == (2, 1)
+    assert (last["components"], last["failed_steps"]) == (2, 1)
     told = [rows.rows[-1], read_metrics(tmp_path / "metrics.jsonl")[-1]]
-    assert [m["steps_lost"] for m in told] == [1, 1]
+    assert [m["failed_steps"] for m in told] == [1, 1]
     assert [w.split(":")[0] for w in warnings_of(tmp_path)] == [
-        "an EM step and a textbook step give numbers that are not finite"
+        "an EM step and a standard step give numbers that are not finite"
     ]
     assert load_state(tmp_path / LATEST).done
     assert finite(found.denoisers)
@@ -233,7 +233,7 @@ def test_a_refinement_that_is_not_finite_keeps_the_mixtures_of_before(two, break
     breaking(mixture_em, "statistics", 2 * 5 * 4 + 1, ALWAYS)
     found = fit(two, tmp_path)
     rows = [m for m in found.metrics if m["phase"] == "refinement"]
-    assert [m["steps_lost"] for m in rows] == [1, 1]
+    assert [m["failed_steps"] for m in rows] == [1, 1]
     before = next(m for m in reversed(found.metrics) if m["phase"] == "mixture")
     assert finite(found.denoisers)
     assert all(np.isfinite(rows[-1][k]) for k in before if k.startswith("chi2_"))
@@ -290,9 +290,9 @@ def test_steps_of_low_rank_are_taken_back_too(breaking, tmp_path, fault):
     }[fault]
     breaking(low_rank_em, fault, 6, change=change)
     found = fit(problem, tmp_path, config)
-    assert {m["iteration"]: m["steps_undone"] for m in found.metrics if "steps_undone" in m} == {
-        2: 1
-    }
+    assert {
+        m["iteration"]: m["rejected_steps"] for m in found.metrics if "rejected_steps" in m
+    } == {2: 1}
     assert finite(found.denoisers)
     last = [m["heldout_log_evidence"] for m in (found.metrics[-1], whole.metrics[-1])]
     assert last[0] == pytest.approx(last[1], rel=0.02)

@@ -211,15 +211,15 @@ def test_processes_that_make_no_sense_are_refused(monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=distributed.NUMBER):
-        distributed.join()
+        distributed.initialize()
 
 
 def test_sums_and_rows_of_one_process_are_its_own():
     x = np.arange(6.0).reshape(2, 3)
-    assert distributed.total({"a": x, "b": 2})["b"] == 2
-    assert distributed.gathered(x, axis=1) is x
-    assert distributed.share(7) == (0, 7)
-    assert distributed.exchange(b"x") == [b"x"]
-    assert distributed.each(lambda: 3) == 3
+    assert distributed.all_reduce_sum({"a": x, "b": 2})["b"] == 2
+    assert distributed.all_gather(x, axis=1) is x
+    assert distributed.local_span(7) == (0, 7)
+    assert distributed.all_gather_bytes(b"x") == [b"x"]
+    assert distributed.run_on_all(lambda: 3) == 3
     with pytest.raises(RunError, match="no"):
-        distributed.from_first(lambda: (_ for _ in ()).throw(RunError("no")))
+        distributed.broadcast_from_primary(lambda: (_ for _ in ()).throw(RunError("no")))

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from dichroic.config import MixtureConfig
 from dichroic.errors import DataError
 from dichroic.inference.low_rank import LowRankView, moments
-from dichroic.inference.low_rank_background import every_tuple, low_rank_log_evidence
+from dichroic.inference.low_rank_background import every_assignment, low_rank_log_evidence
 from dichroic.inference.low_rank_sampling import low_rank_draws
 from dichroic.inference.samplers import AncestralSampler
 from dichroic.learning.mixture.low_rank_em import (
@@ -124,14 +124,14 @@ def test_evidence_and_responsibilities_are_those_of_dense_gaussians(kind):
 
 
 @pytest.mark.parametrize("names", ["", "a", "b", "ab"])
-def test_sums_over_the_likely_tuples_are_those_over_all(names):
+def test_sums_over_the_likely_assignments_are_those_over_all(names):
     mixtures, obs = behind("diagonal", names, n=40)
     apart = lambda m: np.asarray(m.means) + 20 * np.arange(len(m.means))[:, None]
     mixtures = {k: dataclasses.replace(m, means=apart(m)) for k, m in mixtures.items()}
     y = np.asarray(obs.y) + 20 * np.arange(40)[:, None] % 60
     obs = dataclasses.replace(obs, y=jnp.asarray(y))
-    assert every_tuple(mixtures, obs, 6 * 40 - 1) is None
-    near = every_tuple(mixtures, obs, 6 * 40)
+    assert every_assignment(mixtures, obs, 6 * 40 - 1) is None
+    near = every_assignment(mixtures, obs, 6 * 40)
     assert near is not None and near.all()
     value, sums = low_rank_statistics(mixtures, obs, "ab", near)
     assert near.any(axis=(0, 1)).all() and not near.all()
@@ -359,7 +359,7 @@ def test_no_textbook_step_lowers_the_evidence(kind):
     for _ in range(12):
         value, sums = low_rank_statistics(mixtures, obs)
         values.append(value / 200)
-        step = partial(maximise_low_rank, least=1e-8, textbook=True)
+        step = partial(maximise_low_rank, least=1e-8, standard=True)
         mixtures = {k: step(mixtures[k], sums[k]) for k in mixtures}
     assert np.diff(values).min() > -1e-6
     assert values[-1] > values[0] + 1
@@ -375,7 +375,7 @@ def test_a_floor_that_should_be_zero_falls_faster_than_in_the_textbook():
     book = start
     for _ in range(30):
         _, sums = low_rank_statistics(book, obs)
-        book = {"a": maximise_low_rank(book["a"], sums["a"], least=1e-8, textbook=True)}
+        book = {"a": maximise_low_rank(book["a"], sums["a"], least=1e-8, standard=True)}
     assert float(ours["a"].floor[0]) < 0.3 * float(book["a"].floor[0])
     assert low_rank_log_evidence(ours, obs).sum() > low_rank_log_evidence(book, obs).sum()
 
@@ -499,6 +499,6 @@ def test_what_is_too_large_is_said(monkeypatch):
     monkeypatch.setattr("dichroic.inference.low_rank.MOST_DENSE", 5)
     with pytest.raises(DataError, match="not diagonal"):
         LowRankView(mixtures, obs)
-    monkeypatch.setattr("dichroic.inference.low_rank.MOST_TUPLES", 5)
+    monkeypatch.setattr("dichroic.inference.low_rank.MAX_ASSIGNMENTS", 5)
     with pytest.raises(DataError, match="3 × 2 components"):
         LowRankView(mixtures, obs)

@@ -1,4 +1,4 @@
-"""EM of mixtures against the textbook update, tuple by tuple, in float64 NumPy."""
+"""EM of mixtures against the standard update, tuple by tuple, in float64 NumPy."""
 
 import itertools
 import warnings
@@ -34,7 +34,7 @@ from dichroic.problem.observations import Observations, is_shared
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-ALL = MixtureConfig(active_tuples=4096)
+ALL = MixtureConfig(active_assignments=4096)
 
 
 def spd(rng, dim):
@@ -148,11 +148,11 @@ def e_step(mixtures, views, config=ALL):
     return statistics(mixtures, views, [choose(mixtures, obs, config) for obs in views])
 
 
-def em_step(mixtures, views, *, floor=1e-12, textbook=True, **options):
+def em_step(mixtures, views, *, floor=1e-12, standard=True, **options):
     """The mixtures after one EM step, and the mean log evidence before it."""
     found = e_step(mixtures, views)
     updated = {
-        k: maximise(m, found.sums[k], floor=floor, textbook=textbook, **options)
+        k: maximise(m, found.sums[k], floor=floor, standard=standard, **options)
         for k, m in mixtures.items()
     }
     return updated, float(found.log_evidence) / sum(obs.count for obs in views)
@@ -251,7 +251,7 @@ def test_views_with_anything_per_observation_are_not_shared(kind, rng):
 def test_the_most_probable_tuples_are_chosen(rng):
     """Each observation's own: those with the highest joint probability of tuple and data."""
     mixtures, obs = case(rng, kind="per observation")
-    chosen = np.asarray(choose(mixtures, obs, MixtureConfig(active_tuples=2)))
+    chosen = np.asarray(choose(mixtures, obs, MixtureConfig(active_assignments=2)))
     assert chosen.shape == (40, 2, 2)
     index = list(itertools.product(range(3), range(2)))
     (wa, ma, ca), (wb, mb, cb) = (parameters(mixtures[k]) for k in "ab")
@@ -276,7 +276,7 @@ def test_observations_are_summed_over_chunks(kind, rng, monkeypatch):
         (statistics_shared, 4 * 6 * 3) if kind == "shared" else (mixture_statistics, 16 * 6 * 35)
     )
     monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * per_observation)
-    if kind != "shared":  # 6 tuples, each with numbers for 3 × 3, twice 3 × 3 and twice 2 × 2
+    if kind != "shared":  # 6 assignments, each with numbers for 3 × 3, twice 3 × 3 and twice 2 × 2
         assert mixture_statistics.chunks(37, 6 * 35)[0].shape == (5, 8)
     total, _, update = brute_force(mixtures, obs)
     updated, evidence = em_step(mixtures, [obs])
@@ -300,7 +300,7 @@ def test_textbook_steps_never_lower_the_evidence(kind, rng):
 @pytest.mark.parametrize("kind", ["shared", "per observation"])
 def test_iterations_reach_a_higher_evidence_than_as_many_textbook_steps(kind, rng):
     start, obs = case(rng, kind=kind)
-    config = MixtureConfig(steps=5, active_tuples=6, floor=1e-8)
+    config = MixtureConfig(steps=5, active_assignments=6, floor=1e-8)
     mixtures, evidences = start, []
     for _ in range(8):
         mixtures, evidence = em_iteration(mixtures, [obs], ["a", "b"], config)
@@ -321,8 +321,8 @@ def test_a_iteration_of_some_sources_leaves_the_others(rng):
     assert not np.allclose(updated["b"].means, mixtures["b"].means)
 
 
-@pytest.mark.parametrize("textbook", [True, False])
-def test_with_little_noise_a_step_is_that_of_scikit_learn(textbook, rng):
+@pytest.mark.parametrize("standard", [True, False])
+def test_with_little_noise_a_step_is_that_of_scikit_learn(standard, rng):
     sklearn = pytest.importorskip("sklearn.mixture")
     start, truth = mixture(rng, 3, 2), mixture(rng, 3, 2)
     x = draws(rng, truth, 500)
@@ -339,7 +339,7 @@ def test_with_little_noise_a_step_is_that_of_scikit_learn(textbook, rng):
         warnings.simplefilter("ignore")  # it has not converged, and says so
         theirs.fit(x)
     obs = Observations(x, {"a": Identity(2)}, IsotropicNoise(1e-5))
-    updated, _ = em_step({"a": start}, [obs], textbook=textbook)
+    updated, _ = em_step({"a": start}, [obs], standard=standard)
     expect = theirs.weights_, theirs.means_, theirs.covariances_
     assert_close(updated["a"], expect, atol=2e-6)
 
@@ -354,14 +354,14 @@ def test_the_step_of_the_mean_is_generalised_least_squares(rng):
         left, right = left + p @ a["a"], right + p @ y
     best = np.linalg.solve(left, right)
     for damping in (1.0, 0.5):
-        updated, _ = em_step(mixtures, [obs], textbook=False, damping=damping)
+        updated, _ = em_step(mixtures, [obs], standard=False, damping=damping)
         expect = mean + damping * (best - mean)
         np.testing.assert_allclose(updated["a"].means[0], expect, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["per observation", "shared", "masks"])
 def test_means_of_several_sources_are_solved_for_together(kind, rng):
-    """Given the tuples and covariances, the shifts d leave no force: `Σ r AᵀP (y − m − Σ A d) = 0`."""
+    """Given the assignments and covariances, the shifts d leave no force: `Σ r AᵀP (y − m − Σ A d) = 0`."""
     mixtures, obs = case(rng, kind=kind)
     chosen = [choose(mixtures, obs, ALL)]
     found = statistics(mixtures, [obs], chosen, ["b", "a"])
@@ -369,10 +369,10 @@ def test_means_of_several_sources_are_solved_for_together(kind, rng):
     shifts = joint_shifts(mixtures, found, ["a", "b"], {})
     theta = {k: parameters(m) for k, m in mixtures.items()}
     left = {k: np.zeros_like(m) for k, (_, m, _) in theta.items()}
-    tuples = list(itertools.product(range(3), range(2)))
+    assignments = list(itertools.product(range(3), range(2)))
     for _, y, a, noise in rows_of(obs):
         scores, forces = [], []
-        for t in tuples:
+        for t in assignments:
             w, m, c = zip(
                 *[[v[j] for v in theta[k]] for k, j in zip("ab", t, strict=True)], strict=True
             )
@@ -381,7 +381,7 @@ def test_means_of_several_sources_are_solved_for_together(kind, rng):
             scores.append(np.log(w).sum() + stats.multivariate_normal(mean, cov).logpdf(y))
             moved = sum(a[k] @ shifts[k][j] for k, j in zip("ab", t, strict=True))
             forces.append({k: a[k].T @ np.linalg.solve(cov, y - mean - moved) for k in "ab"})
-        for t, r, force in zip(tuples, special.softmax(scores), forces, strict=True):
+        for t, r, force in zip(assignments, special.softmax(scores), forces, strict=True):
             for k, j in zip("ab", t, strict=True):
                 left[k][j] += r * force[k]
     for k, force in found.sums.items():
@@ -422,10 +422,10 @@ def test_nearly_the_same_mixture_in_two_views_takes_few_steps(rng, monkeypatch):
     assert away[False] > 0.5
 
 
-@pytest.mark.parametrize("textbook", [True, False])
-def test_a_variance_that_should_be_zero_falls_at_the_stated_rate(textbook):
+@pytest.mark.parametrize("standard", [True, False])
+def test_a_variance_that_should_be_zero_falls_at_the_stated_rate(standard):
     """One number with variance c seen n times in noise σ², where the data have just variance σ²: then
-    `S = W c̃` with `W = 1 / (c + σ²)`, and c falls as σ² / iterations, or as σ² / √(2 iterations) by the textbook."""
+    `S = W c̃` with `W = 1 / (c + σ²)`, and c falls as σ² / iterations, or as σ² / √(2 iterations) by the standard."""
     c, noise, n, iterations = 1.0, 0.04, 100, 400
     for _ in range(iterations):
         w = n / (c + noise)
@@ -433,8 +433,8 @@ def test_a_variance_that_should_be_zero_falls_at_the_stated_rate(textbook):
             [n], [[0.0]], [[[w * noise / (c + noise)]]], [[[w]]]
         )))  # fmt: skip
         m = gaussian(np.zeros(1), [[c]])
-        c = float(maximise(m, sums, floor=1e-12, textbook=textbook).covariances()[0, 0, 0])
-    expect = noise / np.sqrt(2 * iterations) if textbook else noise / iterations
+        c = float(maximise(m, sums, floor=1e-12, standard=standard).covariances()[0, 0, 0])
+    expect = noise / np.sqrt(2 * iterations) if standard else noise / iterations
     np.testing.assert_allclose(c, expect, rtol=0.1)
 
 
@@ -445,10 +445,10 @@ def test_both_kinds_of_steps_rest_at_a_maximum(rng):
     y = draws(rng, m, 200) + 0.3 * rng.normal(size=(200, 2))
     obs = Observations(y, {"a": Identity(2)}, IsotropicNoise(0.3))
     for _ in range(60):
-        m = em_step({"a": m}, [obs], textbook=False)[0]["a"]
+        m = em_step({"a": m}, [obs], standard=False)[0]["a"]
     assert np.linalg.eigvalsh(m.covariances()).min() > 0.01, "an inner maximum"
-    for textbook in (True, False):
-        again = em_step({"a": m}, [obs], textbook=textbook)[0]["a"]
+    for standard in (True, False):
+        again = em_step({"a": m}, [obs], standard=standard)[0]["a"]
         assert_close(again, parameters(m), atol=1e-5)
 
 
@@ -507,7 +507,7 @@ def test_splitting_keeps_the_moments_and_the_maximum(components, precision, rng)
 def test_with_a_strong_prior_all_components_have_one_covariance(rng):
     mixtures, obs = case(rng, (3,), kind="shared")
     sums = e_step(mixtures, [obs]).sums["a"]
-    options = {"shrinkage": 1e9, "textbook": True, "floor": 1e-12}
+    options = {"shrinkage": 1e9, "standard": True, "floor": 1e-12}
     covs = parameters(maximise(mixtures["a"], sums, **options))[2]
     np.testing.assert_allclose(covs, np.broadcast_to(covs[:1], covs.shape), rtol=1e-4)
 

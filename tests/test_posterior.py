@@ -167,14 +167,14 @@ def test_draws_are_calibrated_for_mixture_sources(sampler, rng):
 
 
 def test_moment_matching_alone_is_exact_for_gaussians_only(rng):
-    """`max_tuples=1` collapses a mixture to one Gaussian; for a Gaussian that changes nothing."""
+    """`beam_width=1` collapses a mixture to one Gaussian; for a Gaussian that changes nothing."""
     ops, noise = operators("shared", rng)
     denoisers = gaussians(rng, "shared")
     obs, _ = simulate(denoisers, ops, noise)
     x_t = {"a": jnp.ones(5), "b": jnp.ones(5)}
     sigma = {"a": jnp.array(0.5), "b": jnp.array(0.3)}
     full = Posterior(denoisers, obs.one(0))(x_t, sigma).mean
-    collapsed = Posterior(denoisers, obs.one(0), max_tuples=1)(x_t, sigma).mean
+    collapsed = Posterior(denoisers, obs.one(0), beam_width=1)(x_t, sigma).mean
     for k in full:
         np.testing.assert_allclose(full[k], collapsed[k], atol=1e-5)
 
@@ -318,7 +318,7 @@ def test_new_data_of_the_same_shapes_do_not_recompile(rng):
                 denoisers, second, jax.random.key(9), sampler=AncestralSampler(4)
             )
         )
-    assert not any("_draw_lanes" in name for name in compiled)
+    assert not any("_draw_batches" in name for name in compiled)
 
 
 def count_compilations(run):

@@ -19,7 +19,7 @@ from dichroic.inference.samplers import (
     sample_prior,
 )
 from dichroic.numerics.batching import take
-from dichroic.numerics.deterministic_map import chunks, lanes_width, own_lanes
+from dichroic.numerics.deterministic_map import chunk_size, chunks, own_slots
 from dichroic.operators import Dense, Identity
 from dichroic.operators.noise import IsotropicNoise
 from dichroic.priors import GaussianMixture, gaussian
@@ -111,7 +111,7 @@ def blend():
 
 
 def draw(blend, obs, key=KEY, **options):
-    """Draws in chunks of two lanes, one program for any number of observations."""
+    """Draws in chunks of two batches, one program for any number of observations."""
     return sample_posterior(blend[0], obs, key, **{"n_draws": 2, "batch_size": 128, **options})
 
 
@@ -173,7 +173,7 @@ def test_progress_counts_the_lanes_that_a_batch_is_rounded_up_to(batch_size, ble
     [(1, 1, 128), (1000, 100, 128), (1000, 129, 192), (150, 1024, 192), (5000, 1024, 1024)],
 )
 def test_lanes_are_whole_and_at_least_two(n, batch_size, width):
-    assert lanes_width(n, batch_size) == width
+    assert chunk_size(n, batch_size) == width
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (300, 100), (256, 128), (400, 1000)])
@@ -186,7 +186,7 @@ def test_chunks_cover_every_observation_once_in_its_lane_and_pad_with_the_first_
     ys, numbers, starts = [], [], []
     for start, (rows, _), index in chunks(obs, batch_size, 7):
         assert rows.y.shape == (*index.shape, 1)
-        assert index.shape == (lanes_width(7 + n, batch_size) // 64, 64)
+        assert index.shape == (chunk_size(7 + n, batch_size) // 64, 64)
         np.testing.assert_array_equal(rows.noise.std, rows.y[..., 0] + 1)
         starts.append(start)
         ys.append(np.asarray(rows.y).ravel())
@@ -194,8 +194,8 @@ def test_chunks_cover_every_observation_once_in_its_lane_and_pad_with_the_first_
     ys, numbers = np.concatenate(ys), np.concatenate(numbers)
     np.testing.assert_array_equal(ys, np.clip(np.arange(-7, ys.size - 7), 0, n - 1))
     np.testing.assert_array_equal(numbers, np.arange(ys.size))
-    np.testing.assert_array_equal(ys[own_lanes(n, 7)], np.arange(n))
-    assert starts == list(range(-7, n, lanes_width(7 + n, batch_size)))
+    np.testing.assert_array_equal(ys[own_slots(n, 7)], np.arange(n))
+    assert starts == list(range(-7, n, chunk_size(7 + n, batch_size)))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from dichroic.problem.observations import Observations
 
 pytestmark = pytest.mark.usefixtures("x64")
 GRIDS = [(1, (5,)), (2, (4,)), (1, (3, 4)), (3, (2, 3))]  # channels and positions
-FREE = MixtureConfig(active_tuples=4096, steps=1, floor=1e-12)
+FREE = MixtureConfig(active_assignments=4096, steps=1, floor=1e-12)
 
 
 def spectra(rng, torus, count=1):
@@ -162,16 +162,16 @@ def test_observations_one_by_one_have_the_same_sums(rng):
     np.testing.assert_allclose(each["star"].inner, found["star"].inner, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("textbook", [False, True])
-def test_both_kinds_of_em_take_the_same_step(textbook, rng, monkeypatch):
+@pytest.mark.parametrize("standard", [False, True])
+def test_both_kinds_of_em_take_the_same_step(standard, rng, monkeypatch):
     mixtures, obs = case(rng)
     dense = {k: dataclasses.replace(m) for k, m in mixtures.items()}
     full = np.asarray(mixtures["star"].covariances())
     weights, means = np.exp(mixtures["star"].log_weights), np.asarray(mixtures["star"].means)
     dense["star"] = GaussianMixture.from_moments(weights, means, full)
-    if textbook:
+    if standard:
         for module in ("em", "low_rank_em"):
-            monkeypatch.setattr(f"dichroic.learning.mixture.{module}.ascend", _textbook_only)
+            monkeypatch.setattr(f"dichroic.learning.mixture.{module}.monotone_em", _standard_only)
     one, a = em_iteration(dense, [obs], ["sky"], FREE)
     two, b = low_rank_iteration(mixtures, [obs], ["sky"], FREE)
     assert a == pytest.approx(b, rel=1e-7)
@@ -183,18 +183,18 @@ def test_both_kinds_of_em_take_the_same_step(textbook, rng, monkeypatch):
     )
 
 
-def _textbook_only(mixtures, evaluate, update, *, steps, **_):
+def _standard_only(mixtures, evaluate, update, *, steps, **_):
     for _ in range(steps):
         value, found = evaluate(mixtures)
         mixtures = update(mixtures, found, True)
     return mixtures, value
 
 
-@pytest.mark.parametrize("textbook", [False, True])
-def test_steps_raise_the_evidence_and_stay_stationary(textbook, rng, monkeypatch):
+@pytest.mark.parametrize("standard", [False, True])
+def test_steps_raise_the_evidence_and_stay_stationary(standard, rng, monkeypatch):
     mixtures, obs = case(rng, n=200)
-    if textbook:
-        monkeypatch.setattr("dichroic.learning.mixture.low_rank_em.ascend", _textbook_only)
+    if standard:
+        monkeypatch.setattr("dichroic.learning.mixture.low_rank_em.monotone_em", _standard_only)
     before = -np.inf
     for _ in range(12):
         mixtures, value = low_rank_iteration(mixtures, [obs], ["sky", "star"], FREE)

@@ -56,9 +56,11 @@ class MixtureConfig(_Ranged):
     final_iterations: int = _count(10)  # iterations at the last size
     steps: int = _count(
         5
-    )  # EM steps of an iteration, on the tuples of components chosen at its start
-    active_tuples: int = _count(16)  # tuples of components kept per observation and pair of sources
-    max_tuples: int = _count(1024)  # tuples looked at, at once, in the search for them
+    )  # EM steps of an iteration, on the assignments of components chosen at its start
+    active_assignments: int = _count(
+        16
+    )  # assignments of components kept per observation and pair of sources
+    beam_width: int = _count(1024)  # assignments looked at, at once, in the search for them
     shrinkage: float | None = None  # pseudo-observations of a prior on components; None: found
     stationary: tuple[str, ...] = ()  # sources that look the same everywhere: texture, sky, noise
     units: Literal["auto", "same", "each"] = "auto"  # of numbers of a source: see docs/concepts.md
@@ -119,7 +121,7 @@ class SamplerConfig(_Ranged):
     sigma_min: float = 1e-3  # in units of each source's standard deviation
     sigma_max: float = 30.0
     solver: Literal["auto", "exact", "cg"] = "auto"
-    max_tuples: int = _count(256)
+    beam_width: int = _count(256)
 
     def __post_init__(self) -> None:
         super().__post_init__()

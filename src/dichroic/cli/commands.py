@@ -52,20 +52,20 @@ def fit(args: argparse.Namespace) -> None:
     from dichroic.runtime.tracking import Console, Silent, parse_tracker
     from dichroic.separation.separator import Separator
 
-    distributed.join()
-    trackers = [parse_tracker(text) for text in args.track if distributed.is_first()]
+    distributed.initialize()
+    trackers = [parse_tracker(text) for text in args.track if distributed.is_primary()]
     options = {"memory": args.memory, "start": args.start, "resume": args.resume}
     problem, section = load_problem(args.problem, stored=args.memory is not None, probe=args.probe)
     config = _config(args, section)
     if args.memory is not None:
         check_memory(problem, args.memory)
     if not (args.resume and (args.out / "run.json").exists()):  # which were checked when it began
-        bar = Console() if distributed.is_first() else Silent()
+        bar = Console() if distributed.is_primary() else Silent()
         check_values(problem, progress=partial(bar.progress, "observations checked"))
     separator = Separator(problem, config)
-    if not distributed.is_first():  # another process speaks, and keeps the files
+    if not distributed.is_primary():  # another process speaks, and keeps the files
         separator.fit(args.out, progress=False, **options)
-        distributed.each(lambda: None)  # until its report is written
+        distributed.run_on_all(lambda: None)  # until its report is written
         return
     separator.fit(args.out, progress=[True, *trackers], **options)
     print(f"model: {args.out / 'best'}")
@@ -75,7 +75,7 @@ def fit(args: argparse.Namespace) -> None:
             args.out, separator=separator, metrics=separator.metrics, warnings=separator.advice
         )
         print(f"report: {page}")
-    distributed.each(lambda: None)
+    distributed.run_on_all(lambda: None)
 
 
 def in_blocks(args: argparse.Namespace) -> bool:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, LostError):
             from dichroic.runtime import distributed
 
-            distributed.leave(2)
+            distributed.abort(2)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted{_going_on(args, words)}", file=sys.stderr)

@@ -15,9 +15,9 @@ from scipy.special import ndtr
 
 from dichroic.config import Bounds, Ends
 from dichroic.errors import ConfigError
-from dichroic.numerics.deterministic_map import of_each
+from dichroic.numerics.deterministic_map import map_observations
 from dichroic.operators import Operator
-from dichroic.operators.scaling import own_units
+from dichroic.operators.scaling import entry_scales
 from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import Observations
 
@@ -32,7 +32,7 @@ def within_bounds(x: Mapping[str, np.ndarray], bounds: Bounds) -> dict[str, np.n
 def bounded(x: np.ndarray, op: Operator, bounds: Ends) -> np.ndarray:
     """The same of a source in the units that its operator has it in."""
     low, high = _ends(bounds)
-    units = own_units(op)
+    units = entry_scales(op)
     return np.clip(x, np.float32(low / units), np.float32(high / units))
 
 
@@ -48,7 +48,7 @@ def of_others(obs: Observations, x: Mapping[str, np.ndarray], first_index: int =
     `first_index` is the number of the first observation: what is subtracted depends on no other.
     """
     known = {k: obs.operators[k] for k in x}
-    y = of_each(_residual, Observations(obs.y, known, obs.noise), dict(x), first_index)
+    y = map_observations(_residual, Observations(obs.y, known, obs.noise), dict(x), first_index)
     rest = {k: op for k, op in obs.operators.items() if k not in x}
     return Observations(y, rest, obs.noise)
 

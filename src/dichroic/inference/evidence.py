@@ -6,14 +6,14 @@ its noised value x_t), by moment matching for a learned denoiser, with one compo
 
     p(y) = Σ_{k₁…k_S} Π_β w_{kβ} · N(y; Σ_β A_β m_{kβ}, Σ + Σ_β A_β V_{kβ} A_βᵀ),
 
-a sum over tuples of components. Its gradient holds the posterior: with r_k the posterior
+a sum over assignments of components. Its gradient holds the posterior: with r_k the posterior
 probability of component k of one source,
 
     ∂ log p / ∂ log w_k = r_k,   E[x | y] = Σ_k (r_k m_k + V_k ∂ log p / ∂ m_k),
 
-and sums over tuples and observations are all that learning needs: see `dichroic.learning.mixture.statistics`.
+and sums over assignments and observations are all that learning needs: see `dichroic.learning.mixture.statistics`.
 
-Where tuples are too many to enumerate, they are searched from coarse groups of components to fine.
+Where assignments are too many to enumerate, they are searched from coarse groups of components to fine.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from dichroic.inference.evidence_grid import SMALL, grid_log_evidence, grid_scor
 from dichroic.numerics.cholesky import inverse_cholesky, psd_factor
 from dichroic.priors.components import Components
 
-DEFAULT_MAX_TUPLES = 4096
+DEFAULT_BEAM_WIDTH = 4096
 
 
 def project(
@@ -59,23 +59,23 @@ def gaussian_log_density(
     return -0.5 * (jnp.sum(z * z, -1) + logdet + residual.shape[-1] * np.log(2 * np.pi))
 
 
-def tuples(
+def assignments(
     y: Float[Array, " obs"],
     views: Sequence[Components],
     cov_noise: Float[Array, "obs obs"],
     *,
-    max_tuples: int = DEFAULT_MAX_TUPLES,
+    beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> tuple[Int[Array, "T sources"], Float[Array, " T"]]:
-    """The tuples of components of the projected mixtures `views` that matter for `y`.
+    """The assignments of components of the projected mixtures `views` that matter for `y`.
 
     Returns their indices, and the log of weight × likelihood of each: of all of them if their number is
-    at most `max_tuples`, else of as many found from coarse to fine. Then neighbours are merged in pairs,
-    and those in pairs again, until all tuples of groups can be looked at; the best are opened into
+    at most `beam_width`, else of as many found from coarse to fine. Then neighbours are merged in pairs,
+    and those in pairs again, until all assignments of groups can be looked at; the best are opened into
     their halves, and so on down. It finds what matters if components that lie together stand together
     (see `GaussianMixture.ordered`). An index past the last component stands for none, with a score of −∞.
     """
     levels = [list(views)]
-    while math.prod(v.log_weights.size for v in levels[-1]) > max_tuples:
+    while math.prod(v.log_weights.size for v in levels[-1]) > beam_width:
         levels.append([v.merge_pairs() for v in levels[-1]])
     index = jnp.stack(
         [i.ravel() for i in jnp.indices([v.log_weights.size for v in levels[-1]])], axis=-1
@@ -83,7 +83,7 @@ def tuples(
     scores = _grid_or_scores(y, cov_noise, levels[-1], index)
     for coarse, fine in itertools.pairwise(reversed(levels)):
         split = [a.log_weights.size < b.log_weights.size for a, b in zip(coarse, fine, strict=True)]
-        keep = min(max(max_tuples // 2 ** sum(split), 1), scores.size)
+        keep = min(max(beam_width // 2 ** sum(split), 1), scores.size)
         best = jax.lax.top_k(jax.lax.stop_gradient(scores), keep)[1]
         index = _open(index[best], split)
         scores = _scores(y, cov_noise, fine, index)
@@ -97,28 +97,30 @@ def _grid_or_scores(y, cov_noise, views, index) -> Float[Array, " T"]:
 
 
 def _open(index: Int[Array, "T sources"], split: Sequence[bool]) -> Int[Array, "_ sources"]:
-    """Every tuple of groups as the tuples of their halves, for the sources to `split`."""
+    """Every assignment of groups as the assignments of their halves, for the sources to `split`."""
     halves = jnp.stack([i.ravel() for i in jnp.indices([2 if s else 1 for s in split])], axis=-1)
     factor = jnp.array([2 if s else 1 for s in split])
     return (factor * index[:, None] + halves).reshape(-1, len(split))
 
 
-def best_tuples(
+def best_assignments(
     y: Float[Array, " obs"],
     views: Sequence[Components],
     cov_noise: Float[Array, "obs obs"],
     *,
     count: int,
-    max_tuples: int = DEFAULT_MAX_TUPLES,
+    beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> Int[Array, "T sources"]:
-    """Of the tuples that `tuples` looks at, the `count` most probable (all if there are fewer)."""
+    """Of the assignments that `assignments` looks at, the `count` most probable (all if there are fewer)."""
     sizes = [v.log_weights.size for v in views]
-    if y.size > SMALL or np.prod(sizes) > max_tuples:
-        index, scores = tuples(y, views, cov_noise, max_tuples=max_tuples)
+    if y.size > SMALL or np.prod(sizes) > beam_width:
+        index, scores = assignments(y, views, cov_noise, beam_width=beam_width)
         return index[jax.lax.top_k(scores, min(count, scores.size))[1]]
     scores = grid_scores(y, cov_noise, [_triple(v) for v in views])
     kept = []
-    for axis, size in enumerate(sizes):  # the best tuples lie in the slices with the largest maxima
+    for axis, size in enumerate(
+        sizes
+    ):  # the best assignments lie in the slices with the largest maxima
         others = tuple(a for a in range(len(sizes)) if a != axis)
         kept.append(jax.lax.top_k(jnp.max(scores, others), min(count, size))[1])
         scores = jnp.take(scores, kept[-1], axis=axis)
@@ -133,20 +135,20 @@ def _scores(
     views: Sequence[Components],
     index: Int[Array, "T sources"],
 ) -> Float[Array, " T"]:
-    """The log of weight × likelihood of the tuples `index`."""
+    """The log of weight × likelihood of the assignments `index`."""
     picked = [v.pick(k) for v, k in zip(views, index.T, strict=True)]
     mean = sum((v.means for v in picked[1:]), picked[0].means)
     cov = sum((v.covariances for v in picked), cov_noise)
     return sum((v.log_weights for v in picked), gaussian_log_density(y - mean, cov))
 
 
-def tuple_log_evidence(
+def assignment_log_evidence(
     y: Float[Array, " obs"],
     views: Sequence[Components],
     cov_noise: Float[Array, "obs obs"],
     index: Int[Array, "T sources"],
 ) -> Float[Array, ""]:
-    """`log p(y)` over the tuples `index` of components of the projected mixtures `views`."""
+    """`log p(y)` over the assignments `index` of components of the projected mixtures `views`."""
     return jax.nn.logsumexp(_scores(y, cov_noise, views, index))
 
 
@@ -157,9 +159,9 @@ def simulate(
     index: Int[Array, "T sources"],
     key: PRNGKeyArray,
 ) -> Float[Array, " obs"]:
-    """An observation from the model: of one of the tuples `index`, drawn by its probability given `y`."""
-    key_tuple, key_noise = jax.random.split(key)
-    chosen = index[jax.random.categorical(key_tuple, _scores(y, cov_noise, views, index))]
+    """An observation from the model: of one of the assignments `index`, drawn by its probability given `y`."""
+    key_assignment, key_noise = jax.random.split(key)
+    chosen = index[jax.random.categorical(key_assignment, _scores(y, cov_noise, views, index))]
     mean = sum((v.means[k] for v, k in zip(views, chosen, strict=True)), jnp.zeros(y.shape))
     cov = sum((v.covariances[k] for v, k in zip(views, chosen, strict=True)), cov_noise)
     return mean + psd_factor(cov) @ jax.random.normal(key_noise, y.shape)
@@ -176,25 +178,25 @@ def log_evidence(
     sources: Sequence[Components],
     *,
     seen: Float[Array, " obs"] | None = None,
-    max_tuples: int = DEFAULT_MAX_TUPLES,
+    beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> Float[Array, ""]:
-    """`log p(y)`: exact up to `max_tuples` tuples of components, a lower bound by a beam beyond.
+    """`log p(y)`: exact up to `beam_width` assignments of components, a lower bound by a beam beyond.
 
     `seen` marks missing entries, where `y` is 0 and `cov_noise` that of independent unit noise.
     """
     views = [project(c, a, seen) for c, a in zip(sources, matrices, strict=True)]
-    if y.size <= SMALL and np.prod([v.log_weights.size for v in views]) <= max_tuples:
+    if y.size <= SMALL and np.prod([v.log_weights.size for v in views]) <= beam_width:
         return grid_log_evidence(y, cov_noise, [_triple(v) for v in views])
-    return jax.nn.logsumexp(tuples(y, views, cov_noise, max_tuples=max_tuples)[1])
+    return jax.nn.logsumexp(assignments(y, views, cov_noise, beam_width=beam_width)[1])
 
 
-def tuple_posterior(
+def assignment_posterior(
     y: Float[Array, " obs"],
     views: Sequence[Components],
     cov_noise: Float[Array, "obs obs"],
     index: Int[Array, "T sources"],
 ) -> tuple[Float[Array, ""], Float[Array, " T"], Float[Array, "T obs"], Float[Array, "T obs obs"]]:
-    """`log p(y)` over the tuples `index`; of each its probability, `z = L⁻¹ (y − m)` and `L⁻¹`, `L Lᵀ = C_y`."""
+    """`log p(y)` over the assignments `index`; of each its probability, `L⁻¹ (y − m)` and `L⁻¹` of `L Lᵀ = C_y`."""
     picked = [v.pick(k) for v, k in zip(views, index.T, strict=True)]
     residual = y - sum((v.means for v in picked[1:]), picked[0].means)
     root, logdet = inverse_cholesky(sum((v.covariances for v in picked), cov_noise))
@@ -211,13 +213,13 @@ def posterior_means(
     sources: Sequence[Components],
     *,
     seen: Float[Array, " obs"] | None = None,
-    max_tuples: int = DEFAULT_MAX_TUPLES,
+    beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> tuple[list[Float[Array, " _"]], Float[Array, ""]]:
     """`E[x_β | y]` of every source, and `log p(y)`; `seen` as for `log_evidence`."""
 
     def objective(wm):
         swapped = [Components(w, m, c.covariances) for (w, m), c in zip(wm, sources, strict=True)]
-        return log_evidence(y, matrices, cov_noise, swapped, seen=seen, max_tuples=max_tuples)
+        return log_evidence(y, matrices, cov_noise, swapped, seen=seen, beam_width=beam_width)
 
     value, grads = jax.value_and_grad(objective)([(c.log_weights, c.means) for c in sources])
     means = [
@@ -236,17 +238,17 @@ def posterior_draw(
     *,
     noise_root: Float[Array, "obs obs"],
     seen: Float[Array, " obs"] | None = None,
-    max_tuples: int = DEFAULT_MAX_TUPLES,
+    beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> tuple[list[Float[Array, " _"]], Float[Array, ""]]:
     """One exact joint draw of `x_β | y` of every source, and `log p(y)`; `noise_root` is `Σ^½`.
 
-    A tuple of components from its posterior, then `x + V Aᵀ C_y⁻¹ (y − Σ A x − η)` with `x` and `η`
-    drawn from that tuple's prior (pathwise conditioning, Wilson et al., JMLR 22, 2021).
+    An assignment of components from its posterior, then `x + V Aᵀ C_y⁻¹ (y − Σ A x − η)` with `x` and `η`
+    drawn from that assignment's prior (pathwise conditioning, Wilson et al., JMLR 22, 2021).
     """
-    key_tuple, key_noise, *keys = jax.random.split(key, 2 + len(sources))
+    key_assignment, key_noise, *keys = jax.random.split(key, 2 + len(sources))
     views = [project(c, a, seen) for c, a in zip(sources, matrices, strict=True)]
-    index, scores = tuples(y, views, cov_noise, max_tuples=max_tuples)
-    chosen = index[jax.random.categorical(key_tuple, scores)]
+    index, scores = assignments(y, views, cov_noise, beam_width=beam_width)
+    chosen = index[jax.random.categorical(key_assignment, scores)]
     covs = [c.covariances[k] for c, k in zip(sources, chosen, strict=True)]
     cov_y = sum((v.covariances[k] for v, k in zip(views, chosen, strict=True)), cov_noise)
     x = [c.draw_component(k, b) for c, k, b in zip(sources, chosen, keys, strict=True)]

@@ -1,8 +1,8 @@
-"""The evidence over all tuples of components, for observations of a few numbers.
+"""The evidence over all assignments of components, for observations of a few numbers.
 
 The sum of `dichroic.inference.evidence` runs over a grid `K₁ × … × K_S`. For small `M` it is fastest with one
 array over the grid per entry of vectors and matrices, so that the whole chain fuses, and with its
-gradient written out: with `s` the log of weight × likelihood of a tuple, `r = exp(s − log Σ exp s)`,
+gradient written out: with `s` the log of weight × likelihood of an assignment, `r = exp(s − log Σ exp s)`,
 `P = C⁻¹` and `v = P (y − m)`, the gradients for one source are sums over the other sources' axes,
 
     ∂/∂log w_k = Σ r,   ∂/∂m_k = Σ r v,   ∂/∂V_k = ½ Σ r (v vᵀ − P).
@@ -30,7 +30,7 @@ def grid_log_evidence(
 def grid_scores(
     y: Float[Array, " obs"], cov_noise: Float[Array, "obs obs"], views: Sequence[View]
 ) -> Float[Array, "*grid"]:
-    """The log of weight × likelihood of every tuple, an array with one axis per source."""
+    """The log of weight × likelihood of every assignment, an array with one axis per source."""
     return _evaluate(y, cov_noise, views)[0]
 
 

@@ -1,17 +1,18 @@
 """Mixtures of probabilistic PCA in many dimensions: their evidence and posterior without a matrix of that size.
 
 For observations that share their operators and noise, or one with its own. A source is
-`x = μ_k + U_k z + √τ ε`: a component `k`, `z ~ N(0, I)` of `R` numbers, and one floor `τ` for all. For a tuple `t`
+`x = μ_k + U_k z + √τ ε`: a component `k`, `z ~ N(0, I)` of `R` numbers, and one floor `τ` for all. For an
+assignment `t`
 
     y = m_t + W_t z + e,   W_t = (A_β U_kβ)_β,   e ~ N(0, B),   B = Σ + Σ_β τ_β A_β A_βᵀ,
 
-with the same `B` for all tuples. With `K_t = I + W_tᵀ B⁻¹ W_t` (of `S R` rows, Woodbury),
+with the same `B` for all assignments. With `K_t = I + W_tᵀ B⁻¹ W_t` (of `S R` rows, Woodbury),
 
     E[z | y, t] = w = K_t⁻¹ W_tᵀ B⁻¹ (y − m_t),   V[z | y, t] = K_t⁻¹,
     log det C_t = log det B + log det K_t,   (y − m_t)ᵀ C_t⁻¹ (y − m_t) = ‖y − m_t‖²_B⁻¹ − wᵀ K_t w,
     E[√τ ε | y, t] = τ Aᵀ B⁻¹ (y − m_t − W_t w).
 
-Observations enter by products with the columns of all components, `n × M × K R`, and tuples only in the small
+Observations enter by products with the columns of all components, `n × M × K R`, and assignments only in the small
 space. In float64: quadratic forms are differences of numbers as large as the signal-to-noise ratio.
 """
 
@@ -29,7 +30,7 @@ from dichroic.inference.matrix_free import Columns, OperatorCache, Seen, diagona
 from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import Observations
 
-MOST_TUPLES = 4096
+MAX_ASSIGNMENTS = 4096
 MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
 _CHUNK_BYTES = 256 * 2**20
 _POWER_STEPS = 6  # for the largest eigenvalue of an information, which they find from below:
@@ -68,9 +69,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Given:
-    """What observations `y` `(n, M)` say of the tuples: scores `(n, T)`, and `(1, w_β)_β` `(T, n, S (1 + R))`.
+    """What observations `y` `(n, M)` say of assignments: scores `(n, T)`, and `(1, w_β)_β` `(T, n, S (1 + R))`.
 
-    And `solved`, `B⁻¹ y` `(n, M)`. Of tuples that were left out scores are −∞, latents 0.
+    And `solved`, `B⁻¹ y` `(n, M)`. Of assignments that were left out scores are −∞, latents 0.
     """
 
     scores: np.ndarray
@@ -85,15 +86,15 @@ class Given:
 
     @property
     def responsibilities(self) -> np.ndarray:
-        """The posterior probability of each tuple, `(n, T)`."""
+        """The posterior probability of each assignment, `(n, T)`."""
         return np.exp(self.scores - self.log_evidence[:, None])
 
 
 class LowRankView:
-    """A view as a mixture in observation space, with a component per tuple of the sources' components.
+    """A view as a mixture in observation space, with a component per assignment of the sources' components.
 
     `columns` `(M, C)` are `(A μ_k, A U_k)` of all components of all sources; `where` `(T, S (1 + R))` those of
-    each tuple; `covariance` `(T, …, …)` that of `(1, z_β)_β` given an observation and the tuple.
+    each assignment; `covariance` `(T, …, …)` that of `(1, z_β)_β` given an observation and the assignment.
     """
 
     def __init__(
@@ -118,25 +119,25 @@ class LowRankView:
         operators = {k: common.operator(k, obs.operators[k], one.operators[k]) for k in names}
         self.parts = {k: _part(mixtures[k], a, self.seen, level(k)) for k, a in operators.items()}
         counts = [p.log_weights.size for p in self.parts.values()]
-        if math.prod(counts) > MOST_TUPLES:
+        if math.prod(counts) > MAX_ASSIGNMENTS:
             raise DataError(
                 f"{' × '.join(map(str, counts))} components of {', '.join(names)} are "
-                f"{math.prod(counts):,} tuples; at most {MOST_TUPLES:,} are supported for sources of many "
-                "numbers: choose fewer with mixture.components"
+                f"{math.prod(counts):,} joint assignments; at most {MAX_ASSIGNMENTS:,} are supported for "
+                "high-dimensional sources: choose fewer with mixture.components"
             )
-        self.tuples = np.indices(counts).reshape(len(counts), math.prod(counts)).T
+        self.assignments = np.indices(counts).reshape(len(counts), math.prod(counts)).T
         self.base = _base(one, self.parts, self.seen, operators, behind)
         widths = [p.columns.shape[2] for p in self.parts.values()]
         sizes = [p.columns[0].size for p in self.parts.values()]
-        self._spans = _slices(widths)  # of each source in the latents of a tuple
+        self._spans = _slices(widths)  # of each source in the latents of an assignment
         self.blocks = dict(zip(names, _slices(sizes), strict=True))  # and in the columns
         each = [w for p, w in zip(self.parts.values(), widths, strict=True) for _ in p.log_weights]
         self.components = _slices(each)  # in the columns
         flat = [p.columns.reshape(self.size, -1) for p in self.parts.values()]
         self.columns = np.concatenate([np.zeros((self.size, 0)), *flat], axis=1)
-        starts = np.array([b.start for b in self.blocks.values()], int) + widths * self.tuples
+        starts = np.array([b.start for b in self.blocks.values()], int) + widths * self.assignments
         wide = [s[:, None] + np.arange(w) for s, w in zip(starts.T, widths, strict=True)]
-        self.where = np.concatenate([np.zeros((len(self.tuples), 0), int), *wide], axis=1)
+        self.where = np.concatenate([np.zeros((len(self.assignments), 0), int), *wide], axis=1)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -150,16 +151,20 @@ class LowRankView:
         self.covariance = np.zeros(gram.shape)
         self.covariance[np.ix_(np.arange(len(k)), ~ones, ~ones)] = inverse
         self.gram = gram
-        self.shift = gram[:, ones].sum(axis=1)  # what the mean of the tuple gives along its columns
+        self.shift = gram[:, ones].sum(
+            axis=1
+        )  # what the mean of the assignment gives along its columns
         square = self.shift[:, ones].sum(axis=1)
         self.volume = np.linalg.slogdet(k)[1] + self.base.logdet + self.size * np.log(2 * np.pi)
-        parts = zip(self.parts.values(), self.tuples.T, strict=True)
+        parts = zip(self.parts.values(), self.assignments.T, strict=True)
         self.constant = sum(p.log_weights[c] for p, c in parts) - 0.5 * (self.volume + square)
 
     def _gram(self) -> np.ndarray:
-        """`Wᵀ B⁻¹ W` of each tuple, with the means among the columns."""
+        """`Wᵀ B⁻¹ W` of each assignment, with the means among the columns."""
         if len(self.parts) == 1:  # no product of two components is needed
-            return self._of_tuples(self.columns).swapaxes(1, 2) @ self._of_tuples(self.solved)
+            return self._of_assignments(self.columns).swapaxes(1, 2) @ self._of_assignments(
+                self.solved
+            )
         return (self.columns.T @ self.solved)[self.where[:, :, None], self.where[:, None, :]]
 
     @property
@@ -179,12 +184,12 @@ class LowRankView:
         Where components are given noised values, their `log_weights` `(n, T)`, and the `coefficients` `(n, C)` of
         their means in the columns; `y` is then less what the means have outside of them.
         """
-        along = self._of_tuples(y @ self.solved)
+        along = self._of_assignments(y @ self.solved)
         if coefficients is None:
             mean = along[:, :, self.ones].sum(axis=2).T
             shift, constant = self.shift[:, None], self.constant
         else:
-            c = self._of_tuples(coefficients)
+            c = self._of_assignments(coefficients)
             mean, shift = np.einsum("tnc,tnc->nt", along, c), c @ self.gram
             constant = log_weights - 0.5 * (self.volume + np.einsum("tnc,tnc->nt", shift, c))
         along -= shift
@@ -196,7 +201,7 @@ class LowRankView:
         return Given(constant - 0.5 * (square - fit), latents, solved)
 
     def given_near(self, y: np.ndarray, near: np.ndarray) -> Given:
-        """The same, of those tuples alone that each observation is `near` `(T, n)`."""
+        """The same, of those assignments alone that each observation is `near` `(T, n)`."""
         solved = self.base.solve(y.T).T
         square = np.sum(y * solved, axis=1)
         scores = np.full(near.T.shape, -np.inf)
@@ -214,18 +219,20 @@ class LowRankView:
             scores[rows, t] = self.constant[t] - 0.5 * (square[rows] - 2 * mean - fit)
         return Given(scores, latents, solved)
 
-    def _of_tuples(self, columns: np.ndarray) -> np.ndarray:
-        """Of numbers `(n, C)` by column those of each tuple, `(T, n, S (1 + R))`."""
-        out = np.empty((len(self.tuples), len(columns), self.where.shape[1]))
+    def _of_assignments(self, columns: np.ndarray) -> np.ndarray:
+        """Of numbers `(n, C)` by column those of each assignment, `(T, n, S (1 + R))`."""
+        out = np.empty((len(self.assignments), len(columns), self.where.shape[1]))
         for t, span, at in self._places():
             out[t, :, span] = columns[:, at]
         return out
 
-    def times(self, columns: np.ndarray, of_tuples: np.ndarray) -> np.ndarray:
-        """Numbers `(n, C)` by column times the `(C, C)` that matrices of tuples add up to, `(n, C)`."""
+    def times(self, columns: np.ndarray, of_assignments: np.ndarray) -> np.ndarray:
+        """Numbers `(n, C)` by column times the `(C, C)` that matrices of assignments add up to, `(n, C)`."""
         if len(self.parts) != 1:
-            return columns @ self._pairs(of_tuples)
-        return (self._of_tuples(columns) @ of_tuples).swapaxes(0, 1).reshape(columns.shape)
+            return columns @ self._pairs(of_assignments)
+        return (
+            (self._of_assignments(columns) @ of_assignments).swapaxes(0, 1).reshape(columns.shape)
+        )
 
     def information_bound(self, name: str) -> np.ndarray:
         """A diagonal matrix `(D,)` that bounds `Aᵀ B⁻¹ A` of one source; that itself, where it is diagonal.
@@ -244,20 +251,20 @@ class LowRankView:
             largest = max(largest, float(np.linalg.norm(v)))
         return _MARGIN * largest * part.scale**2
 
-    def own(self, name: str, of_tuples: np.ndarray) -> np.ndarray:
-        """Matrices of tuples summed for each component of one source, `(K, 1 + R, 1 + R)`."""
+    def own(self, name: str, of_assignments: np.ndarray) -> np.ndarray:
+        """Matrices of assignments summed for each component of one source, `(K, 1 + R, 1 + R)`."""
         source = list(self.parts).index(name)
         span, part = self._spans[source], self.parts[name]
         out = np.zeros((part.columns.shape[1], *(part.columns.shape[2],) * 2))
-        np.add.at(out, self.tuples[:, source], of_tuples[:, span, span])
+        np.add.at(out, self.assignments[:, source], of_assignments[:, span, span])
         return out
 
-    def _pairs(self, of_tuples: np.ndarray) -> np.ndarray:
-        """Matrices `(T, S (1 + R), S (1 + R))` summed over the tuples of each pair of components, `(C, C)`."""
+    def _pairs(self, of_assignments: np.ndarray) -> np.ndarray:
+        """Matrices `(T, S (1 + R), S (1 + R))` summed over assignments of each pair of components, `(C, C)`."""
         out = np.zeros((self.columns.shape[1],) * 2)
         for t, places in itertools.groupby(self._places(), key=lambda place: place[0]):
             for (_, row, at), (_, column, to) in itertools.product(list(places), repeat=2):
-                out[at, to] += of_tuples[t, row, column]
+                out[at, to] += of_assignments[t, row, column]
         return out
 
     def _places(self) -> Iterator[tuple[int, slice, slice]]:
@@ -269,7 +276,7 @@ class LowRankView:
     def moved(
         self, y: np.ndarray, t: np.ndarray, x: Mapping[str, np.ndarray], eta: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Prior draws `x` `(n, D)` of the tuples `t` and noise `eta`, moved to the posterior.
+        """Prior draws `x` `(n, D)` of the assignments `t` and noise `eta`, moved to the posterior.
 
         By `C Aᵀ C_t⁻¹ (y − Σ A x − η)` (pathwise conditioning, Wilson et al., JMLR 22, 2021). Returns what `C Aᵀ`
         is of, too.
@@ -296,7 +303,7 @@ class LowRankView:
         return np.concatenate([np.zeros(0), *rows])
 
     def spread(self, t: np.ndarray, latents: np.ndarray) -> np.ndarray:
-        """Latents `(n, S (1 + R))` of the tuples `t` as coefficients of all columns, `(n, C)`."""
+        """Latents `(n, S (1 + R))` of the assignments `t` as coefficients of all columns, `(n, C)`."""
         out = np.zeros((len(t), self.columns.shape[1]))
         np.put_along_axis(out, self.where[t], latents, axis=1)
         return out

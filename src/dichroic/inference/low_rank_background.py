@@ -23,7 +23,7 @@ from dichroic.inference.matrix_free import OperatorCache
 from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import ObservationBatches, Observations, groups
 
-NEGLIGIBLE = 1e-12  # probability of a tuple
+NEGLIGIBLE = 1e-12  # probability of an assignment
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class BackgroundPosteriors:
     given: list[Given]
 
     def likely(self, background: int) -> np.ndarray:
-        """The tuples that are not negligible for each observation before one background, `(T, n)`."""
+        """The assignments that are not negligible for each observation before one background, `(T, n)`."""
         some, scores = self.rows[background], self.given[background].scores
         found = np.zeros((scores.shape[1], len(some)), bool)
         found[:, some] = ~(scores.T - self.log_evidence[some] <= math.log(NEGLIGIBLE))  # NaN is
         return found
 
 
-def every_tuple(
+def every_assignment(
     mixtures: Mapping[str, GaussianMixture], obs: ObservationBatches, most: int
 ) -> np.ndarray | None:
-    """That each observation may be of each tuple before each background, `(J, T, n)`; None of more than `most`."""
+    """That observations may be of each assignment before each background, `(J, T, n)`; None beyond `most`."""
     own = [mixtures[k] for k in obs.sources]
     size = lambda behind: math.prod(m.log_weights.size for m in own if bool(m.stationary) == behind)
     shape = size(True), size(False), obs.count
@@ -156,7 +156,7 @@ class Backgrounds:
         found = self.given(next(self.chunks(obs))[1])
         kept: dict[str, set[int]] = {}
         for j, b in enumerate(self.each):
-            for which in b.view.tuples[found.likely(j).any(axis=1)]:
+            for which in b.view.assignments[found.likely(j).any(axis=1)]:
                 index = dict(zip(b.view.parts, map(int, which), strict=True)) | b.index
                 for name, k in index.items():
                     kept.setdefault(name, set()).add(k)

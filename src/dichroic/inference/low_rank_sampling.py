@@ -6,9 +6,9 @@ covariances of low rank plus a floor, with means moved by the network; given the
 then the same algebra as an exact one, at every noise level. One evaluation of each network a step, no Jacobian and
 no iterative solve; for a network of zero the chain is exact at any number of steps.
 
-The last bits of a product of matrices depend on how many rows it has, so rows are taken in lanes of one number,
+The last bits of a product of matrices depend on how many rows it has, so rows are taken in batches of one size,
 the last filled up: a draw does not depend on how many others there are. They depend on the number of threads of a
-product too, so it is one; there are as many lanes at once as cores instead.
+product too, so it is one; there are as many batches at once as cores instead.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +26,7 @@ from dichroic.inference.low_rank_background import Background, Backgrounds
 from dichroic.inference.posterior import EXACT_LIMIT
 from dichroic.inference.samplers import Draws, Progress, Sampler, observation_keys
 from dichroic.numerics.batching import in_batches, split, take
-from dichroic.numerics.deterministic_map import LANES
+from dichroic.numerics.deterministic_map import BATCH_WIDTH
 from dichroic.operators.noise import Noise
 from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.priors.diffusion import NETWORK_BATCH, corrections
@@ -38,12 +38,12 @@ _CHUNK_BYTES = 256 * 2**20
 _KEPT_BYTES = 2 * 2**30  # of views, prepared once for all chunks
 Priors = Mapping[str, GaussianMixture | DiffusionPrior]
 Alike = list[tuple[np.ndarray, Observations]]
-Map = Callable[..., Iterable[Any]]  # of a function over lanes
+Map = Callable[..., Iterable[Any]]  # of a function over batches
 
 
 @dataclass(frozen=True)
 class Normals:
-    """Random numbers of one draw of `n` observations: what picks a tuple, latents, sources, and noise."""
+    """Random numbers of one draw of `n` observations: what picks an assignment, latents, sources, and noise."""
 
     uniform: np.ndarray
     latents: np.ndarray
@@ -168,13 +168,13 @@ class _Walk:
             view = self._view(same, level)
             rows = np.arange(len(normals.uniform)).reshape(-1, some.count)[:, part].ravel()
 
-            def own(lanes: np.ndarray, view: Backgrounds = view) -> dict[str, np.ndarray]:
-                y = view.seen * observed[lanes % some.count]
-                mine = None if given is None else {k: g.rows(lanes) for k, g in given.items()}
-                return _draw(view, y, normals.rows(lanes), mine)
+            def own(batch: np.ndarray, view: Backgrounds = view) -> dict[str, np.ndarray]:
+                y = view.seen * observed[batch % some.count]
+                mine = None if given is None else {k: g.rows(batch) for k, g in given.items()}
+                return _draw(view, y, normals.rows(batch), mine)
 
-            lanes, counts = zip(*_lanes(rows), strict=True)
-            for found, at, count in zip(each(own, lanes), lanes, counts, strict=True):
+            batches, counts = zip(*_batches(rows), strict=True)
+            for found, at, count in zip(each(own, batches), batches, counts, strict=True):
                 for k, x in found.items():
                     out[k][at[:count]] = x[:count]
         return out
@@ -193,24 +193,24 @@ class _Walk:
         sizes = tuple((k, b.means.shape[1]) for k, b in self.bases.items())
         width = sum(1 + b.variances.shape[1] for b in self.bases.values())
         n = len(keys)
-        filled = np.minimum(np.arange(-(-n // LANES) * LANES), n - 1)
+        filled = np.minimum(np.arange(-(-n // BATCH_WIDTH) * BATCH_WIDTH), n - 1)
         often = take(some.noise, filled % some.count)
         u, z, x, eta = _random(keys[filled], jnp.asarray(number), often, sizes, width, some.size)
         to64 = lambda a: np.asarray(a[:n], np.float64)
         return Normals(to64(u), to64(z), {k: to64(v) for k, v in x.items()}, to64(eta))
 
 
-def _lanes(rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """`LANES` of the rows at a time, the last ones filled up, and how many they are without that."""
-    for start in range(0, len(rows), LANES):
-        count = min(LANES, len(rows) - start)
-        yield rows[np.minimum(np.arange(start, start + LANES), len(rows) - 1)], count
+def _batches(rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """`BATCH_WIDTH` of the rows at a time, the last ones filled up, and how many they are without that."""
+    for start in range(0, len(rows), BATCH_WIDTH):
+        count = min(BATCH_WIDTH, len(rows) - start)
+        yield rows[np.minimum(np.arange(start, start + BATCH_WIDTH), len(rows) - 1)], count
 
 
 def _draw(
     behind: Backgrounds, y: np.ndarray, normals: Normals, noised: dict[str, Noised] | None
 ) -> dict[str, np.ndarray]:
-    """A tuple by its probability, a prior draw of it, moved to the posterior."""
+    """An assignment by its probability, a prior draw of it, moved to the posterior."""
     before = [_Before(b, y, noised) for b in behind.each]
     scores = np.concatenate([b.scores for b in before], axis=1)
     given = Given(scores, np.zeros(0), np.zeros(0))
@@ -226,7 +226,7 @@ def _draw(
 
 
 class _Before:
-    """Observations `y` `(n, M)` before one background: scores `(n, T)`, and draws given a tuple."""
+    """Observations `y` `(n, M)` before one background: scores `(n, T)`, and draws given an assignment."""
 
     def __init__(self, background: Background, y: np.ndarray, noised: dict[str, Noised] | None):
         self.background, self.y, view = background, y, background.view
@@ -241,7 +241,7 @@ class _Before:
             flat = [noised[k].coefficients.reshape(n, -1) for k in view.parts]
             self.coefficients = np.concatenate([np.zeros((n, 0)), *flat], axis=1)
             self.wide = {k: noised[k].coefficients[:, j] for k, j in background.index.items()}
-            pairs = zip(view.parts, view.tuples.T, strict=True)
+            pairs = zip(view.parts, view.assignments.T, strict=True)
             weights = sum((noised[k].log_weights[:, c] for k, c in pairs), np.zeros((n, 1)))
             own = (noised[k].log_weights[:, [j]] for k, j in background.index.items())
             weights = sum(own, weights)
@@ -253,7 +253,7 @@ class _Before:
     def draw(
         self, t: np.ndarray, normals: Normals, slots: Mapping[str, slice]
     ) -> dict[str, np.ndarray]:
-        """Of all sources, given the tuples `t` `(n,)` of the view."""
+        """Of all sources, given the assignments `t` `(n,)` of the view."""
         background, view = self.background, self.background.view
         latents = {k: normals.latents[:, at] for k, at in slots.items()}
         z = np.concatenate([np.zeros((len(t), 0)), *(latents[k] for k in view.parts)], axis=1)
@@ -282,15 +282,15 @@ def noised(
 ) -> Noised:
     """What the noised values `x_t` `(n, D)` say of a source."""
     base = prior.base if isinstance(prior, DiffusionPrior) else prior
-    own = lambda some: [a[: some[1]] for a in _noised_lanes(base, x_t[some[0]], sigma)]
-    parts = each(own, _lanes(np.arange(len(x_t))))
+    own = lambda some: [a[: some[1]] for a in _noised_batches(base, x_t[some[0]], sigma)]
+    parts = each(own, _batches(np.arange(len(x_t))))
     log_weights, coefficients, offset = map(np.concatenate, zip(*parts, strict=True))
     if isinstance(prior, DiffusionPrior):
         offset = offset + _corrections(prior, x_t, sigma)
     return Noised(log_weights, coefficients, offset)
 
 
-def _noised_lanes(
+def _noised_batches(
     base: GaussianMixture, x_t: np.ndarray, sigma: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The parts of `Noised`, of the mixture alone."""
@@ -320,7 +320,7 @@ def _corrections(prior: DiffusionPrior, x_t: np.ndarray, sigma: float) -> np.nda
     On a processor of few: more at once are no faster.
     """
     x = np.asarray(x_t, np.float32).reshape(-1, *prior.shape)
-    width = LANES if jax.default_backend() == "cpu" else NETWORK_BATCH
+    width = BATCH_WIDTH if jax.default_backend() == "cpu" else NETWORK_BATCH
     filled = np.minimum(np.arange(max(len(x), width)), len(x) - 1)
     levels = np.full(len(filled), sigma, np.float32)
     correct = lambda *rows: corrections(prior, *map(jnp.asarray, rows))

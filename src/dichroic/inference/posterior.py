@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from dichroic.inference.evidence import DEFAULT_MAX_TUPLES, posterior_draw, posterior_means
+from dichroic.inference.evidence import DEFAULT_BEAM_WIDTH, posterior_draw, posterior_means
 from dichroic.inference.woodbury import approximate_inverse
 from dichroic.numerics.cholesky import psd_factor
 from dichroic.numerics.conjugate_gradient import conjugate_gradient
@@ -115,7 +115,7 @@ def _unconditional(x: Sources) -> Estimate:
 class Posterior(eqx.Module):
     """`E[x_β | x_t, y]` with an exact solve in observation space; for up to ~128 numbers.
 
-    `max_tuples` bounds the number of tuples of components; `max_tuples=1` is plain moment matching.
+    `beam_width` bounds the number of assignments of components; `beam_width=1` is plain moment matching.
     """
 
     denoisers: dict[str, Denoiser]
@@ -124,19 +124,19 @@ class Posterior(eqx.Module):
     cov_noise: Float[Array, "obs obs"]
     seen: Float[Array, " obs"]
     noise_root: Float[Array, "obs obs"]
-    max_tuples: int = eqx.field(static=True)
+    beam_width: int = eqx.field(static=True)
 
     def __init__(
         self,
         denoisers: dict[str, Denoiser],
         observation: Observations,
         *,
-        max_tuples: int = DEFAULT_MAX_TUPLES,
+        beam_width: int = DEFAULT_BEAM_WIDTH,
     ):
         self.denoisers = {k: denoisers[k] for k in observation.sources}
         self.y, self.matrices, self.cov_noise, self.seen = observation.parts()
         self.noise_root = psd_factor(self.cov_noise)
-        self.max_tuples = max_tuples
+        self.beam_width = beam_width
 
     def first_guess(self) -> None:
         """None is needed."""
@@ -158,7 +158,7 @@ class Posterior(eqx.Module):
             key,
             noise_root=self.noise_root,
             seen=self.seen,
-            max_tuples=self.max_tuples,
+            beam_width=self.beam_width,
         )
         return {k: u.reshape(self.denoisers[k].shape) for k, u in zip(given, x, strict=True)}
 
@@ -167,9 +167,9 @@ class Posterior(eqx.Module):
 
     def _condition(self, how: Callable, x_t: Sources, sigma: Sources) -> Estimate:
         given = {k: d.components(x_t[k], sigma[k]) for k, d in self.denoisers.items()}
-        if self.max_tuples == 1:
+        if self.beam_width == 1:
             given = {k: c.collapse() for k, c in given.items()}
-        x, log_evidence = how(*self._problem(given), seen=self.seen, max_tuples=self.max_tuples)
+        x, log_evidence = how(*self._problem(given), seen=self.seen, beam_width=self.beam_width)
         return Estimate(
             mean={k: u.reshape(x_t[k].shape) for k, u in zip(given, x, strict=True)},
             prior={k: c.mean.reshape(x_t[k].shape) for k, c in given.items()},
@@ -276,7 +276,7 @@ def build_posterior(
     observation: Observations,
     *,
     solver: str = "auto",
-    max_tuples: int = DEFAULT_MAX_TUPLES,
+    beam_width: int = DEFAULT_BEAM_WIDTH,
     **options: Any,
 ) -> Posterior | MatrixFreePosterior:
     """The joint posterior of one observation; `solver` is `"exact"`, `"cg"` or `"auto"` (by size).
@@ -284,6 +284,6 @@ def build_posterior(
     `options` of `MatrixFreePosterior` (`tolerance`, `max_steps`, …) are for conjugate gradients alone.
     """
     if choose_solver(observation, solver) == "exact":
-        return Posterior(denoisers, observation, max_tuples=max_tuples)
+        return Posterior(denoisers, observation, beam_width=beam_width)
     used = {k: denoisers[k] for k in observation.sources}
     return MatrixFreePosterior(used, observation, **options)

@@ -9,7 +9,7 @@ A sampler walks down the noise levels `σ_0 > σ_1 > … > σ_N` with a denoiser
     PC     a DDPM step, then Langevin corrections at the new level      (arXiv 2011.13456)
 
 and ends with `D(x, σ_N)`. Levels are relative to each source's scale. An observation's random numbers
-come from its global index, and observations are computed in groups of a fixed number of lanes, in the lane that
+come from its global index, and observations are computed in batches of a fixed width, in the slot that
 its index says, because XLA does not round alike in all of them; so a draw does not depend on how many others are
 computed with it.
 """
@@ -35,7 +35,7 @@ from dichroic.inference.posterior import (
     Sources,
     build_posterior,
 )
-from dichroic.numerics.deterministic_map import LANES, chunks, lanes_width, own_lanes
+from dichroic.numerics.deterministic_map import BATCH_WIDTH, chunk_size, chunks, own_slots
 from dichroic.priors import Denoiser
 from dichroic.priors.schedule import Geometric, Karras, Schedule
 from dichroic.problem.observations import Observations
@@ -299,7 +299,7 @@ def sample_posterior(
     """Joint posterior draws of all sources of every observation.
 
     Without a `sampler` the draws are `ExactSampler`, which needs every prior to be a mixture. `batch_size`
-    (rounded up to lanes of 64) bounds memory and changes no draw; `first_index` is the global number of
+    (rounded up to batches of 64) bounds memory and changes no draw; `first_index` is the global number of
     the first observation. `options` go to `dichroic.inference.posterior.build_posterior`.
     """
     denoisers = {k: denoisers[k] for k in observations.sources}
@@ -309,16 +309,18 @@ def sample_posterior(
         for start, (rows, shared), index in chunks(observations, batch_size, first_index):
             keys = observation_keys(key, jnp.asarray(d), index)
             given = denoisers, shared, sampler or ExactSampler(), options
-            out = distributed.dealt(_draw_lanes, given, (rows, keys), compiled=bool(parts))
+            out = distributed.map_over_devices(
+                _draw_batches, given, (rows, keys), compiled=bool(parts)
+            )
             parts.append(jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out))
             if progress:
                 progress(d * n + min(start + index.size, n), n * n_draws)
-    return _gather(parts, n_draws, own_lanes(n, first_index))
+    return _gather(parts, n_draws, own_slots(n, first_index))
 
 
 @eqx.filter_jit
-def _draw_lanes(shared, rows) -> Draw:
-    """One draw of each observation, in groups of lanes."""
+def _draw_batches(shared, rows) -> Draw:
+    """One draw of each observation, in batches."""
     denoisers, observed, sampler, options = shared
 
     def one(row: Observations, key: PRNGKeyArray) -> Draw:
@@ -347,17 +349,17 @@ def sample_prior(
     batch_size: int = 1024,
 ) -> Float[np.ndarray, "n *shape"]:
     """`n` draws from one source's prior; without a `sampler`, exact ones (mixtures only)."""
-    width = lanes_width(n, batch_size)
+    width = chunk_size(n, batch_size)
     out = []
     for start in range(0, n, width):
-        index = jnp.arange(start, start + width).reshape(-1, LANES)
-        x = _prior_lanes(denoiser, observation_keys(key, jnp.zeros((), int), index), sampler)
+        index = jnp.arange(start, start + width).reshape(-1, BATCH_WIDTH)
+        x = _prior_batches(denoiser, observation_keys(key, jnp.zeros((), int), index), sampler)
         out.append(np.asarray(x).reshape(-1, *x.shape[2:]))
     return np.concatenate(out)[:n]
 
 
 @eqx.filter_jit
-def _prior_lanes(denoiser, keys, sampler) -> Array:
+def _prior_batches(denoiser, keys, sampler) -> Array:
     def one(key: PRNGKeyArray) -> Array:
         if sampler is None:
             return denoiser.sample(key)

@@ -14,7 +14,7 @@ from dichroic.inference.constraints import bounded, of_others
 from dichroic.inference.low_rank_sampling import is_low_rank_prior, low_rank_draws
 from dichroic.inference.posterior import choose_solver, is_large
 from dichroic.inference.samplers import Draws, Progress, make_sampler, sample_posterior
-from dichroic.numerics.deterministic_map import of_each
+from dichroic.numerics.deterministic_map import map_observations
 from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.observations import Observations, whitened_chi2
 
@@ -113,7 +113,7 @@ def _free_draws(
         key,
         sampler=None if exact else make_sampler(s),
         **({} if exact else {"solver": solver}),
-        max_tuples=config.mixture.max_tuples if exact else s.max_tuples,
+        beam_width=config.mixture.beam_width if exact else s.beam_width,
         **kwargs,
     )
 
@@ -125,7 +125,7 @@ def predictive_chi2(obs: Observations, draws: Draws, first_index: int = 0) -> np
     number of the first observation.
     """
     each = [{k: x[d] for k, x in draws.x.items()} for d in range(len(draws.evidence))]
-    return np.stack([of_each(_chi2, obs, x, first_index) for x in each])
+    return np.stack([map_observations(_chi2, obs, x, first_index) for x in each])
 
 
 def _chi2(obs: Observations, x: dict[str, Array]) -> Array:

@@ -50,7 +50,7 @@ def agreed(make: Callable[[], State]) -> State:
         found.append(make())
         return file_of_tensors(*_as_tensors(found[0]))
 
-    content = distributed.from_first(first)
+    content = distributed.broadcast_from_primary(first)
     if found:
         return found[0]
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:

@@ -124,13 +124,13 @@ def fit(
     belongs to another problem or other settings, if another process is fitting there, or if it cannot
     be written to; `FormatError` if the run is damaged.
     """
-    tracker = (tracker if distributed.is_first() else None) or Silent()
+    tracker = (tracker if distributed.is_primary() else None) or Silent()
     if start is not None:
         start.check(problem, config)
     _check_alike(problem, config)
     with following(tracker, stated(problem, config)), ExitStack() as held:
         held.enter_context(within(memory))
-        held.enter_context(quiet(when=not distributed.is_first()))
+        held.enter_context(quiet(when=not distributed.is_primary()))
         scratch = None if memory is None else held.enter_context(_scratch(out))
         known = None if start is None else start.offsets(problem)
         data = prepare(problem, config, memory, scratch, known)
@@ -149,9 +149,9 @@ def fit(
 
         state, rows = agreed(begin), [row for folder in folders for row in folder.rows]
         record = folders[0].record if folders else lambda state, metrics: state
-        if distributed.is_first() and not state.total:
+        if distributed.is_primary() and not state.total:
             warn(*advice())
-        with distributed.in_company():
+        with distributed.detect_lost_process():
             state, rows = _run(state, rows, data, config, tracker, record, at_end)
         if folders:
             event("finished", iterations=state.total, seconds=round(state.seconds, 3))
@@ -171,7 +171,7 @@ def _scratch(out: str | Path | None) -> Iterator[Path]:
     finally:
         if out is None:
             shutil.rmtree(path)
-    if out is not None and distributed.is_first():
+    if out is not None and distributed.is_primary():
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -179,7 +179,7 @@ def _check_alike(problem: Problem, config: FitConfig) -> None:
     """Raise `RunError` unless all processes are to fit the same."""
     if distributed.processes() == 1:  # there is nothing to hash all for
         return
-    said = distributed.exchange(f"{problem.fingerprint()} {config.to_dict()}".encode())
+    said = distributed.all_gather_bytes(f"{problem.fingerprint()} {config.to_dict()}".encode())
     if len(set(said)) > 1:
         raise RunError("the processes were given different problems or settings: give all the same")
 

@@ -84,7 +84,7 @@ def from_units(x: Mapping[str, Values], values: Parameters) -> dict[str, Values]
     return {k: a + offsets[k] if k in offsets else a for k, a in x.items()}  # type: ignore[operator]
 
 
-def own_units(op: Operator) -> Any:
+def entry_scales(op: Operator) -> Any:
     """The units that an operator has its source in; 1 where there are none."""
     last = op.operators[-1] if isinstance(op, Compose) else None
     return np.asarray(last.diagonal) if isinstance(last, Units) else 1.0

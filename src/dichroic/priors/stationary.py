@@ -13,7 +13,7 @@ M-steps there become
 
     s ← s + s (G(S) − G(W)) s    and    s ← s^½ X^{-½} (s^½ G(S) s^½ + ε) X^{-½} s^½,   X = s^½ G(W) s^½ + ε:
 
-textbook EM with the field on the torus as missing data (Dembo, Mallows and Shepp, IEEE Transactions on Information
+standard EM with the field on the torus as missing data (Dembo, Mallows and Shepp, IEEE Transactions on Information
 Theory 35, 1989, embed a Toeplitz covariance so), and the fixed-point iteration.
 """
 
@@ -103,22 +103,22 @@ def stationary_step(
     *,
     floor: float,
     damping: float = 1.0,
-    textbook: bool = False,
+    standard: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The next means `(K, D)` and covariances `(K, D, D)`: see the formulas above; `textbook` picks the first.
+    """The next means `(K, D)` and covariances `(K, D, D)`: see the formulas above; `standard` picks the first.
 
     `g` `(K, D)`, `s` and `w` `(K, D, D)` are those of each component, `damping` scales the step of the means.
     Spectra are kept above `floor`.
     """
     torus = torus_of(mixture)
     cov = np.asarray(mixture.covariances(), np.float64)
-    shift = damping * _shift(torus, g, np.linalg.inv(cov) if textbook else w)
+    shift = damping * _shift(torus, g, np.linalg.inv(cov) if standard else w)
     moved = (w @ shift[..., None])[..., 0]
     across = g[:, :, None] * moved[:, None, :]
     s = s - across - across.swapaxes(1, 2) + moved[:, :, None] * moved[:, None, :]
     old = torus.spectrum(cov)
     seen, expected = torus.information(s), torus.information(w)
-    if textbook:
+    if standard:
         new = old + old @ (seen - expected) @ old
     else:
         unseen = _UNSEEN * np.eye(torus.channels)

@@ -56,11 +56,11 @@ class _Shared:
 
     def total(self, work: Callable[[], Tree]) -> Tree:
         """The sum of what `work` finds in every process."""
-        return distributed.total(distributed.each(work))
+        return distributed.all_reduce_sum(distributed.run_on_all(work))
 
     def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
         """The rows of all processes."""
-        return distributed.gathered(rows, axis)
+        return distributed.all_gather(rows, axis)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Dataset(_Shared):
     @property
     def first(self) -> int:
         """The number of the first observation of this process."""
-        return distributed.share(self.count)[0]
+        return distributed.local_span(self.count)[0]
 
     def blocks(self) -> Iterator[Observations]:
         """The observations of this process."""
-        yield take(self.whole, slice(*distributed.share(self.count)))
+        yield take(self.whole, slice(*distributed.local_span(self.count)))
 
     def head(self, count: int) -> Observations:
         """The first `count`, or all."""
@@ -176,7 +176,7 @@ class StoredDataset(_Shared):
     def own(self) -> list[tuple[int, int, int]]:
         """`(number, start, stop)` of each block of this process."""
         every = [(i, *span) for i, span in enumerate(spans(self.count, self.block))]
-        return every[slice(*distributed.share(len(every)))]
+        return every[slice(*distributed.local_span(len(every)))]
 
     @property
     def first(self) -> int:

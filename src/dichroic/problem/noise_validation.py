@@ -245,7 +245,7 @@ def _check_each(
     )
 
 
-def _patch_placement(index: Any, axes: int, shape: Shape) -> str:
+def _place(index: Any, axes: int, shape: Shape) -> str:
     """Where an index, that of an observation before those of `axes` entries, points to."""
     rows = [int(i) for i in index[: len(index) - axes]]
     entries = [entry_at(i, shape) for i in index[len(index) - axes :]]

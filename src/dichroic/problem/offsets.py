@@ -92,7 +92,7 @@ def agreed_offsets(problem: Problem, bounded: Collection[str]) -> Parameters:
     found = lambda: offsets(problem, bounded).parameters
     if distributed.processes() == 1:
         return found()
-    content = distributed.from_first(lambda: json.dumps(to_lists(found())).encode())
+    content = distributed.broadcast_from_primary(lambda: json.dumps(to_lists(found())).encode())
     return from_lists(json.loads(content), "offsets")
 
 

@@ -247,7 +247,7 @@ def check_values(
         DichroicError: at the first block with a fault; the message says which observations it is of.
     """
     stored = [v for v in problem.views if v.head.count < v.count]
-    own = [distributed.share(v.count) for v in stored]
+    own = [distributed.local_span(v.count) for v in stored]
     done, total = 0, sum(stop - first for first, stop in own)
 
     def observed(view: AnyView, first: int, last: int) -> int:
@@ -264,7 +264,7 @@ def check_values(
         return found
 
     for view, span in zip(stored, own, strict=True):
-        if not distributed.total(distributed.each(partial(observed, view, *span))):
+        if not distributed.all_reduce_sum(distributed.run_on_all(partial(observed, view, *span))):
             raise _nothing_observed(view)
 
 

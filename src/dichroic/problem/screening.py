@@ -123,15 +123,15 @@ def _looked_at(
     none = (*_far(None, None), np.zeros(0, np.uint64))
 
     def own() -> list[tuple[np.ndarray, ...]]:
-        first, last = distributed.share(views[0].count)
+        first, last = distributed.local_span(views[0].count)
         found = []
         for start in range(first, last, block):
             rows = _rows(views, whole, slice(start, min(start + block, last)))
             found.append((*_far(rows, judge), _hashes(rows) if hashed else none[-1]))
         return found
 
-    parts = zip(*(distributed.each(own) or [none]), strict=True)
-    *far, hashes = (distributed.gathered(np.concatenate(part)) for part in parts)
+    parts = zip(*(distributed.run_on_all(own) or [none]), strict=True)
+    *far, hashes = (distributed.all_gather(np.concatenate(part)) for part in parts)
     return Far(*far), hashes
 
 

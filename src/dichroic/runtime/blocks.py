@@ -16,7 +16,7 @@ COPIES_OF_VIEW = 6  # as they are read (up to 8 bytes a number), checked and com
 WORKSPACE = (
     512 * 2**20
 )  # of the samplers and compiled programs, whatever the number of observations
-GRAIN = 64  # observations are computed in lanes of as many
+GRAIN = 64  # observations are computed in batches of as many
 MOST = 16384  # so that a kill costs little
 
 _UNITS = {"": 1, "B": 1}

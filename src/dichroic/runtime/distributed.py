@@ -36,7 +36,7 @@ _PATIENCE = (
 _LOST = re.compile("^(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |Gloo|NCCL")
 
 
-def join() -> None:
+def initialize() -> None:
     """Find the other processes, if the environment says that there are any; before anything else asks for devices.
 
     They are told by `JAX_COORDINATOR_ADDRESS` (`host:port`, the same for all), `JAX_NUM_PROCESSES` and
@@ -72,8 +72,8 @@ def _initialize(**how: Any) -> None:
 
 
 @contextmanager
-def in_company() -> Iterator[None]:
-    """Say where other processes are lost inside: `LostError`, after which `leave` does not wait for them."""
+def detect_lost_process() -> Iterator[None]:
+    """Say where other processes are lost inside: `LostError`, after which `abort` does not wait for them."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -85,7 +85,7 @@ def in_company() -> Iterator[None]:
         ) from error
 
 
-def leave(status: int) -> None:
+def abort(status: int) -> None:
     """End this process at once: JAX would wait for those that are lost, and then abort."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -97,25 +97,25 @@ def processes() -> int:
     return jax.process_count()
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes files and speaks to the user."""
     return jax.process_index() == 0
 
 
-def share(count: int) -> tuple[int, int]:
+def local_span(count: int) -> tuple[int, int]:
     """`(first, stop)`: which of `count` observations are those of this process."""
     i, n = jax.process_index(), jax.process_count()
     return i * count // n, (i + 1) * count // n
 
 
-def total(tree: Tree) -> Tree:
+def all_reduce_sum(tree: Tree) -> Tree:
     """The sum of the numbers and arrays of all processes, in the order of the processes."""
     if processes() == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
     arrays = [np.asarray(leaf) for leaf in leaves]
     found = []
-    for content in exchange(b"".join(a.tobytes() for a in arrays)):
+    for content in all_gather_bytes(b"".join(a.tobytes() for a in arrays)):
         found.append(_unpacked(content, arrays))
     sums = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
     kinds = zip(sums, leaves, strict=True)
@@ -133,25 +133,25 @@ def _as(kind: Any, value: np.ndarray) -> Any:
     return type(kind)(value) if isinstance(kind, (int, float)) else value
 
 
-def gathered(array: np.ndarray, axis: int = 0) -> np.ndarray:
+def all_gather(array: np.ndarray, axis: int = 0) -> np.ndarray:
     """The parts that the processes have of an array, one after the other along `axis`."""
     if processes() == 1:
         return array
     first = np.ascontiguousarray(np.moveaxis(array, axis, 0))
     parts = [
         np.frombuffer(content, first.dtype).reshape(-1, *first.shape[1:])
-        for content in exchange(first.tobytes())
+        for content in all_gather_bytes(first.tobytes())
     ]
     return np.moveaxis(np.concatenate(parts), 0, axis)
 
 
-def from_first(make: Callable[[], bytes]) -> bytes:
+def broadcast_from_primary(make: Callable[[], bytes]) -> bytes:
     """What `make` gives in the first process, in all of them; where it fails there, all fail."""
-    content = each(lambda: make() if is_first() else b"")
-    return exchange(content)[0]
+    content = run_on_all(lambda: make() if is_primary() else b"")
+    return all_gather_bytes(content)[0]
 
 
-def each(work: Callable[[], Tree]) -> Tree:
+def run_on_all(work: Callable[[], Tree]) -> Tree:
     """`work` in every process; where it fails in one, it fails in all.
 
     Where numbers or data are at fault with `DataError`, else with `RunError`.
@@ -165,7 +165,7 @@ def each(work: Callable[[], Tree]) -> Tree:
     except Exception as error:
         failure = error
     kind = b"n" if isinstance(failure, (np.linalg.LinAlgError, DataError)) else b"r"
-    said = exchange(b"" if failure is None else kind + str(failure).encode())
+    said = all_gather_bytes(b"" if failure is None else kind + str(failure).encode())
     if failure is not None:
         raise failure
     for number, words in enumerate(said):
@@ -175,7 +175,7 @@ def each(work: Callable[[], Tree]) -> Tree:
     return result
 
 
-def exchange(content: bytes) -> list[bytes]:
+def all_gather_bytes(content: bytes) -> list[bytes]:
     """The `content` of every process, in their order."""
     if processes() == 1:
         return [content]
@@ -209,7 +209,9 @@ def by_device(function: Callable[..., Tree]) -> Callable[..., Tree]:
     return jax.shard_map(function, mesh=own_mesh(), in_specs=rows, out_specs=rows, check_vma=False)
 
 
-def dealt(function: Callable[..., Tree], shared: Any, rows: Any, *, compiled: bool = False) -> Tree:
+def map_over_devices(
+    function: Callable[..., Tree], shared: Any, rows: Any, *, compiled: bool = False
+) -> Tree:
     """`function(shared, rows)`, jitted, of rows that go evenly among the devices of this process.
 
     Each runs the program of a single device: XLA rounds otherwise in one that is partitioned. Processors are one
@@ -299,7 +301,7 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def here(tree: Tree) -> Tree:
+def local_copy(tree: Tree) -> Tree:
     """What `replicated` has put on all devices, on the first device of this process alone."""
     if len(jax.devices()) == 1:
         return tree
@@ -308,7 +310,7 @@ def here(tree: Tree) -> Tree:
     )
 
 
-def shared_out(rows: jax.Array) -> jax.Array:
+def shard_rows(rows: jax.Array) -> jax.Array:
     """Inside of a jitted function: the rows of an array, shared out among all devices if that goes evenly."""
     if len(jax.devices()) == 1 or len(rows) % len(jax.devices()):
         return rows

@@ -28,7 +28,7 @@ class Ascent(NamedTuple):
     history: list[float]
 
 
-def ascend(
+def monotone_em(
     function: Callable[[list[np.ndarray]], tuple[float, list[np.ndarray]]],
     start: Sequence[np.ndarray],
     *,

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dichroic.benchmark.baselines import linear_gaussian as g
-from dichroic.benchmark.baselines.ascent import ascend, root
+from dichroic.benchmark.baselines.ascent import monotone_em, root
 from dichroic.benchmark.baselines.fitted import Fitted, candidate_ranks
 from dichroic.learning.data import Data
 from dichroic.priors import Denoiser, gaussian
@@ -172,5 +172,5 @@ def maximise(
     curvatures, counts = _curvatures(views, fit), _counts(views)
     roots = [root(curvatures[k].information / counts[k]) for k in names] * 2
     options: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance}
-    found = ascend(evidence, begin, roots=roots, **options)
+    found = monotone_em(evidence, begin, roots=roots, **options)
     return Fit(*read(found.arrays), found.value, found.history)

@@ -38,7 +38,7 @@ from dichroic.inference.samplers import Draws, observation_keys
 from dichroic.inference.sampling import predictive_chi2
 from dichroic.io.model_files import read_tensors, write_tensors
 from dichroic.learning.data import prepare
-from dichroic.numerics.deterministic_map import LANES, chunks, lanes_width, own_lanes
+from dichroic.numerics.deterministic_map import BATCH_WIDTH, chunk_size, chunks, own_slots
 from dichroic.problem.identifiability import advice
 from dichroic.problem.observations import Observations
 from dichroic.problem.offsets import check_no_offset, prepared
@@ -57,8 +57,8 @@ BATCH = 1024
 
 
 @eqx.filter_jit
-def draw_lanes(vae: Vae, name: str, rows: Any, shared: Any, keys: Array) -> dict[str, Array]:
-    """`g(z)`, `z ~ q(z | y)`, for groups of lanes of observations."""
+def draw_batches(vae: Vae, name: str, rows: Any, shared: Any, keys: Array) -> dict[str, Array]:
+    """`g(z)`, `z ~ q(z | y)`, for batches of observations."""
     encoder = vae.encoders[name]
 
     def one(row: Observations, key: PRNGKeyArray) -> dict[str, Array]:
@@ -69,8 +69,8 @@ def draw_lanes(vae: Vae, name: str, rows: Any, shared: Any, keys: Array) -> dict
 
 
 @eqx.filter_jit
-def prior_lanes(decoder: Callable[[Array], Array], latent: int, keys: Array) -> Array:
-    """`g(z)`, `z ~ N(0, I)`, for groups of lanes of keys."""
+def prior_batches(decoder: Callable[[Array], Array], latent: int, keys: Array) -> Array:
+    """`g(z)`, `z ~ N(0, I)`, for batches of keys."""
     return jax.lax.map(jax.vmap(lambda k: decoder(jax.random.normal(k, (latent,)))), keys)
 
 
@@ -165,12 +165,12 @@ class ClvmVae:
             check_view(v, shapes)
         obs = prepared(views, {})
         _check_encoder(vae.encoders, name, obs)
-        x, key, own = [], jax.random.key(seed), own_lanes(obs.count, first_index)
+        x, key, own = [], jax.random.key(seed), own_slots(obs.count, first_index)
         for d in range(n_draws):
             parts = []
             for start, chunk, index in chunks(obs, BATCH, first_index):
                 keys = observation_keys(key, jnp.asarray(d), index)
-                parts.append(jax.tree.map(_flat, draw_lanes(vae, name, *chunk, keys)))
+                parts.append(jax.tree.map(_flat, draw_batches(vae, name, *chunk, keys)))
                 if progress:
                     progress(
                         d * obs.count + min(start + index.size, obs.count), n_draws * obs.count
@@ -187,11 +187,11 @@ class ClvmVae:
         vae, out = self._fitted(), []
         if source not in vae.decoders:
             raise DataError(f"no source {source!r}; there are {', '.join(vae.decoders)}")
-        key, width = jax.random.key(seed), lanes_width(n, BATCH)
+        key, width = jax.random.key(seed), chunk_size(n, BATCH)
         for start in range(0, n, width):
-            index = jnp.arange(start, start + width).reshape(-1, LANES)
+            index = jnp.arange(start, start + width).reshape(-1, BATCH_WIDTH)
             keys = observation_keys(key, jnp.zeros((), int), index)
-            out.append(_flat(prior_lanes(vae.decoders[source], self.settings.latent, keys)))
+            out.append(_flat(prior_batches(vae.decoders[source], self.settings.latent, keys)))
         return np.concatenate(out)[:n]
 
     def save(self, path: str | Path) -> None:

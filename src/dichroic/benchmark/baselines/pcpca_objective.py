@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dichroic.benchmark.baselines import linear_gaussian as g
-from dichroic.benchmark.baselines.ascent import ascend, root
+from dichroic.benchmark.baselines.ascent import monotone_em, root
 
 _BOX = 1e3  # the largest entry of W, in units of the foreground's root mean power
 
@@ -160,7 +160,7 @@ class Pair:
         if all(_multiple(data, self.name) is not None for data in self._sets(contrast)):
             box = (-np.inf, np.inf)
             options["roots"] = [self._root(start[0], float(np.exp(start[1]))), None]
-        found = ascend(value, start, bounds=[box, levels], **options)
+        found = monotone_em(value, start, bounds=[box, levels], **options)
         factor, noise = found.arrays[0], float(np.exp(found.arrays[1]))
         return Solution(factor, noise, found.value, bool(np.max(np.abs(factor)) < 0.99 * edge))
 

@@ -97,9 +97,11 @@ def draw_to_disk(
         shapes = {k: tuple(op.in_shape) for k, op in obs.operators.items()}
         job = Job(model, name, seed, 1, obs.count, obs.block, shapes, summaries=False)
         path = folder / f"{i}.zarr"
-        distributed.from_first(partial(_begin, path, job))
+        distributed.broadcast_from_primary(partial(_begin, path, job))
         say = partial(progress, f"E-step {name}")
-        distributed.each(partial(_fill, path, job, obs, draw[i], say))  # until all have written
+        distributed.run_on_all(
+            partial(_fill, path, job, obs, draw[i], say)
+        )  # until all have written
         for source in shapes:
             stores.setdefault(source, []).append((path, job))
     return {k: StoredDraws(k, tuple(v), memory // WINDOW, seed) for k, v in stores.items()}

@@ -38,7 +38,7 @@ def expectation(
         own = partial(
             _own_draws, current, obs, name, jax.random.fold_in(key, i), config, n_draws, clock
         )
-        for source, x in distributed.each(own).items():
+        for source, x in distributed.run_on_all(own).items():
             found.setdefault(source, []).append(obs.gathered(x, 1))
     return {source: np.concatenate(parts, axis=1) for source, parts in found.items()}
 

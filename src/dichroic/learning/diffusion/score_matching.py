@@ -150,7 +150,7 @@ def train_denoiser(
             break
         if progress:
             progress(int(steps[-1]) + 1, config.steps)
-    network = eqx.combine(*distributed.here((carry[1], frozen)))
+    network = eqx.combine(*distributed.local_copy((carry[1], frozen)))
     return eqx.tree_at(lambda d: d.network, denoiser, network), loss
 
 
@@ -186,7 +186,7 @@ def _batch(denoiser, data, key, step, config, sigma_min):
     """The examples of a step."""
     key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
     index = jax.random.randint(key_batch, (config.batch_size,), 0, data.shape[0])
-    return _examples(denoiser, distributed.shared_out(data[index]), key_noise, sigma_min)
+    return _examples(denoiser, distributed.shard_rows(data[index]), key_noise, sigma_min)
 
 
 def _update(carry, frozen, x, c_noise, wanted, step, config):

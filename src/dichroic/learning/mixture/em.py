@@ -1,7 +1,7 @@
 """Expectation-maximisation of mixtures of Gaussians seen only through noisy, incomplete mixtures.
 
 A step is an E-step (`dichroic.learning.mixture.statistics`) and an M-step (`dichroic.learning.mixture.m_step`);
-one that lowers the evidence is taken back, for a textbook step, which cannot.
+one that lowers the evidence is taken back, for a standard step, which cannot.
 
 Components are grown by splitting: each becomes two, apart along its principal axis. That converges
 far faster than a random start of all of them.
@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from dichroic.config import MixtureConfig
-from dichroic.inference.evidence import DEFAULT_MAX_TUPLES, best_tuples, log_evidence, project
+from dichroic.inference.evidence import DEFAULT_BEAM_WIDTH, best_assignments, log_evidence, project
 from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.posterior import is_large
 from dichroic.learning.mixture.low_rank_em import low_rank_iteration
 from dichroic.learning.mixture.low_rank_initialisation import initial_low_rank, mean_gain
-from dichroic.learning.mixture.m_step import MOST_MEANS, ascend, joint_shifts, maximise
+from dichroic.learning.mixture.m_step import MOST_MEANS, joint_shifts, maximise, monotone_em
 from dichroic.learning.mixture.statistics import Statistics, chunks, pairs, view_statistics
 from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics
 from dichroic.numerics.batching import split
@@ -37,12 +37,12 @@ from dichroic.runtime import distributed
 from dichroic.runtime.tracking import Clock
 
 Mixtures = dict[str, GaussianMixture]
-# Tuples (n, T, sources) of each observation; None where a view is one mixture, see
+# Assignments (n, T, sources) of each observation; None where a view is one mixture, see
 # `dichroic.learning.mixture.statistics_shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
 LEAST_UNIT = 1e-3  # of a number of a source, relative to the root mean square of all
 _EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, grass and sky 0.9 to 1
-_MOST_SHARED = 4096  # tuples of a mixture that all observations share, all of which are kept
+_MOST_SHARED = 4096  # assignments of a mixture that all observations share, all of which are kept
 
 
 def em_iteration(
@@ -53,7 +53,7 @@ def em_iteration(
     clock: Clock | None = None,
     shrinkage: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Mixtures, float]:
-    """`config.steps` EM steps of the sources `names` on the tuples that matter at the start of the iteration.
+    """`config.steps` EM steps of the sources `names` on the assignments that matter at the start of the iteration.
 
     Returns all mixtures, and the mean log evidence before the last step. `shrinkage` is the strength of the prior
     on the components of each source, in pseudo-observations (`dichroic.learning.mixture.m_step`). Sources of low
@@ -73,10 +73,10 @@ def em_iteration(
         found = views[0].total(own)
         return float(found.log_evidence), found
 
-    def update(mixtures: Mixtures, found: Statistics, textbook: bool) -> Mixtures:
-        together = found.cross and not textbook
+    def update(mixtures: Mixtures, found: Statistics, standard: bool) -> Mixtures:
+        together = found.cross and not standard
         shifts = joint_shifts(mixtures, found, free, shrinkage) if together else {}
-        step = partial(maximise, damping=1 / share, textbook=textbook)
+        step = partial(maximise, damping=1 / share, standard=standard)
 
         def new(name: str) -> GaussianMixture:
             floor = config.floor * float(mixtures[name].scale) ** 2
@@ -89,28 +89,28 @@ def em_iteration(
     pulled = any(shrinkage.get(n) and mixtures[n].log_weights.size > 1 for n in names)
     tolerance = math.inf if pulled else 1e-6
     options = {"steps": config.steps, "tolerance": tolerance, "clock": clock}
-    mixtures, value = ascend(mixtures, evaluate, update, **options)
+    mixtures, value = monotone_em(mixtures, evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)
 
 
 def choose(mixtures: Mixtures, obs: Observations, config: MixtureConfig) -> Chosen:
-    """The most probable tuples of components of each observation, `config.active_tuples` for a pair.
+    """The most probable assignments of components of each observation, `config.active_assignments` for a pair.
 
     And as many again for every further source: there are then more ways to explain an observation.
     """
     priors = {k: mixtures[k].prior() for k in obs.sources}
     if _one_mixture(priors, obs):
         return None
-    index = np.asarray(active_tuples(priors, obs, config))
+    index = np.asarray(active_assignments(priors, obs, config))
     return index.astype(np.min_scalar_type(int(index.max())))  # there may be many observations
 
 
-def active_tuples(
+def active_assignments(
     priors: dict[str, Components], obs: Observations, config: MixtureConfig
 ) -> Int[Array, "n T sources"]:
-    """The tuples that `choose` speaks of, of any view."""
+    """The assignments that `choose` speaks of, of any view."""
     pairs = max(1, sum(c.log_weights.size > 1 for c in priors.values()) - 1)
-    return _view_tuples(priors, obs, config.max_tuples, pairs * config.active_tuples)
+    return _view_assignments(priors, obs, config.beam_width, pairs * config.active_assignments)
 
 
 def statistics(
@@ -119,7 +119,7 @@ def statistics(
     chosen: Sequence[Chosen],
     together: Sequence[str] = (),
 ) -> Statistics:
-    """The E-step over all `blocks`, on the tuples `chosen` for the observations of each, in float64.
+    """The E-step over all `blocks`, on the assignments `chosen` for the observations of each, in float64.
 
     With the sums that couple the sources that are learned `together`.
     """
@@ -138,11 +138,11 @@ def statistics(
 
 
 def mean_log_evidence(
-    mixtures: Mixtures, views: Sequence[ObservationBatches], *, max_tuples: int = DEFAULT_MAX_TUPLES
+    mixtures: Mixtures, views: Sequence[ObservationBatches], *, beam_width: int = DEFAULT_BEAM_WIDTH
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
     own = lambda: sum(
-        float(log_evidences(mixtures, o, max_tuples=max_tuples).sum()) for o in every_block(views)
+        float(log_evidences(mixtures, o, beam_width=beam_width).sum()) for o in every_block(views)
     )
     return views[0].total(own) / sum(obs.count for obs in views)
 
@@ -152,7 +152,7 @@ def gain_in_evidence(
     new: Mixtures,
     views: Sequence[ObservationBatches],
     *,
-    max_tuples: int = DEFAULT_MAX_TUPLES,
+    beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> tuple[float, float]:
     """The mean of `log p(y)` by `new` mixtures less that by the `old`, and its standard error.
 
@@ -160,7 +160,7 @@ def gain_in_evidence(
     """
 
     def own() -> np.ndarray:
-        of = lambda mixtures, obs: log_evidences(mixtures, obs, max_tuples=max_tuples)
+        of = lambda mixtures, obs: log_evidences(mixtures, obs, beam_width=beam_width)
         gains = [of(new, obs) - of(old, obs) for obs in every_block(views)]
         return sum((np.array([g.sum(), (g**2).sum()]) for g in gains), np.zeros(2))
 
@@ -170,7 +170,7 @@ def gain_in_evidence(
 
 
 def log_evidences(
-    mixtures: Mixtures, obs: Observations, *, max_tuples: int = DEFAULT_MAX_TUPLES
+    mixtures: Mixtures, obs: Observations, *, beam_width: int = DEFAULT_BEAM_WIDTH
 ) -> np.ndarray:
     """`log p(y)` of each observation, `(n,)`."""
     if is_low_rank(mixtures, obs):
@@ -178,7 +178,7 @@ def log_evidences(
     priors = {k: mixtures[k].prior() for k in obs.sources}
     if _one_mixture(priors, obs):
         return shared_log_evidence(priors, obs)
-    return np.asarray(_view_log_evidence(priors, obs, max_tuples), np.float64)
+    return np.asarray(_view_log_evidence(priors, obs, beam_width), np.float64)
 
 
 def is_low_rank(mixtures: Mixtures, obs: ObservationBatches) -> bool:
@@ -196,30 +196,32 @@ def _count(priors: dict[str, Components]) -> int:
 
 
 @eqx.filter_jit
-def _view_tuples(priors, obs, max_tuples, active) -> Int[Array, "n T sources"]:
+def _view_assignments(priors, obs, beam_width, active) -> Int[Array, "n T sources"]:
     rows, shared = split(obs)
 
     def one(row: Observations) -> Array:
         y, matrices, cov_noise, seen = eqx.combine(row, shared).parts()
         views = [project(priors[k], a, seen) for k, a in matrices.items()]
-        return best_tuples(y, views, cov_noise, count=active, max_tuples=max_tuples)
+        return best_assignments(y, views, cov_noise, count=active, beam_width=beam_width)
 
-    return _of_each(one, rows, min(_count(priors), max_tuples) * obs.size**2)
+    return _map_observations(one, rows, min(_count(priors), beam_width) * obs.size**2)
 
 
 @eqx.filter_jit
-def _view_log_evidence(priors, obs, max_tuples) -> Float[Array, " n"]:
+def _view_log_evidence(priors, obs, beam_width) -> Float[Array, " n"]:
     rows, shared = split(obs)
 
     def one(row: Observations) -> Array:
         y, matrices, cov_noise, seen = eqx.combine(row, shared).parts()
         sources, a = [priors[k] for k in matrices], list(matrices.values())
-        return log_evidence(y, a, cov_noise, sources, seen=seen, max_tuples=max_tuples)
+        return log_evidence(y, a, cov_noise, sources, seen=seen, beam_width=beam_width)
 
-    return _of_each(one, rows, min(_count(priors), max_tuples) * obs.size**2)
+    return _map_observations(one, rows, min(_count(priors), beam_width) * obs.size**2)
 
 
-def _of_each(function: Callable[[Observations], Array], rows: Observations, numbers: int) -> Array:
+def _map_observations(
+    function: Callable[[Observations], Array], rows: Observations, numbers: int
+) -> Array:
     """`function` of each of the observations `rows`, as many at once as memory allows."""
 
     def found(rows: Observations) -> Array:

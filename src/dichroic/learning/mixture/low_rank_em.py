@@ -2,8 +2,9 @@
 
 The likelihood is that of `dichroic.inference.low_rank`.
 
-The missing data are the components, the latents `z` and, in the textbook step, the sources. With `z̄ = (1, z)` its
-M-step regresses one source on its latents, over all observations and tuples in which component `k` takes part,
+The missing data are the components, the latents `z` and, in the standard step, the sources. With `z̄ = (1, z)` its
+M-step regresses one source on its latents, over all observations and assignments in which component `k` takes
+part,
 
     (μ_k, B_k) = (Σ r E[x z̄ᵀ]) (Σ r E[z̄ z̄ᵀ])⁻¹,   τ = Σ r E‖x − μ_k − B_k z‖² / (n D),
 
@@ -14,9 +15,9 @@ Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall e
 
     E = Σ r E[z̄ z̄ᵀ],   Y = Σ r y z̄ᵀ,   Σ r E[e z̄ᵀ] = Y − X E,   Σ r E‖Aᵀ B⁻¹ e‖²,
 
-over pairs of components that are in a tuple together. No matrix of D × D numbers is formed.
+over pairs of components that are in an assignment together. No matrix of D × D numbers is formed.
 
-In terms of these sums the textbook step is `(μ_k, B_k) ← (μ_k, U_k) + τ G_k (Σ r E[z̄ z̄ᵀ])⁻¹` with the force
+In terms of these sums the standard step is `(μ_k, B_k) ← (μ_k, U_k) + τ G_k (Σ r E[z̄ z̄ᵀ])⁻¹` with the force
 `G_k = Σ r Aᵀ B⁻¹ E[e z̄ᵀ]`: it stands still where `τ` is far below the noise. The step taken first has the
 observations in place of the source as what the latents explain, `1 / h` in place of `τ`, with the mean `h` over
 observations of a diagonal bound of `Aᵀ B⁻¹ A` (itself for diagonal operators, 0 where an entry is missing).
@@ -34,10 +35,10 @@ import numpy as np
 
 from dichroic.config import MixtureConfig
 from dichroic.inference.low_rank import moments
-from dichroic.inference.low_rank_background import Backgrounds, every_tuple
+from dichroic.inference.low_rank_background import Backgrounds, every_assignment
 from dichroic.inference.matrix_free import OperatorCache
-from dichroic.learning.mixture.low_rank_statistics import Totals, sums_behind
-from dichroic.learning.mixture.m_step import ascend, maximise
+from dichroic.learning.mixture.low_rank_statistics import Totals, background_statistics
+from dichroic.learning.mixture.m_step import maximise, monotone_em
 from dichroic.learning.mixture.statistics import SufficientStatistics, merged
 from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import (
@@ -49,11 +50,9 @@ from dichroic.problem.observations import (
 )
 from dichroic.runtime.tracking import Clock
 
-_FEW = (
-    4  # tuples, or observations: for them components are picked only beyond, or only up to, as many
-)
-_NOTED = 2**27  # tuples of all observations, of which it is noted whether they are likely
-_RENEWED = 5  # steps after which all tuples are looked at again
+_FEW = 4  # assignments, or observations: for them components are picked only beyond, or only up to, as many
+_NOTED = 2**27  # assignments of all observations, of which it is noted whether they are likely
+_RENEWED = 5  # steps after which all assignments are looked at again
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
@@ -85,13 +84,13 @@ def low_rank_iteration(
 ) -> tuple[dict[str, GaussianMixture], float]:
     """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last.
 
-    Tuples of components that a step finds negligible for an observation are left out for it in the few after.
+    Assignments of components that a step finds negligible for an observation are left out for it in the few after.
     """
 
     share = max(len(set(names) & set(obs.sources)) for obs in views)
 
-    def update(mixtures, found, textbook: bool) -> dict[str, GaussianMixture]:
-        options = {"least": config.floor, "damping": 1 / share, "textbook": textbook}
+    def update(mixtures, found, standard: bool) -> dict[str, GaussianMixture]:
+        options = {"least": config.floor, "damping": 1 / share, "standard": standard}
         step = lambda m: _maximise_stationary if m.stationary else maximise_low_rank
         new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
         return {**mixtures, **{n: new(n) for n in names}}
@@ -101,7 +100,7 @@ def low_rank_iteration(
     def of_block(mixtures, i: int, obs: Observations) -> tuple[float, dict[str, AnySums]]:
         if i not in near:
             room = _NOTED - sum(a.size for a in near.values() if a is not None)
-            near[i] = every_tuple(mixtures, obs, room)
+            near[i] = every_assignment(mixtures, obs, room)
         return low_rank_statistics(mixtures, obs, names, near[i])
 
     def own(mixtures: Mapping[str, GaussianMixture]) -> tuple[float, dict[str, AnySums]]:
@@ -113,7 +112,7 @@ def low_rank_iteration(
         return views[0].total(partial(own, mixtures))
 
     options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
-    mixtures, value = ascend(dict(mixtures), evaluate, update, **options)
+    mixtures, value = monotone_em(dict(mixtures), evaluate, update, **options)
     return mixtures, value / sum(obs.count for obs in views)
 
 
@@ -125,8 +124,8 @@ def low_rank_statistics(
 ) -> tuple[float, dict[str, AnySums]]:
     """`Σ_i log p(y_i)`, and the sums of every source that the view sees, or of those among `names`.
 
-    `near` `(J, T, n)` says which tuples observations that are alike may be of, before which backgrounds; it is
-    narrowed to those that are not negligible.
+    `near` `(J, T, n)` says which assignments observations that are alike may be of, before which backgrounds; it
+    is narrowed to those that are not negligible.
     """
     names = obs.sources if names is None else names
     if is_shared(obs):
@@ -143,8 +142,8 @@ def _statistics_of_few(
     common: OperatorCache,
 ) -> tuple[float, dict[str, AnySums]]:
     """The same of observations alike, if they are few by the components alone that they may be of."""
-    tuples = math.prod(mixtures[k].log_weights.size for k in obs.sources)
-    if obs.count > _FEW or tuples < _FEW:
+    assignments = math.prod(mixtures[k].log_weights.size for k in obs.sources)
+    if obs.count > _FEW or assignments < _FEW:
         return _shared_statistics(mixtures, obs, names, common)
     kept = Backgrounds(mixtures, obs, common).likely(obs)
     picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
@@ -197,7 +196,7 @@ def _shared_statistics(
 
 def _sums_of(mixtures: Mapping[str, GaussianMixture], totals: Totals) -> dict[str, AnySums]:
     """The sums of every source before one background."""
-    view, inner = totals.view, totals.tuples + totals.uncertain
+    view, inner = totals.view, totals.assignments + totals.uncertain
     found: dict[str, AnySums] = {}
     for name, square in totals.squares.items():
         back = view.parts[name].back
@@ -209,7 +208,7 @@ def _sums_of(mixtures: Mapping[str, GaussianMixture], totals: Totals) -> dict[st
         count = float(totals.count.sum())
         found[name] = _sums(view, name, mixtures[name], own, left, norm, lost, count)
     behind = [k for k in totals.background.parts if k in totals.names]
-    return found | {k: sums_behind(k, mixtures[k], totals) for k in behind}
+    return found | {k: background_statistics(k, mixtures[k], totals) for k in behind}
 
 
 def _sums(view, name, mixture, own, left, norm, lost, count) -> LatentSums:
@@ -232,12 +231,12 @@ def maximise_low_rank(
     *,
     least: float,
     damping: float = 1.0,
-    textbook: bool = False,
+    standard: bool = False,
 ) -> GaussianMixture:
     """The M-step of one source; `least` is the smallest floor, relative to the source's variance.
 
     The floor is by the fixed point of `dichroic.learning.mixture.em`, `τ ← τ scatter / information`, which does
-    not stall where it should be 0, or by the formula above (`textbook`), with which no step lowers the evidence.
+    not stall where it should be 0, or by the formula above (`standard`), with which no step lowers the evidence.
     Components with next to no observations left stay as they are, with their small weight.
     """
     n = sums.inner[:, 0, 0]
@@ -245,7 +244,7 @@ def maximise_low_rank(
     columns, floor = moments(mixture)
     new, spread = columns.copy(), sums.square
     bound = np.where(sums.bound > 0, sums.bound, np.inf) / sums.count
-    gain = floor if textbook else (damping / bound)[:, None]
+    gain = floor if standard else (damping / bound)[:, None]
     for k in np.flatnonzero(alive):
         inner = sums.inner[k] + 1e-9 * np.trace(sums.inner[k]) * np.eye(len(sums.inner[k]))
         cross = columns[k] @ sums.inner[k] + floor * sums.force[k]
@@ -257,7 +256,7 @@ def maximise_low_rank(
         new[k, :, 0] = fit[:, 0] + fit[:, 1:] @ mean
         new[k, :, 1:] = fit[:, 1:] @ (vectors * np.sqrt(np.maximum(values, 0)))
     ratio = sums.scatter / sums.information
-    floor = spread / (sums.count * mixture.dim) if textbook else floor * ratio
+    floor = spread / (sums.count * mixture.dim) if standard else floor * ratio
     floor = max(floor, least * float(mixture.scale) ** 2)
     return from_columns(np.maximum(n, 1e-6 * n.sum()), new, floor, mixture.shape)
 
@@ -268,10 +267,10 @@ def _maximise_stationary(
     *,
     least: float,
     damping: float,
-    textbook: bool = False,
+    standard: bool = False,
 ) -> GaussianMixture:
     floor = least * float(mixture.scale) ** 2
-    return maximise(mixture, sums, floor=floor, textbook=textbook)
+    return maximise(mixture, sums, floor=floor, standard=standard)
 
 
 def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) -> GaussianMixture:

@@ -22,8 +22,8 @@ class Totals:
         view = self.view = background.view
         self.background, self.names = background, names
         self.squares = {k: 0.0 for k in view.parts if k in names}
-        self.count = np.zeros(len(view.tuples))
-        self.tuples = np.zeros((*view.where.shape, view.where.shape[1]))
+        self.count = np.zeros(len(view.assignments))
+        self.assignments = np.zeros((*view.where.shape, view.where.shape[1]))
         self.outer = np.zeros(view.columns.shape)
         self.y, self.latents = np.zeros(view.size), np.zeros(view.columns.shape[1])
         behind = any(k in names for k in background.parts)
@@ -38,7 +38,7 @@ class Totals:
             rows = r[:, t] > 0
             latents = given.latents[t, rows]
             weighted = r[rows, t, None] * latents
-            self.tuples[t] += latents.T @ weighted
+            self.assignments[t] += latents.T @ weighted
             columns[np.ix_(rows, self.view.where[t])] += weighted
         self.count += r.sum(axis=0)
         self.latents += columns.sum(axis=0)
@@ -61,11 +61,13 @@ class Totals:
 
     @cached_property
     def uncertain(self) -> np.ndarray:
-        """`Σ r V[z̄]` of each tuple."""
+        """`Σ r V[z̄]` of each assignment."""
         return self.count[:, None, None] * self.view.covariance
 
 
-def sums_behind(name: str, mixture: GaussianMixture, totals: Totals) -> SufficientStatistics:
+def background_statistics(
+    name: str, mixture: GaussianMixture, totals: Totals
+) -> SufficientStatistics:
     """Those of the component of a source that is in the background of `totals`; others have none."""
     part, view = totals.background.parts[name], totals.view
     assert totals.square is not None
@@ -73,7 +75,7 @@ def sums_behind(name: str, mixture: GaussianMixture, totals: Totals) -> Sufficie
     j, n = totals.background.index[name], float(totals.count.sum())
     head = lambda columns: part.back(view.base.solve(columns))
     x, xy = part.back(view.solved), part.back(totals.solved)  # H X, H Σ r y z̄ᵀ
-    along = (xy - 0.5 * view.times(x, totals.tuples)) @ x.T
+    along = (xy - 0.5 * view.times(x, totals.assignments)) @ x.T
     found = SufficientStatistics(
         np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d)), np.zeros((k, d, d))
     )

@@ -1,7 +1,7 @@
 """The M-step of mixtures: the next means, covariances and weights from the sums of the E-step.
 
 With, per component and over its share of the observations, `g = E[u]`, `S = E[u uᵀ]` and `W = E[Aᵀ C_y⁻¹ A]`,
-textbook EM, with the source itself as missing data, is (Xu and Jordan, Neural Computation 8, 1996)
+standard EM, with the source itself as missing data, is (Xu and Jordan, Neural Computation 8, 1996)
 
     μ ← μ + C g,   C ← C + C (S − g gᵀ − W) C.
 
@@ -11,7 +11,7 @@ S = W), is the same for complete data (W = C⁻¹), and does not stall: with `C 
 
     μ ← μ + L X⁻¹ L g,   C ← L X^{-½} (L (S − g gᵀ) L + ε) X^{-½} L.
 
-The first is exact given C (the tuple alone is missing data); the second is the fixed-point iteration for
+The first is exact given C (the assignment alone is missing data); the second is the fixed-point iteration for
 variance components (Anderson, Annals of Statistics 1, 1973), where a c that should be 0 falls as
 σ² / steps. `ε` keeps what no observation sees.
 
@@ -49,9 +49,9 @@ from dichroic.runtime.tracking import Clock, warn
 
 Found = TypeVar("Found")
 Result = TypeVar("Result")
-# What is counted in an iteration: steps whose numbers were not finite, for which a textbook step was taken; and
+# What is counted in an iteration: steps whose numbers were not finite, for which a standard step was taken; and
 # those for which that was no better.
-UNDONE, LOST = "steps_undone", "steps_lost"
+REJECTED, FAILED = "rejected_steps", "failed_steps"
 MOST_MEANS = 2048  # numbers in the means of all sources, up to which they are solved for together
 _UNSEEN = 1e-7  # ε: the information about a component that counts as none
 _ROUNDING = 1e-6  # of the information, in sums of single precision
@@ -59,7 +59,7 @@ _ALIVE = 1e-2  # observations, below which a component stays as it is
 _OF_MEANS = 0.3  # κ / ν
 
 
-def ascend(
+def monotone_em(
     mixtures: dict[str, GaussianMixture],
     evaluate: Callable[[dict[str, GaussianMixture]], tuple[float, Found]],
     update: Callable[[dict[str, GaussianMixture], Found, bool], dict[str, GaussianMixture]],
@@ -72,36 +72,36 @@ def ascend(
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
     the evidence, by more than a part `tolerance` of it, or gives numbers that are not finite, is taken back for
-    a textbook step. Where that gives none either, it ends with the last mixtures whose evidence is finite, and
-    `clock` counts a step that was `LOST`.
+    a standard step. Where that gives none either, it ends with the last mixtures whose evidence is finite, and
+    `clock` counts a step that was `FAILED`.
     """
-    known, textbook, clock = None, False, clock or Clock()
+    known, standard, clock = None, False, clock or Clock()
     for _ in range(steps):
         with clock.during("e_step"):
             evidence, found = _finite_or_not(partial(evaluate, mixtures)) or (math.nan, None)
         least = -math.inf
-        if known is not None and not textbook and math.isfinite(tolerance):
+        if known is not None and not standard and math.isfinite(tolerance):
             least = known[1] - tolerance * abs(known[1])
         if math.isfinite(evidence) and evidence >= least:
-            known, textbook = (mixtures, evidence, found), False
-        elif known is None or textbook:
+            known, standard = (mixtures, evidence, found), False
+        elif known is None or standard:
             break
         else:
-            textbook = True
+            standard = True
             if not math.isfinite(evidence):
-                clock.count(UNDONE)
+                clock.count(REJECTED)
         with clock.during("m_step"):
-            new = _finite_or_not(partial(update, known[0], known[2], textbook))
-            if new is None and not textbook:
-                clock.count(UNDONE)
-                textbook, new = True, _finite_or_not(partial(update, known[0], known[2], True))
+            new = _finite_or_not(partial(update, known[0], known[2], standard))
+            if new is None and not standard:
+                clock.count(REJECTED)
+                standard, new = True, _finite_or_not(partial(update, known[0], known[2], True))
         if new is None:
             break
         mixtures = new
     else:
         return mixtures, known[1] if known else math.nan
-    clock.count(LOST)
-    what = "an EM step and a textbook step give" if known else "the evidence of mixtures has"
+    clock.count(FAILED)
+    what = "an EM step and a standard step give" if known else "the evidence of mixtures has"
     warn(f"{what} numbers that are not finite: mixtures stay as they were")
     return known[:2] if known else (mixtures, math.nan)
 
@@ -159,9 +159,9 @@ def maximise(
     shrinkage: float = 0.0,
     shift: np.ndarray | None = None,
     damping: float = 1.0,
-    textbook: bool = False,
+    standard: bool = False,
 ) -> GaussianMixture:
-    """The M-step of one source, in float64: see the formulas above; `textbook` picks the first pair.
+    """The M-step of one source, in float64: see the formulas above; `standard` picks the first pair.
 
     Eigenvalues are kept above `floor`; `shrinkage` is the strength of the prior. `shift` is the step of the means
     where that is known from `joint_shifts`; `damping` scales it where it is not, for several sources that are seen
@@ -178,11 +178,11 @@ def maximise(
     g, pull, s, w = g[..., None] / share, pull[..., None] / share, s / share, w / share
     pooled = np.einsum("k,kij->ij", n / n.sum(), cov)
     if mixture.stationary:
-        options: Any = {"floor": floor, "damping": damping, "textbook": textbook}
+        options: Any = {"floor": floor, "damping": damping, "standard": standard}
         moved, new = stationary_step(mixture, g[..., 0], s, w, **options)
         delta = (moved - mean)[..., None]
-    elif textbook:
-        delta, new = _textbook_step(cov, g, s, w, pull, stiffness)
+    elif standard:
+        delta, new = _standard_step(cov, g, s, w, pull, stiffness)
     else:
         part = damping if shift is None else 1.0
         toward = part * (g + pull)
@@ -190,7 +190,7 @@ def maximise(
         change = toward - stiffness @ delta  # of the force that observations have on the means
         still = s - change @ _t(g) - g @ _t(change) + change @ _t(change)
         new = _covariance_step(cov, still, w, shrinkage / share, pooled)
-    if textbook or mixture.stationary:
+    if standard or mixture.stationary:
         weight = shrinkage / (shrinkage + share)
         new = (1 - weight) * new + weight * np.einsum("k,kij->ij", n / n.sum(), new)
     if not mixture.stationary:  # of which spectra are above it
@@ -205,7 +205,7 @@ def maximise(
     )
 
 
-def _textbook_step(c, g, s, w, pull, stiffness):
+def _standard_step(c, g, s, w, pull, stiffness):
     moved = c @ g
     delta = np.linalg.solve(np.eye(c.shape[-1]) + c @ stiffness, moved + c @ pull)
     return delta, c + c @ (s - w) @ c - moved @ _t(delta) - delta @ _t(moved) + delta @ _t(delta)

@@ -8,8 +8,8 @@ Their numbers θ are raised on the evidence itself, with the priors held fixed, 
 where the expectation, over observations that the model itself would give, is taken by drawing one anew for
 each. (With the s_i themselves in F, steps far from the maximum are tiny.) The errors are those of White
 (Econometrica 50, 1982), which hold for a model that is only nearly right. The evidence is the sum over
-the tuples of components that matter (`dichroic.inference.evidence`), and never falls: a step that would lower it
-is tried again, smaller.
+the assignments of components that matter (`dichroic.inference.evidence`), and never falls: a step that would lower
+it is tried again, smaller.
 """
 
 import itertools
@@ -25,8 +25,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from dichroic.config import MixtureConfig
-from dichroic.inference.evidence import project, simulate, tuple_log_evidence
-from dichroic.learning.mixture.em import active_tuples
+from dichroic.inference.evidence import assignment_log_evidence, project, simulate
+from dichroic.learning.mixture.em import active_assignments
 from dichroic.learning.mixture.statistics import chunks
 from dichroic.numerics.batching import split
 from dichroic.numerics.finite import finite
@@ -63,7 +63,7 @@ def operator_iteration(
     own = lambda obs: {k: priors[k] for k in obs.sources}
     seeing = [obs for obs in views if parameters(obs.operators)]
     blocks = lambda: itertools.chain.from_iterable(map(numbered, seeing))
-    chosen = [active_tuples(own(obs), obs, config) for _, obs in blocks()]
+    chosen = [active_assignments(own(obs), obs, config) for _, obs in blocks()]
 
     def scores(values: Parameters) -> Scores:
         work = zip(blocks(), chosen, strict=True)
@@ -109,7 +109,7 @@ def _inverse(information: np.ndarray) -> np.ndarray:
 def observation_scores(
     priors, obs: Observations, chosen, values: Parameters, first: Int[Array, ""]
 ) -> Scores:
-    """Evidence and scores of `obs` on the tuples `chosen`, with its operators at `values`.
+    """Evidence and scores of `obs` on the assignments `chosen`, with its operators at `values`.
 
     `first` is the number of the first observation, from which random numbers come.
     """
@@ -124,7 +124,7 @@ def observation_scores(
         return y, [project(priors[k], a, seen) for k, a in matrices.items()], cov_noise
 
     def evidence(theta, row: Observations, index) -> Array:
-        return tuple_log_evidence(*system(theta, row), index)
+        return assignment_log_evidence(*system(theta, row), index)
 
     def one(row, index):
         row, key = row

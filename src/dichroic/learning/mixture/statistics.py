@@ -1,8 +1,8 @@
 """The E-step of mixtures: what observations say of the components of every source, in sums.
 
-With the probability `r` of each tuple of components, `P = C_y⁻¹` and `v = P (y − m)`, learning needs the sums over
-tuples and observations of `r`, `r Aᵀv`, `r Aᵀv vᵀA` and `r AᵀPA` for every component; and, where several sources
-are learned at once, of `r A_aᵀ P A_b` for every pair of components of two sources.
+With the probability `r` of each assignment of components, `P = C_y⁻¹` and `v = P (y − m)`, learning needs the sums
+over assignments and observations of `r`, `r Aᵀv`, `r Aᵀv vᵀA` and `r AᵀPA` for every component; and, where several
+sources are learned at once, of `r A_aᵀ P A_b` for every pair of components of two sources.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dichroic.inference.evidence import project, tuple_posterior
+from dichroic.inference.evidence import assignment_posterior, project
 from dichroic.numerics.batching import row_counts, split
 from dichroic.priors.components import Components
 from dichroic.problem.observations import Observations
@@ -76,7 +76,7 @@ def view_statistics(
     chosen: Int[Array, "n T sources"],
     coupled: tuple[Pair, ...] = (),
 ) -> Statistics:
-    """The sums of `obs` over the tuples `chosen`, and of the pairs of sources `coupled`.
+    """The sums of `obs` over the assignments `chosen`, and of the pairs of sources `coupled`.
 
     Where operators are shared, sums are taken back to the sources once, not per observation.
     """
@@ -88,7 +88,7 @@ def view_statistics(
     def one(row: Observations, index: Array) -> Statistics:
         y, matrices, cov_noise, seen = eqx.combine(row, rest).parts()
         views = [project(priors[k], a, seen) for k, a in matrices.items()]
-        value, r, z, root = tuple_posterior(y, views, cov_noise, index)
+        value, r, z, root = assignment_posterior(y, views, cov_noise, index)
         root = root * seen
         heads = {k: root if shared else jnp.tensordot(root, a, 1) for k, a in matrices.items()}
         forces = {k: _contract(h, z[..., None])[..., 0] for k, h in heads.items()}
@@ -155,7 +155,7 @@ def _terms(r: Array, u: Array, head: Array) -> SufficientStatistics:
 
 
 def _contract(a: Float[Array, "T obs d"], b: Float[Array, "T obs e"]) -> Float[Array, "T d e"]:
-    """`aᵀ b` of every tuple, as a sum that XLA fuses: it is slow at many small products."""
+    """`aᵀ b` of every assignment, as a sum that XLA fuses: it is slow at many small products."""
     if a.shape[1] > _FUSED:
         return jnp.swapaxes(a, 1, 2) @ b
     return sum((a[:, m, :, None] * b[:, m, None, :] for m in range(a.shape[1])), jnp.zeros(()))

@@ -1,12 +1,12 @@
 """The E-step where all observations of a view have the same operators and noise.
 
-Then the view is one mixture in observation space, with a component per tuple `t` of the sources'
+Then the view is one mixture in observation space, with a component per assignment `t` of the sources'
 components: means `m_t = Σ_β A_β μ_kβ` and covariances `C_t = Σ + Σ_β A_β C_kβ A_βᵀ = L_t L_tᵀ`, factorised
 once for all observations, in float64. With `z = L_t⁻¹ (y − m_t)` and the responsibilities `r_t`,
 
     Σ r = Σ_i r_t,   Σ r v = L_t⁻ᵀ Σ_i r_t z,   Σ r v vᵀ = L_t⁻ᵀ (Σ_i r_t z zᵀ) L_t⁻¹,   Σ r P = Σ_i r_t C_t⁻¹,
 
-and a component of one source has the sums over the tuples it is in, taken back by `A_βᵀ`.
+and a component of one source has the sums over the assignments it is in, taken back by `A_βᵀ`.
 """
 
 from collections.abc import Sequence
@@ -93,14 +93,14 @@ class _View:
             y = seen * obs.y[np.minimum(index, obs.count - 1)]
             yield y, weight, root, shift, constant
 
-    def collect(self, over_tuples: Tree, *names: str) -> Tree:
-        """Sums over the tuples of each component of a source, or of each pair of two."""
+    def collect(self, over_assignments: Tree, *names: str) -> Tree:
+        """Sums over the assignments of each component of a source, or of each pair of two."""
         own = [list(self.matrices).index(name) for name in names]
         others = tuple(i for i in range(len(self.sizes)) if i not in own)
         fold = lambda a: a.reshape(*self.sizes, *a.shape[1:]).sum(axis=others)
         order = np.argsort(np.argsort(own))  # kept axes are in the order of the sources
         sort = lambda a: np.moveaxis(a, order, range(len(own)))
-        return jax.tree.map(lambda a: sort(fold(a)), over_tuples)
+        return jax.tree.map(lambda a: sort(fold(a)), over_assignments)
 
 
 def _sandwich(a: np.ndarray, c: Components) -> np.ndarray:

@@ -32,7 +32,7 @@ from dichroic.learning.mixture.em import (
     mean_log_evidence,
     split_components,
 )
-from dichroic.learning.mixture.m_step import LOST
+from dichroic.learning.mixture.m_step import FAILED
 from dichroic.learning.phases.base import Context, Order, ended, learn_operators
 from dichroic.learning.safeguards import no_prior
 from dichroic.learning.scoring import scores
@@ -96,7 +96,7 @@ class MixtureEM:
         clock.progress(f"{label}: {size} components", state.iteration + 1, count)
         state = replace(state, current=current, operators=operators, shrinkage=shrinkage)
         state = replace(state, iteration=state.iteration + 1)
-        lost = LOST in clock.metrics  # further iterations of this size would be no better
+        lost = FAILED in clock.metrics  # further iterations of this size would be no better
         if state.iteration < count and not lost:
             return state, metrics
         state, more = self._after_size(state, data.at(operators), context, evidence, lost)
@@ -185,12 +185,12 @@ def _begun(current: Denoisers, group: _Group, data: Data, config: MixtureConfig)
 
 def _compared(state: State, group: _Group, config: MixtureConfig) -> tuple[float, bool]:
     """The held-out evidence of the current mixtures, and whether they take the place of the best before."""
-    score = mean_log_evidence(state.current, group.test, max_tuples=config.max_tuples)
+    score = mean_log_evidence(state.current, group.test, beam_width=config.beam_width)
     if components(state.current, group) == 1 or without_units(state.operators):
         return score, score > state.score  # false for NaN
     pulled = group.of_full_rank(state.current) and state.shrinkage[group.names[0]] > 0
     gain, error = gain_in_evidence(
-        state.best, state.current, group.test, max_tuples=config.max_tuples
+        state.best, state.current, group.test, beam_width=config.beam_width
     )
     if pulled:
         return score, gain > -error and score > state.score - 2 * error
@@ -210,7 +210,7 @@ def _with_less_shrinkage(state: State, group: _Group, context: Context) -> State
         lower = {**kept, **dict.fromkeys(names, SHRINKAGE[place + 1])}
         trial, _ = em_iteration(current, group.train, names, c, context.clock, lower)
         with context.clock.during("scoring"):
-            gain, error = gain_in_evidence(current, trial, group.test, max_tuples=c.max_tuples)
+            gain, error = gain_in_evidence(current, trial, group.test, beam_width=c.beam_width)
         if not gain > SURE * error + (0.0 if place else CLEAR):
             break
         current, kept = trial, lower

@@ -22,7 +22,7 @@ class JointRefinement:
         """Some EM steps; after the last of them, the comparison with what was before."""
         config, clock = context.config, context.clock
         names = [n for group in data.order for n in group]
-        evaluate = partial(mean_log_evidence, max_tuples=config.mixture.max_tuples)
+        evaluate = partial(mean_log_evidence, beam_width=config.mixture.beam_width)
         with clock.during("scoring"):
             score = evaluate(state.current, data.test) if state.iteration == 0 else state.score
         current, evidence = em_iteration(

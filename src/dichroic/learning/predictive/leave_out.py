@@ -24,7 +24,7 @@ from dichroic.learning.mixture.em import log_evidences
 from dichroic.learning.predictive.linear_predictor import BLOCK
 from dichroic.learning.predictive.residuals import LeftOut
 from dichroic.numerics.batching import take
-from dichroic.numerics.deterministic_map import of_each
+from dichroic.numerics.deterministic_map import map_observations
 from dichroic.numerics.finite import finite
 from dichroic.operators.noise import Masked, observed_entries
 from dichroic.priors import Denoiser, GaussianMixture
@@ -103,7 +103,7 @@ def predict(
 
 def noise_deviations(obs: Observations) -> np.ndarray:
     """The standard deviation of the noise of each entry, `(n, M)`."""
-    return of_each(_deviations, obs, {_KEY: np.zeros(obs.count)}).astype(np.float64)
+    return map_observations(_deviations, obs, {_KEY: np.zeros(obs.count)}).astype(np.float64)
 
 
 def _deviations(row: Observations, _: dict[str, Array]) -> Array:
@@ -126,7 +126,7 @@ def _log_density(
         return np.full(whole.count, np.nan)
     alike = _without(whole, np.zeros(whole.size, bool))  # of the type of the other: one program
     both = [
-        log_evidences(mixtures, obs, max_tuples=config.mixture.max_tuples)
+        log_evidences(mixtures, obs, beam_width=config.mixture.beam_width)
         for obs in (alike, masked)
     ]
     left = seen_of(whole).sum(axis=1) - seen_of(masked).sum(axis=1)
@@ -136,7 +136,7 @@ def _log_density(
 def _completed(masked: Observations, x: dict[str, np.ndarray], key: PRNGKeyArray) -> np.ndarray:
     """Whole observations `(n, M)`, drawn given sources `x` and the entries that are not masked."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(masked.count))
-    return of_each(_complete, masked, {**x, _KEY: np.asarray(jax.random.key_data(keys))})
+    return map_observations(_complete, masked, {**x, _KEY: np.asarray(jax.random.key_data(keys))})
 
 
 def _complete(row: Observations, x: dict[str, Array]) -> Array:

@@ -1,10 +1,12 @@
-"""EM steps behind stationary sources, over all tuples of components and over those that are likely.
+"""EM steps behind stationary sources, over all assignments of components and over those that are likely.
 
 Images of a field whose contrast varies tenfold, as a mixture of stationary Gaussians, and of one of several kinds
-of low rank, in one view with noise of 0.05: `--backgrounds` × `--components` tuples. Seconds of a step, how many
-tuples it looks at for each observation, and the largest difference of a sum, relative to the largest such sum.
+of low rank, in one view with noise of 0.05: `--backgrounds` × `--components` assignments. Seconds of a step, how
+many assignments it looks at for each observation, and the largest difference of a sum, relative to the largest
+such sum.
 
-Run: python benchmarks/likely_tuples.py [--side 28] [--backgrounds 8] [--components 8] [--rank 64] [--count 8000]
+Run: python benchmarks/likely_assignments.py [--side 28] [--backgrounds 8] [--components 8]
+         [--rank 64] [--count 8000]
 """
 
 import argparse
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 
 from dichroic import View
-from dichroic.inference.low_rank_background import every_tuple
+from dichroic.inference.low_rank_background import every_assignment
 from dichroic.inference.samplers import sample_prior
 from dichroic.learning.mixture.low_rank_em import from_columns, low_rank_statistics
 from dichroic.operators import Identity
@@ -51,11 +53,11 @@ def main() -> None:
     x = {k: draw(m, i) for i, (k, m) in enumerate(mixtures.items())}
     y = sum(x.values()) + NOISE * np.random.default_rng(1).normal(size=x["field"].shape)
     obs = View(y, {k: Identity(m.shape) for k, m in mixtures.items()}, NOISE).prepare()
-    near = every_tuple(mixtures, obs, 2**30)
+    near = every_assignment(mixtures, obs, 2**30)
     assert near is not None
     low_rank_statistics(mixtures, obs, near=near)  # which also compiles
     rows, found = [], {}
-    for name, which in (("all tuples", None), ("likely tuples", near)):
+    for name, which in (("all assignments", None), ("likely assignments", near)):
         began = time.perf_counter()
         _, found[name] = low_rank_statistics(mixtures, obs, near=which)
         seconds = time.perf_counter() - began
@@ -63,7 +65,7 @@ def main() -> None:
         rows.append([name, f"{seconds:.2f}", f"{number:.1f}"])
     pairs = zip(*map(jax.tree.leaves, found.values()), strict=True)
     most = max(np.max(np.abs(a - b)) / np.max(np.abs(a)) for a, b in pairs)
-    print(text_table(["a step over", "seconds", "tuples"], rows))
+    print(text_table(["a step over", "seconds", "assignments"], rows))
     print(f"\nlargest difference: {most:.1e}")
 
 
