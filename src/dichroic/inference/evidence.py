@@ -196,7 +196,7 @@ def assignment_posterior(
     cov_noise: Float[Array, "obs obs"],
     index: Int[Array, "T sources"],
 ) -> tuple[Float[Array, ""], Float[Array, " T"], Float[Array, "T obs"], Float[Array, "T obs obs"]]:
-    """`log p(y)` over the assignments `index`; of each its probability, `L⁻¹ (y − m)` and `L⁻¹` of `L Lᵀ = C_y`."""
+    """`log p(y)` over assignments `index`; of each its probability, `L⁻¹ (y − m)` and `L⁻¹` of `L Lᵀ = C_y`."""
     picked = [v.pick(k) for v, k in zip(views, index.T, strict=True)]
     residual = y - sum((v.means for v in picked[1:]), picked[0].means)
     root, logdet = inverse_cholesky(sum((v.covariances for v in picked), cov_noise))
