@@ -1,6 +1,6 @@
 """What an iteration of mixture EM and an exact posterior draw cost, against each size of a problem.
 
-From a base case (2 sources of 5 dimensions, 3 numbers observed of each mixture, 4,096 observations, 16
+From a base case (2 sources of 5 dimensions, 3 entries observed of each mixture, 4,096 observations, 16
 components per source, an operator per observation), one size is changed at a time. Seconds of the first call
 (with compilation) and of the second.
 
@@ -89,7 +89,7 @@ def measure(size: Size) -> list[str]:
 def cost(name: str, value: int) -> list[str]:
     """What `measure` says of the base case with one size changed."""
     change = {name: value}
-    if name == "dim":  # as many numbers observed, relative to the source
+    if name == "dim":  # as many entries observed, relative to the source
         change["observed"] = max(3, 3 * value // 5)
     return measure(dataclasses.replace(Size(), **change))
 

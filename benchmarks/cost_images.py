@@ -1,6 +1,6 @@
 """What EM of large sources and exact draws cost in time and memory, against each size of a problem.
 
-From a base case (2 sources of 28 × 28 numbers seen as they are, 2,048 observations, 8 components of rank 32 per
+From a base case (2 sources of 28 × 28 entries seen as they are, 2,048 observations, 8 components of rank 32 per
 source), one size is changed at a time. "own masks": every observation has missing entries of its own, "few masks":
 one of eight. Each case is a process of its own, so that its peak memory is known.
 

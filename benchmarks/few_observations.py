@@ -48,7 +48,7 @@ def views(rng: np.random.Generator, factors: dict[str, np.ndarray], count: int) 
 
 
 def held(size: int, count: int, seed: int) -> tuple[float, float]:
-    """The share of the numbers of both sources that 90% intervals hold, and χ²/M."""
+    """The share of the entries of both sources that 90% intervals hold, and χ²/M."""
     rng = np.random.default_rng([seed, size])
     basis = lambda: np.linalg.qr(rng.normal(size=(size, DIRECTIONS)))[0]
     factors = {k: 0.5 * np.sqrt(size) * basis() for k in "ab"}

@@ -1,4 +1,4 @@
-"""Posterior draws of two images of 784 numbers by conjugate gradients, against the analytic answer, in one run.
+"""Posterior draws of two images of 784 entries by conjugate gradients, against the analytic answer, in one run.
 
 A power-law Gaussian field and patches of low rank (`high_dimensional_case`). Exact denoisers are used as networks
 are: a call is an evaluation, a product with a Jacobian or its transpose is a product. The tables have those of

@@ -4,7 +4,7 @@
 
 `PxD` is P processes with D devices each. Devices of a CPU are virtual and share its cores, as processes of one
 machine do: such a table says what sharing work costs, and only with cores (or GPUs) for all of them what it gains.
-Two sources of five numbers seen through three, operators of each observation, 16 components, and a network.
+Two sources of five entries seen through three, operators of each observation, 16 components, and a network.
 """
 
 import argparse

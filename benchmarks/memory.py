@@ -84,7 +84,7 @@ def measure(folder: Path, count: int, size: int, draws: int) -> list[str]:
 
 
 def measure_fit(folder: Path, count: int, size: int, draws: int) -> list[str]:
-    """A short fit of a source of few numbers, with a network: it reads all observations some ten times."""
+    """A short fit of a source of few entries, with a network: it reads all observations some ten times."""
     y = np.lib.format.open_memmap(folder / "y.npy", "w+", np.float32, (count, size))
     rng = np.random.default_rng(1)
     a = rng.normal(size=(size, 4)).astype(np.float32)

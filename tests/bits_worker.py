@@ -49,7 +49,7 @@ def separator_of(view, priors, batch_size=1024):
 
 
 def few(batch_size=1024):
-    """`(separator, view)` of sources of four numbers, through operators of each observation.
+    """`(separator, view)` of sources of four entries, through operators of each observation.
 
     One has a narrow network, the other a wide one: both are one program, which takes some seconds to compile.
     """
@@ -74,7 +74,7 @@ def drawn(separation):
 
 
 def main(out: str) -> None:
-    """Draws of sources of few numbers, into a file."""
+    """Draws of low-dimensional sources, into a file."""
     separator, view = few()
     found = drawn(separator.separate(view, n_draws=2))
     np.savez(out, devices=jax.device_count(), **found)

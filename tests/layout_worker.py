@@ -51,7 +51,7 @@ def problem() -> Problem:
 
 
 def long_problem() -> Problem:
-    """A stationary source of many numbers, and one of few directions before it."""
+    """A stationary source of many entries, and one of few directions before it."""
     size, n = 132, 40
     walk = np.cumsum(RNG.normal(size=(2, n, 2 * size)), axis=2)
     sky = walk[:, :, size:] - walk[:, :, :size]

@@ -154,7 +154,7 @@ def test_bounds_that_contradict_a_source(mean, std, ends):
 
 
 def sparse_problem(n, seed=0, unit=1.0):
-    """`sky` alone, and behind `star`: most of whose numbers are 0, and none below."""
+    """`sky` alone, and behind `star`: most of whose entries are 0, and none below."""
     rng = np.random.default_rng(seed)
     basis = np.random.default_rng(5).normal(size=(2, DIM))
     sky = lambda: rng.normal(size=(n, 2)) @ basis + 0.3 * rng.normal(size=(n, DIM))

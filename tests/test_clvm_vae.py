@@ -148,7 +148,7 @@ def test_inputs_do_not_depend_on_how_the_observation_is_written_down(rng):
 
 
 def test_the_scale_of_the_sources_and_the_signal_to_noise_ratio_are_those_of_the_data():
-    """Relative errors of means of 1024 χ² of 2 × 4 numbers, and of as many of `‖A w‖²`: each below 2 %."""
+    """Relative errors of means of 1024 χ² of 2 × 4 entries, and of as many of `‖A w‖²`: each below 2 %."""
     rng, n = np.random.default_rng(0), 1024
     x, a = 3 * rng.normal(size=(n, 6)), rng.normal(size=(n, 4, 6))
     y = np.einsum("nij,nj->ni", a, x) + 0.5 * rng.normal(size=(n, 4))
@@ -254,7 +254,7 @@ def small_views(rng, count=80):
 
 
 def large_view(rng, count=80):
-    """Images of more numbers than are whitened, some of them missing."""
+    """Images of more entries than are whitened, some of them missing."""
     y, mask = rng.normal(size=(count, 12, 12)), rng.uniform(size=(12, 12)) < 0.9
     return Problem([Source("b", (12, 12))], [View(y, {"b": Identity((12, 12))}, 0.3, mask=mask)])
 

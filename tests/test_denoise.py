@@ -311,7 +311,7 @@ def test_a_wrapped_function_is_the_denoiser_it_computes(params, rng):
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(weights, means, covs):
-    with pytest.raises(ShapeError, match=r"2 components of 3 numbers need covariances \(2, 3, 3\)"):
+    with pytest.raises(ShapeError, match=r"2 components of 3 entries need covariances \(2, 3, 3\)"):
         GaussianMixture.from_moments(weights, means, covs)
 
 

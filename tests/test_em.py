@@ -411,7 +411,7 @@ def test_co_observed_views_separate_better_together_than_alone():
 
 
 def image_problem(count, seed):
-    """Faint or bright sums of fixed waves, alone and under a bump in one of three places: 12 × 12 numbers."""
+    """Faint or bright sums of fixed waves, alone and under a bump in one of three places: 12 × 12 entries."""
     rng = np.random.default_rng(seed)
     u, v = np.meshgrid(np.arange(12), np.arange(12), indexing="ij")
     waves = np.stack([np.cos(0.5 * (i * u + j * v)) for i, j in np.ndindex(2, 4) if i + j])

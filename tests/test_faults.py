@@ -1,4 +1,4 @@
-"""Numbers that are not finite, in every phase of a fit: it goes on with the last that were, or says what is wrong."""
+"""Values that are not finite, in every phase of a fit: it goes on with the last that were, or says what is wrong."""
 
 import dataclasses
 import json
@@ -189,7 +189,7 @@ def test_a_size_whose_steps_are_not_finite_ends_with_its_last_good_mixtures(
     told = [rows.rows[-1], read_metrics(tmp_path / "metrics.jsonl")[-1]]
     assert [m["failed_steps"] for m in told] == [1, 1]
     assert [w.split(":")[0] for w in warnings_of(tmp_path)] == [
-        "an EM step and a standard step give numbers that are not finite"
+        "an EM step and a standard step give values that are not finite"
     ]
     assert load_state(tmp_path / LATEST).done
     assert finite(found.denoisers)
@@ -210,7 +210,7 @@ def test_growth_stops_with_the_best_mixture_where_a_larger_one_has_no_evidence(
     assert np.isnan(found.metrics[-1]["heldout_log_evidence"])
     assert found.denoisers["a"].log_weights.size == 1
     assert warnings_of(tmp_path) == [
-        "the evidence of mixtures has numbers that are not finite: mixtures stay as they were"
+        "the evidence of mixtures has values that are not finite: mixtures stay as they were"
     ]
 
 
@@ -252,7 +252,7 @@ def test_an_observation_far_from_the_others_is_borne(reach, tmp_path):
     assert load_state(tmp_path / LATEST).done
     assert finite(found.denoisers)
     assert np.isfinite(found.separate("alone").draws["a"]).all()
-    # Of ten held-out observations of two numbers: 1 ± 0.3, where precision allows.
+    # Of ten held-out observations of two entries: 1 ± 0.3, where precision allows.
     assert found.metrics[-1]["chi2_alone"] < (2.3 if reach < 1e10 else np.inf)
 
 

@@ -77,7 +77,7 @@ def laughs(form):
         ('sources: {"a\\e[31m": 3}\nviews: {}', "'a.x1b.31m' is no name: it holds characters that control"),
         ("a: \0", "special characters are not allowed"),
         ("a: 1\n" * 200_000, "MiB, more than 0.5: keep arrays in files of their own"),
-        ("sources: {a: [4294967296, 4294967296]}\nviews: {}", "at most 16,777,216 numbers"),
+        ("sources: {a: [4294967296, 4294967296]}\nviews: {}", "at most 16,777,216 entries"),
     ],
 )  # fmt: skip
 def test_yaml_is_bounded(tmp_path, text, match):
@@ -283,7 +283,7 @@ def refused(tensors, match, arrays=None, **meta):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"width": 10**12}, "a network with width 1000000000000, but 300 numbers in all"),
+        ({"width": 10**12}, "a network with width 1000000000000, but 300 parameters in all"),
         ({"width": 200}, r"but its settings ask for \[\(200, 4\)"),
         ({"depth": 300}, "a network of 300 blocks, but .* arrays in all"),
         ({"frequencies": -1}, "a network with frequencies -1"),
@@ -333,7 +333,7 @@ def test_arrays_that_do_not_fit_are_refused(tensors, arrays, match):
 @pytest.mark.parametrize(
     ("meta", "match"),
     [
-        ({"shape": [10**9]}, "which does not fit 2 components of 1000000000 numbers"),
+        ({"shape": [10**9]}, "which does not fit 2 components of 1000000000 entries"),
         ({"shape": [10**12]}, "expected the shape of a source"),
         ({"shape": [0]}, "expected the shape of a source"),
         ({"shape": "4"}, "expected the shape of a source"),

@@ -41,7 +41,7 @@ sys.exit(main([*words, "--out", "out.zarr", "--chunk", chunk]))
 
 
 def separator_of(rng):
-    """A known prior of four numbers, which are seen through `M`."""
+    """A known prior of four entries, which are seen through `M`."""
     factor = rng.normal(size=(2, D, D))
     covariances = factor @ factor.swapaxes(1, 2) + 0.1 * np.eye(D)
     prior = GaussianMixture.from_moments([0.4, 0.6], rng.normal(size=(2, D)), covariances, rank=2)

@@ -480,7 +480,7 @@ def test_two_sources_in_two_views_are_told_apart():
     found, _ = low_rank_iteration({"a": start["a"]}, [alone], ["a"], config)
     found, _ = low_rank_iteration({**found, "b": start["b"]}, [mixed], ["b"], config)
     value = low_rank_log_evidence(found, mixed).mean()
-    # Two components of 30 × 3 numbers each for two sources, and the floors: about half a nat each of n.
+    # Two components of 30 × 3 entries each for two sources, and the floors: about half a nat each of n.
     assert abs(value - best) < 4 * 30 * 3 / 1500
 
 

@@ -416,7 +416,7 @@ def test_nearly_the_same_mixture_in_two_views_takes_few_steps(rng, monkeypatch):
         monkeypatch.setattr(mixture_em, "MOST_MEANS", most)
         mixtures, _ = em_iteration(start, views, ["a", "b"], MixtureConfig())
         away[most > 0] = np.max([np.abs(mixtures[k].means[0] - m).max() for k, m in truth.items()])
-    # 800 observations of 2 numbers with a spread of 0.14 tell the difference of the sources, seen at a
+    # 800 observations of 2 entries with a spread of 0.14 tell the difference of the sources, seen at a
     # tenth, to about 0.14 / 0.1 / √800 = 0.05 a number.
     assert away[True] < 4 * 0.05
     assert away[False] > 0.5

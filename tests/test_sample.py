@@ -78,7 +78,7 @@ def test_a_prior_draw_depends_on_its_number_and_the_key_only():
 
 
 def test_large_priors_are_drawn_without_a_matrix():
-    """Two components of 144 numbers: the share of each, and the variance along an axis of one."""
+    """Two components of 144 entries: the share of each, and the variance along an axis of one."""
     means = np.zeros((2, 12, 12))
     means[1, 0, 0] = 9.0
     basis, variances = np.eye(144)[None, :, 1:4].repeat(2, axis=0), np.full((2, 3), 3.0)

@@ -224,7 +224,7 @@ def test_a_series_is_learned_as_well_as_its_few_numbers_allow(size):
     ratio = excess @ (truth + 0.01 * np.eye(size))
     shift = np.asarray(found["x"].means[0]) - 0.5
     kl = 0.5 * (np.trace(ratio) - size - np.linalg.slogdet(ratio)[1] + shift @ excess @ shift)
-    free = 0.5 * size * (size + 1) / 2 / n  # of a covariance with D (D + 1) / 2 numbers
+    free = 0.5 * size * (size + 1) / 2 / n  # of a covariance with D (D + 1) / 2 entries
     assert kl < 0.5 * 2 * size / n * 1.5
     assert kl < free / 4
 
@@ -289,7 +289,7 @@ def test_a_fit_is_better_on_new_observations_with_what_is_known(rng, tmp_path):
             {"mixture.stationary": ["sky"], "diffusion.spatial_axes": 1},
             "along its last 1",
         ),
-        ((65, 65), {"mixture.stationary": ["sky"]}, "4,225 numbers"),
+        ((65, 65), {"mixture.stationary": ["sky"]}, "4,225 entries"),
     ],
 )
 def test_sources_that_cannot_be_stationary_are_refused(shape, settings, message, rng):

@@ -48,7 +48,7 @@ class MixtureConfig(_Ranged):
     """The closed-form start: expectation-maximisation of mixtures of Gaussians."""
 
     components: int = _count(64)  # per source, reached by doubling from one
-    rank: int = _count(64)  # of the covariances of sources of more than 128 numbers, at most
+    rank: int = _count(64)  # of the covariances of sources of more than 128 entries, at most
     gaussian_iterations: int = _count(
         20
     )  # iterations of the single Gaussian that everything starts from
@@ -63,7 +63,7 @@ class MixtureConfig(_Ranged):
     beam_width: int = _count(1024)  # assignments looked at, at once, in the search for them
     shrinkage: float | None = None  # pseudo-observations of a prior on components; None: found
     stationary: tuple[str, ...] = ()  # sources that look the same everywhere: texture, sky, noise
-    units: Literal["auto", "same", "each"] = "auto"  # of numbers of a source: see docs/concepts.md
+    units: Literal["auto", "same", "each"] = "auto"  # of entries of a source: see docs/concepts.md
     floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops
 
@@ -83,7 +83,7 @@ class DiffusionConfig(_Ranged):
     batch_size: int = _count(512)
     learning_rate: float = 1e-3
     ema: float = _fraction(0.999)
-    network: NetworkName = "auto"  # mlp up to 128 numbers, unet for series and images beyond
+    network: NetworkName = "auto"  # mlp up to 128 entries, unet for series and images beyond
     width: int = _count(128)  # of a layer of an mlp
     depth: int = _count(3)  # blocks of an mlp
     channels: int = _count(32)  # of the top level of a unet, twice, three times … below
@@ -110,7 +110,7 @@ class SamplerConfig(_Ranged):
     """How draws are made with learned priors (mixture priors are drawn from exactly).
 
     `solver` is `"exact"` with dense matrices or `"cg"`, conjugate gradients without any; `"auto"` is exact up to
-    128 numbers. `name` `"auto"` is the ancestral chain with either: with 784 numbers it is calibrated after 8 to
+    128 entries. `name` `"auto"` is the ancestral chain with either: with 784 entries it is calibrated after 8 to
     16 steps, where Heun's sampler needs 64 of two evaluations each and twice the products with Jacobians in all
     (`benchmarks/high_dimensional.py`).
     """
@@ -145,7 +145,7 @@ class FitConfig(_Ranged):
         4  # mixture iterations over all sources and views together after the last group
     )
     batch_size: int = _count(1024)  # observations sampled at once
-    bounds: Bounds = field(default_factory=dict)  # least and most that numbers of a source can be
+    bounds: Bounds = field(default_factory=dict)  # lower and upper bound on the entries of a source
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -156,7 +156,7 @@ class FitConfig(_Ranged):
             known = [end for end in ends if end is not None]
             if len(ends) != 2 or not known or (len(known) == 2 and known[0] >= known[1]):
                 raise ConfigError(
-                    f"bounds.{name}: expected the least and the most that its numbers can be, [low, high], one of "
+                    f"bounds.{name}: expected a lower and an upper bound on its entries, [low, high], one of "
                     f"them null where there is none, got {list(ends)}"
                 )
 

@@ -94,7 +94,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
                 dest="set:bounds",
                 type=parsed(bounds),
                 metavar="NAME=LOW:HIGH,…",
-                help="least and most that numbers of a source can be; either may be left out",
+                help="lower and upper bound on the entries of a source; either may be left out",
             )
             continue
         kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind

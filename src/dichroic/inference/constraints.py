@@ -1,4 +1,4 @@
-"""Sources of which the least and the most that their numbers can be are known: fluxes, intensities, counts.
+"""Box constraints: sources with known bounds, such as fluxes, intensities, counts.
 
 Priors are mixtures of Gaussians, or networks over them, that know no bounds. A draw beyond them is moved to the
 nearest value within, as the published code of DDPRISM does with images; where a source is exactly at a bound in

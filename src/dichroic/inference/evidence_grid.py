@@ -1,4 +1,4 @@
-"""The evidence over all assignments of components, for observations of a few numbers.
+"""The evidence over all assignments of components, for observations of a few entries.
 
 The sum of `dichroic.inference.evidence` runs over a grid `K₁ × … × K_S`. For small `M` it is fastest with one
 array over the grid per entry of vectors and matrices, so that the whole chain fuses, and with its

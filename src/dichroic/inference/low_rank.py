@@ -31,7 +31,7 @@ from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import Observations
 
 MAX_ASSIGNMENTS = 4096
-MOST_DENSE = 4096  # numbers of an observation, where B is not diagonal
+MOST_DENSE = 4096  # entries of an observation, where B is not diagonal
 _CHUNK_BYTES = 256 * 2**20
 _POWER_STEPS = 6  # for the largest eigenvalue of an information, which they find from below:
 _MARGIN = 1.2  # by so much

@@ -1,4 +1,4 @@
-"""Joint posterior draws of sources of many numbers, whose priors are of low rank or corrections of such.
+"""Joint posterior draws of high-dimensional sources, whose priors are of low rank or corrections of such.
 
 *Exact* draws where all priors are mixtures. Where networks correct them, the reverse chain of
 `sample.AncestralSampler`: given its noised value a source is the mixture's posterior, whose components have
@@ -70,7 +70,7 @@ class Noised:
 
 
 def is_low_rank_prior(denoiser: Denoiser) -> bool:
-    """Whether a denoiser is a mixture of low rank or of many numbers, or one whose means a network moves."""
+    """Whether a denoiser is a mixture of low rank or of many entries, or one whose means a network moves."""
     if isinstance(denoiser, DiffusionPrior):
         return denoiser.covariance == "base" and is_low_rank_prior(denoiser.base)
     low = lambda mixture: not mixture.full_rank or mixture.dim > EXACT_LIMIT

@@ -101,7 +101,7 @@ class Prior(eqx.Module):
 
 
 def _draw(denoiser: Denoiser, x_t: Array, sigma: Array, key: PRNGKeyArray) -> Array:
-    """A draw of `x` given `x_t`; beyond 128 numbers without a matrix."""
+    """A draw of `x` given `x_t`; beyond 128 entries without a matrix."""
     if x_t.size <= EXACT_LIMIT:
         return denoiser.components(x_t, sigma).draw(key).reshape(x_t.shape)
     moments = denoiser.moments(x_t, sigma)
@@ -113,7 +113,7 @@ def _unconditional(x: Sources) -> Estimate:
 
 
 class Posterior(eqx.Module):
-    """`E[x_β | x_t, y]` with an exact solve in observation space; for up to ~128 numbers.
+    """`E[x_β | x_t, y]` with an exact solve in observation space; for up to ~128 entries.
 
     `beam_width` bounds the number of assignments of components; `beam_width=1` is plain moment matching.
     """
@@ -264,7 +264,7 @@ def is_large(views: Sequence[ObservationBatches]) -> bool:
 
 
 def choose_solver(observation: Observations, solver: str = "auto") -> str:
-    """`solver`, or for `"auto"` the exact solve up to 128 numbers per observation or source, else CG."""
+    """`solver`, or for `"auto"` the exact solve up to 128 entries per observation or source, else CG."""
     if solver != "auto":
         return solver
     largest = max(observation.size, *observation.dims.values())

@@ -381,7 +381,7 @@ SCHEDULES = {"geometric": Geometric, "karras": Karras}
 def make_sampler(config: SamplerConfig, *, auto: str = "ancestral") -> Sampler:
     """The sampler that `config` describes, where `"auto"` stands for the sampler `auto`.
 
-    For the posterior that is the ancestral one, with either solve: with networks of 784 numbers it needs a
+    For the posterior that is the ancestral one, with either solve: with networks of 784 entries it needs a
     fifth of the evaluations of Heun's, at a better calibration (`benchmarks/high_dimensional.py`).
     """
     schedule = SCHEDULES[config.schedule](config.sigma_min, config.sigma_max)

@@ -20,7 +20,7 @@ from dichroic.problem.view import AnyView, View, bytes_each
 from dichroic.runtime.blocks import GRAIN
 from dichroic.runtime.limits import within
 
-MOST_STATIONARY = 4096  # numbers of a source, whose covariances are D × D
+MOST_STATIONARY = 4096  # entries of a source, whose covariances are D × D
 SCORED = 16384  # observations of files that are held out, at the most, to score with,
 PART = 8  # that take this part of the memory together at the most
 
@@ -44,7 +44,7 @@ class Data:
     operators: Parameters = field(default_factory=dict)  # what of them is learned, so far
 
     def at(self, operators: Parameters) -> "Data":
-        """With the numbers of operators that are learned replaced by `operators`."""
+        """With the parameters of operators that are learned replaced by `operators`."""
         if not operators:
             return self
         train, test = (tuple(obs.at(operators) for obs in part) for part in (self.train, self.test))

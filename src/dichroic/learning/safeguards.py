@@ -1,4 +1,4 @@
-"""What keeps numbers that are not finite out of a fit: a clear error, or the last that were good.
+"""What keeps values that are not finite out of a fit: a clear error, or the last that were good.
 
 An EM step looks after itself (`dichroic.learning.mixture.m_step`), and so does that of operators; here are the
 training of a network, posterior draws, and what an iteration leaves behind.
@@ -28,7 +28,7 @@ _FAR = 1e4  # medians of a view, beyond which an observation is far from the oth
 def guarded(iteration: Callable[..., tuple[Any, Any]], state: Any, *rest: Any) -> tuple[Any, Any]:
     """What the `iteration` from `state` gives: the next state, and what was measured.
 
-    Raises `RunError` where it cannot be computed, or leaves numbers of sources or operators that are not finite.
+    Raises `RunError` where it cannot be computed, or leaves values of sources or operators that are not finite.
     """
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
@@ -39,7 +39,7 @@ def guarded(iteration: Callable[..., tuple[Any, Any]], state: Any, *rest: Any) -
     tables = {which: part for which, part in parts.items() if isinstance(part, dict)}
     bad = [f"{which} {k}" for which, t in tables.items() for k, v in t.items() if not finite(v)]
     if bad:
-        raise RunError(_failed(state, f"gave numbers that are not finite: {', '.join(bad)}"))
+        raise RunError(_failed(state, f"gave values that are not finite: {', '.join(bad)}"))
     return new, metrics
 
 
@@ -75,7 +75,7 @@ def _far(view: str, obs: Observations, among: Any) -> str | None:
 def _draws_fault(
     view: str, obs: Observations, draws: Draws, denoisers: Mapping[str, Denoiser]
 ) -> str | None:
-    """What to say where draws of the view `view` hold numbers that are not finite; `None` where none do."""
+    """What to say where draws of the view `view` hold values that are not finite; `None` where none do."""
     flat = (x.reshape(*x.shape[:2], -1) for x in draws.x.values())
     bad = np.any([~np.isfinite(x).all(axis=-1) for x in flat], axis=0)
     if not bad.any():
@@ -101,7 +101,7 @@ def _unsteady(obs: Observations, denoisers: Mapping[str, Denoiser]) -> str | Non
 def check_draws(
     view: str, obs: Observations, draws: Draws, denoisers: Mapping[str, Denoiser]
 ) -> None:
-    """Raise `RunError` where draws of the view `view` hold numbers that are not finite."""
+    """Raise `RunError` where draws of the view `view` hold values that are not finite."""
     if fault := _draws_fault(view, obs, draws, denoisers):
         raise RunError(f"{fault}. The iterations before this one are kept")
 

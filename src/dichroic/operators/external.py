@@ -40,7 +40,7 @@ class Products:
         return self.rows(np.eye(self.shape[1]), transposed=False).T
 
     def fingerprint_parts(self) -> tuple[Any, ...]:
-        """What tells it from others in any process: five digits of a few numbers that depend on all entries."""
+        """What tells it from others in any process: five digits of a few values that depend on all entries."""
         rng = np.random.default_rng(0)
         y = self.rows(rng.normal(size=(1, self.shape[1])), transposed=False)[0]
         return (*self.shape, *(f"{v:.4e}" for v in rng.normal(size=(4, len(y))) @ y))

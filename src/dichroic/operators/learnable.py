@@ -87,7 +87,7 @@ def parameters(tree: Any) -> Parameters:
     """The arrays that are to be learned in `tree`, by name.
 
     Raises `DataError` where operators of one name differ in the shapes of their arrays or in where they
-    start, or where there are too many numbers.
+    start, or where there are too many parameters.
     """
     found: Parameters = {}
     for node in learned_parts(tree):
@@ -105,7 +105,7 @@ def parameters(tree: Any) -> Parameters:
     size = sum(a.size for arrays in found.values() for a in arrays)
     if size > MOST_PARAMETERS:
         raise DataError(
-            f"{size:,} numbers of operators are to be learned ({', '.join(found)}); at most "
+            f"{size:,} parameters of operators are to be learned ({', '.join(found)}); at most "
             f"{MOST_PARAMETERS:,} are supported: give the operators a form with fewer, such as a Function "
             "of a few parameters"
         )

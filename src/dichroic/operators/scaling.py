@@ -2,7 +2,7 @@
 
 An operator `A` on `x` is `A diag(s)` on `u`, and `y` less `A m` is what is observed of `s ∘ u`.
 
-A mixture of probabilistic PCA has one floor for all numbers of a source. Numbers that vary little, such as those
+A mixture of probabilistic PCA has one floor for all entries of a source. Entries that vary little, such as those
 where no object ever is, would be as uncertain as any other; in units of what each number varies by they are not.
 Offsets are there where observations are so large that float32 does not hold them (`dichroic.problem.offsets`).
 They are float32 numbers, which are exact, and are subtracted and added in float64.

@@ -6,7 +6,7 @@ Its covariance depends on the difference of two positions alone, its mean on non
     C_k[(c, a), (d, b)] = 1/N Σ_f s_f[c, d] exp(2π i f (a − b)),
 
 with a spectrum `s_f`, Hermitian and positive semi-definite over the channels `c, d` at each of `N` frequencies:
-about `4 D` numbers where a covariance has `D² / 2`. On so large a torus every covariance of lags is that of one
+about `4 D` parameters where a covariance has `D² / 2`. On so large a torus every covariance of lags is that of one
 (possibly negative) spectrum, so none is kept beside `C_k`. With `g`, `S` and `W` of
 `dichroic.learning.mixture.m_step`, and `G(Q)_f = 1/N Σ_ab Q[a, b] exp(−2π i f (a − b))` for a matrix `Q`, the
 M-steps there become

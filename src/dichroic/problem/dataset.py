@@ -97,7 +97,7 @@ class Dataset(_Shared):
         return self.whole.some(count)
 
     def at(self, operators: Parameters) -> "Dataset":
-        """With the numbers of operators that are learned replaced by `operators`."""
+        """With the parameters of operators that are learned replaced by `operators`."""
         return Dataset(self.whole.at(operators))
 
 
@@ -197,7 +197,7 @@ class StoredDataset(_Shared):
         return self._at(self.numbers.spread(count))
 
     def at(self, operators: Parameters) -> "StoredDataset":
-        """With the numbers of operators that are learned replaced by `operators`."""
+        """With the parameters of operators that are learned replaced by `operators`."""
         return dataclasses.replace(self, parameters=operators)
 
     def read(self, start: int, stop: int) -> Observations:

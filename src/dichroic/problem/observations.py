@@ -80,7 +80,7 @@ class ObservationBatches(Protocol):
         ...
 
     def at(self, operators: Parameters) -> "ObservationBatches":
-        """With the numbers of operators that are learned replaced by `operators`."""
+        """With the parameters of operators that are learned replaced by `operators`."""
         ...
 
 
@@ -137,7 +137,7 @@ class Observations(eqx.Module):
         return rows
 
     def at(self, operators: Parameters) -> "Observations":
-        """With the numbers of operators that are learned replaced by `operators`, and sources in their units."""
+        """With the parameters of operators that are learned replaced by `operators`, and sources in their units."""
         obs = with_parameters(self, operators)
         return Observations(obs.y, in_units(obs.operators, operators), obs.noise)
 

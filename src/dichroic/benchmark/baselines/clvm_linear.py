@@ -6,7 +6,7 @@ data sets are here any views with known operators and noise). All is Gaussian, s
     Σ_views Σ_i log N(y_i; Σ_β A_i μ_β, Σ_i + Σ_β A_i W_β W_βᵀ A_iᵀ)
 
 is maximised as it stands, over all sources and views at once, by L-BFGS: no sampling, no bound; in the
-coordinates of `J` (`ascent`), in which 784 numbers of full rank take tens of steps. It starts at `W = 0`,
+coordinates of `J` (`ascent`), in which 784 dimensions of full rank take tens of steps. It starts at `W = 0`,
 where the means are those of least squares. Factors grow from one rank to the next by directions `w`
 orthogonal to the old, the principal ones of the gradient `∂/∂C = ½ (S − J)` (`gaussian.Curvature`), with
 
@@ -48,7 +48,7 @@ class Fit(NamedTuple):
 
 
 class ClvmLinear(Fitted):
-    """Sources as linear images of few latent numbers, learned by exact evidence.
+    """Sources as linear images of few latent variables, learned by exact evidence.
 
     >>> model = ClvmLinear(problem).fit()                          # doctest: +SKIP
     >>> model.separate("view2", n_draws=32).mean["signal"]         # doctest: +SKIP
@@ -56,7 +56,7 @@ class ClvmLinear(Fitted):
     Args:
         problem: what to learn from.
         seed: of the held-out observations.
-        rank: latent numbers per source, at most its size; chosen by held-out evidence by default.
+        rank: latent variables per source, at most its size; chosen by held-out evidence by default.
         holdout: fraction of each view held out, where the view does not say which.
     """
 

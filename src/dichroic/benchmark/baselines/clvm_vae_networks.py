@@ -7,7 +7,7 @@ telling it more than what the likelihood depends on. For small views that is, wi
     x̂ = G ỹ and P = G Ã,   G = Ãᵀ (Ã Ãᵀ + I / s²)⁻¹:
 
 the posterior of sources `N(0, s² I)` would be `N(x̂, s² (I − P))`. `P` is left out where it is the same for all
-observations or has more than 1024 numbers. For large views the inputs are `A_βᵀ Σ⁻¹ y`. All inputs are
+observations or has more than 1024 entries. For large views the inputs are `A_βᵀ Σ⁻¹ y`. All inputs are
 standardised by the training data.
 """
 

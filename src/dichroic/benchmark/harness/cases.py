@@ -58,7 +58,7 @@ class Held:
 class Case:
     """A problem to learn from, and what its answers are held against.
 
-    `bounds` are what numbers of a source are known to be; a fit keeps to those that its settings state alone.
+    `bounds` are what entries of a source are known to be; a fit keeps to those that its settings state alone.
     `fresh` has true sources that are independent of the held-out ones, `(n, *shape)`; it is empty for a
     user's problem. `section` are the settings of a fit that the problem states, and `features` what a Fréchet
     distance is of, by source.

@@ -1,7 +1,7 @@
 """Grassy MNIST: handwritten zeros and ones over photographs of grass (arXiv 2510.05205, section 5.2).
 
 Two views, with white noise of 0.01: `grass`, and `mixture`, grass + 0.5 × a digit. With several `factors` each
-view is as many, of means over blocks of 1, 2 or 4 numbers: a resolution lost, and fewer outputs.
+view is as many, of means over blocks of 1, 2 or 4 entries: a resolution lost, and fewer outputs.
 
 Grass is cut from photographs at a random position and scale, turned and mirrored at random; training uses the
 left four fifths of each photograph, held-out observations the rest. Digits are those of MNIST, its training

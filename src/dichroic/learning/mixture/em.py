@@ -40,7 +40,7 @@ Mixtures = dict[str, GaussianMixture]
 # Assignments (n, T, sources) of each observation; None where a view is one mixture, see
 # `dichroic.learning.mixture.statistics_shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
-LEAST_UNIT = 1e-3  # of a number of a source, relative to the root mean square of all
+LEAST_UNIT = 1e-3  # of an entry of a source, relative to the root mean square of all
 _EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, grass and sky 0.9 to 1
 _MOST_SHARED = 4096  # assignments of a mixture that all observations share, all of which are kept
 
@@ -277,7 +277,7 @@ def initial_gaussian(
 def chosen_units(gaussians: Mapping[str, GaussianMixture], choice: str) -> dict[str, np.ndarray]:
     """The units, `(*shape)`, of those sources that are to have some, of which each is one Gaussian yet.
 
-    By `"auto"` these are the ones of whose numbers some vary much less than others.
+    By `"auto"` these are the ones of whose entries some vary much less than others.
     """
     found = {n: deviations(g) for n, g in gaussians.items()} if choice != "same" else {}
     evenness = lambda s: math.exp(np.mean(np.log(s**2))) / np.mean(s**2)

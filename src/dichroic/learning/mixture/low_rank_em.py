@@ -15,7 +15,7 @@ Rubin and Wu, Biometrika 85, 1998: fewer steps, and the evidence does not fall e
 
     E = Σ r E[z̄ z̄ᵀ],   Y = Σ r y z̄ᵀ,   Σ r E[e z̄ᵀ] = Y − X E,   Σ r E‖Aᵀ B⁻¹ e‖²,
 
-over pairs of components that are in an assignment together. No matrix of D × D numbers is formed.
+over pairs of components that are in an assignment together. No matrix of D × D entries is formed.
 
 In terms of these sums the standard step is `(μ_k, B_k) ← (μ_k, U_k) + τ G_k (Σ r E[z̄ z̄ᵀ])⁻¹` with the force
 `G_k = Σ r Aᵀ B⁻¹ E[e z̄ᵀ]`: it stands still where `τ` is far below the noise. The step taken first has the

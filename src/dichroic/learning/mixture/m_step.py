@@ -71,7 +71,7 @@ def monotone_em(
     """`steps` EM steps, and the evidence before the last.
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
-    the evidence, by more than a part `tolerance` of it, or gives numbers that are not finite, is taken back for
+    the evidence, by more than a part `tolerance` of it, or gives values that are not finite, is taken back for
     a standard step. Where that gives none either, it ends with the last mixtures whose evidence is finite, and
     `clock` counts a step that was `FAILED`.
     """
@@ -102,7 +102,7 @@ def monotone_em(
         return mixtures, known[1] if known else math.nan
     clock.count(FAILED)
     what = "an EM step and a standard step give" if known else "the evidence of mixtures has"
-    warn(f"{what} numbers that are not finite: mixtures stay as they were")
+    warn(f"{what} values that are not finite: mixtures stay as they were")
     return known[:2] if known else (mixtures, math.nan)
 
 
@@ -110,7 +110,7 @@ def _finite_or_not(work: Callable[[], Result]) -> Result | None:
     """What `work` gives, unless that cannot be computed or is not finite."""
     try:
         found = work()
-    except (np.linalg.LinAlgError, DataError):  # of numbers that are not finite, or nearly so
+    except (np.linalg.LinAlgError, DataError):  # of values that are not finite, or nearly so
         return None
     return found if finite(found) else None
 
