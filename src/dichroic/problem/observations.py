@@ -137,7 +137,7 @@ class Observations(eqx.Module):
         return rows
 
     def at(self, operators: Parameters) -> "Observations":
-        """With the parameters of operators that are learned replaced by `operators`, and sources in their units."""
+        """With the parameters of operators that are learned replaced by `operators`, of scaled sources."""
         obs = with_parameters(self, operators)
         return Observations(obs.y, in_units(obs.operators, operators), obs.noise)
 
