@@ -158,7 +158,9 @@ def stationary(rng: np.random.Generator) -> Results:
 
 def scaled(rng: np.random.Generator) -> Results:
     """Sources whose entries have scales of their own."""
-    return results(fitted(curves(rng), {"mixture.rank": 8, "mixture.units": "each"}), "mixed")
+    return results(
+        fitted(curves(rng), {"mixture.rank": 8, "mixture.scaling": "per-entry"}), "mixed"
+    )
 
 
 NETWORK = {

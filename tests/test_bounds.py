@@ -19,7 +19,7 @@ from dichroic.learning.data import prepare
 from dichroic.learning.diffusion.e_step import expectation
 from dichroic.metrics import psnr
 from dichroic.operators import Dense, Diagonal, Identity, Scale
-from dichroic.operators.scaling import as_parameters
+from dichroic.operators.scaling import scale_parameters
 from dichroic.priors import gaussian
 
 DIM, NOISE = 6, 0.05
@@ -123,7 +123,7 @@ def test_bounds_are_of_the_source_whatever_its_units(rng):
     s = jnp.asarray(rng.uniform(0.5, 2, size=5), jnp.float32)
     obs = View(rng.normal(size=(3, 5)), {"a": Scale(5, 2.0)}, 0.1, name="v").prepare()
     u = rng.normal(size=(3, 5)).astype(np.float32)
-    for values, units in (({}, 1.0), (as_parameters({"a": s}), s)):
+    for values, units in (({}, 1.0), (scale_parameters({"a": s}), s)):
         moved = bounded(u, obs.at(values).operators["a"], (-0.2, 0.3))
         np.testing.assert_allclose(moved * units, np.clip(u * units, -0.2, 0.3), rtol=1e-6)
     one = within_bounds({"a": u, "b": u}, {"a": (0.1, None)})

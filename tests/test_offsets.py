@@ -17,7 +17,7 @@ from dichroic.learning.fit import InitialPriors
 from dichroic.operators import Dense, Diagonal, FunctionOperator, Learnable, Scale
 from dichroic.operators.double_precision import adjoints, images, rounding
 from dichroic.operators.noise import IsotropicNoise
-from dichroic.operators.scaling import check_units, offset_parameters, offsets_of
+from dichroic.operators.scaling import check_scaling, offset_parameters, offsets_of
 from dichroic.problem.identifiability import advice
 from dichroic.problem.offsets import NEEDED, offsets
 from dichroic.problem.screening import screened
@@ -319,7 +319,7 @@ def test_a_new_view_from_elsewhere_is_refused(plain, high):
 
 def test_offsets_on_disk_are_checked():
     with pytest.raises(FormatError, match="its offset"):
-        check_units(offset_parameters({"a": np.ones(3)}), {"a": (2,)}, "here")
+        check_scaling(offset_parameters({"a": np.ones(3)}), {"a": (2,)}, "here")
 
 
 # Products in double precision

@@ -63,7 +63,9 @@ class MixtureConfig(_Ranged):
     beam_width: int = _count(1024)  # assignments looked at, at once, in the search for them
     shrinkage: float | None = None  # pseudo-observations of a prior on components; None: found
     stationary: tuple[str, ...] = ()  # sources that look the same everywhere: texture, sky, noise
-    units: Literal["auto", "same", "each"] = "auto"  # of entries of a source: see docs/concepts.md
+    scaling: Literal["auto", "common", "per-entry"] = (
+        "auto"  # of entries of a source: docs/concepts.md
+    )
     floor: float = 1e-8  # smallest eigenvalue of a covariance, relative to the source's variance
     patience: int = 2  # sizes without a better held-out likelihood before growth stops
 

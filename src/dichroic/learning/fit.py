@@ -30,7 +30,7 @@ from dichroic.learning.data import Data, prepare
 from dichroic.learning.phases.schedule import advance
 from dichroic.learning.state import State
 from dichroic.operators.learnable import Parameters, parameters, to_lists, with_parameters
-from dichroic.operators.scaling import named_units, offset_parameters, offsets_of
+from dichroic.operators.scaling import offset_parameters, offsets_of, renamed_scaling
 from dichroic.problem.offsets import check_start
 from dichroic.problem.problem import Problem
 from dichroic.problem.validation import check_same_shape
@@ -83,13 +83,13 @@ class InitialPriors:
     def offsets(self, problem: Problem) -> Parameters:
         """Those of the sources of `problem`, which its priors are from."""
         known = offset_parameters(offsets_of(self.operators))
-        return named_units(known, {name: name for name in problem.names})
+        return renamed_scaling(known, {name: name for name in problem.names})
 
     def state(self, problem: Problem, data: Data) -> State:
         """That of a fit before its diffusion iterations."""
         priors = {name: self.denoisers[name] for name in problem.names}
         own = parameters([view.operators for view in problem.views])
-        units = named_units(self.operators, {name: name for name in problem.names})
+        units = renamed_scaling(self.operators, {name: name for name in problem.names})
         learned = {k: v for k, v in self.operators.items() if k in own} | units
         return State(
             phase="diffusion",

@@ -97,7 +97,7 @@ def costs_left(
     `large` whether covariances are of low rank.
     """
     ranks = 1 + (math.ceil(math.log2(max(config.rank / INITIAL_RANK, 1))) if large else 0)
-    starts = ranks * (2 if large and config.units != "same" else 1)
+    starts = ranks * (2 if large and config.scaling != "common" else 1)
     for first, finished in ((size, done), *[(1, 0)] * groups):
         for n in sizes(first, config.components):
             count = iterations_of(n, config) * (starts if n == 1 else 1)

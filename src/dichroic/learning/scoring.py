@@ -11,7 +11,7 @@ from dichroic.inference.sampling import Denoisers, draw, predictive_chi2
 from dichroic.learning.data import Data
 from dichroic.learning.safeguards import usable
 from dichroic.metrics import mean_chi2, psnr
-from dichroic.operators.scaling import from_units
+from dichroic.operators.scaling import unscaled
 
 
 def scores(
@@ -27,7 +27,7 @@ def scores(
             continue
         chi2 = predictive_chi2(some, draws)
         metrics[f"chi2_{data.names[i]}"] = mean_chi2(chi2)
-        for name, x in from_units(draws.x, data.operators).items():
+        for name, x in unscaled(draws.x, data.operators).items():
             truth = data.truth[i].get(name)
             if truth is not None and np.ptp(truth) > 0:  # false for NaN too
                 score = psnr(x[0], truth[: some.count], data_range=float(np.ptp(truth)))

@@ -29,7 +29,7 @@ from dichroic.numerics.precision import float64
 from dichroic.operators import Operator, Shape
 from dichroic.operators.base import traced
 from dichroic.operators.learnable import is_known
-from dichroic.operators.scaling import Units
+from dichroic.operators.scaling import EntryScales
 
 SAMPLE = 8  # observations whose own operators are probed, evenly spread
 _FACTORS = (2.0, -1.0, 2.0**-30, 2.0**-10, 2.0**10, 2.0**30)
@@ -39,7 +39,15 @@ _MATRIX = 2**20  # entries of a matrix that is compared with products
 _OVERFLOW = 1e30  # of what is expected: beyond that, infinity is no fault
 _BATCH = 2**24  # numbers at a time, of products with the operators of all observations
 _PRIMITIVE = (
-    *(known.Identity, known.Zero, known.Scale, known.Diagonal, known.Dense, known.Sparse, Units),
+    *(
+        known.Identity,
+        known.Zero,
+        known.Scale,
+        known.Diagonal,
+        known.Dense,
+        known.Sparse,
+        EntryScales,
+    ),
     *(known.BlockAverage, known.BlockProject, known.Convolve, known.PatchPlacement),
 )
 _CONTAINERS = (known.Compose, known.Sum, known.Stack, known.Learnable)

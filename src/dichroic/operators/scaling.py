@@ -24,16 +24,16 @@ from dichroic.operators.learnable import Parameters
 from dichroic.operators.structure import Compose
 
 Values = TypeVar("Values")
-_UNITS, _OFFSET = "units:", "offset:"  # which no name of an operator has
+_SCALE, _OFFSET = "scale:", "offset:"  # which no name of an operator has
 
 
-class Units(Diagonal):
+class EntryScales(Diagonal):
     """`diag(s)`, as the last factor of the operators of a source."""
 
 
-def as_parameters(units: Mapping[str, Any]) -> Parameters:
+def scale_parameters(units: Mapping[str, Any]) -> Parameters:
     """The units of each source, `(*shape)`, among what is learned of operators."""
-    return {_UNITS + name: (as_float(s),) for name, s in units.items()}
+    return {_SCALE + name: (as_float(s),) for name, s in units.items()}
 
 
 def offset_parameters(offsets: Mapping[str, Any]) -> Parameters:
@@ -41,9 +41,9 @@ def offset_parameters(offsets: Mapping[str, Any]) -> Parameters:
     return {_OFFSET + name: (as_float(m),) for name, m in offsets.items()}
 
 
-def units_of(values: Parameters) -> dict[str, Any]:
+def scales_of(values: Parameters) -> dict[str, Any]:
     """The units of each source that has some, by its name."""
-    return _named(values, _UNITS)
+    return _named(values, _SCALE)
 
 
 def offsets_of(values: Parameters) -> dict[str, np.ndarray]:
@@ -51,16 +51,16 @@ def offsets_of(values: Parameters) -> dict[str, np.ndarray]:
     return {k: np.asarray(m, np.float64) for k, m in _named(values, _OFFSET).items()}
 
 
-def without_units(values: Parameters) -> Parameters:
+def without_scaling(values: Parameters) -> Parameters:
     """What was learned of operators alone: no units, and no offsets."""
-    return {k: v for k, v in values.items() if not k.startswith((_UNITS, _OFFSET))}
+    return {k: v for k, v in values.items() if not k.startswith((_SCALE, _OFFSET))}
 
 
-def named_units(values: Parameters, names: Mapping[str, str]) -> Parameters:
+def renamed_scaling(values: Parameters, names: Mapping[str, str]) -> Parameters:
     """The units and offsets of the sources `names`, `{new name: known source}`."""
     return {
         prefix + new: values[prefix + old]
-        for prefix in (_UNITS, _OFFSET)
+        for prefix in (_SCALE, _OFFSET)
         for new, old in names.items()
         if prefix + old in values
     }
@@ -70,15 +70,15 @@ def _named(values: Parameters, prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): a for k, (a, *_) in values.items() if k.startswith(prefix)}
 
 
-def in_units(operators: dict[str, Operator], values: Parameters) -> dict[str, Operator]:
+def scaled_operators(operators: dict[str, Operator], values: Parameters) -> dict[str, Operator]:
     """The operators of each source, acting on it in its units; units that it has already are replaced."""
-    known = units_of(values)
+    known = scales_of(values)
     return {k: _acting(op, known[k]) if k in known else op for k, op in operators.items()}
 
 
-def from_units(x: Mapping[str, Values], values: Parameters) -> dict[str, Values]:
+def unscaled(x: Mapping[str, Values], values: Parameters) -> dict[str, Values]:
     """Sources `(…, *shape)` as they are, from those in units; in float64 where they have an offset."""
-    known = {k: np.asarray(s) for k, s in units_of(values).items()}
+    known = {k: np.asarray(s) for k, s in scales_of(values).items()}
     x = {k: a * known[k] if k in known else a for k, a in x.items()}  # type: ignore[operator]
     offsets = offsets_of(values)
     return {k: a + offsets[k] if k in offsets else a for k, a in x.items()}  # type: ignore[operator]
@@ -87,12 +87,12 @@ def from_units(x: Mapping[str, Values], values: Parameters) -> dict[str, Values]
 def entry_scales(op: Operator) -> Any:
     """The units that an operator has its source in; 1 where there are none."""
     last = op.operators[-1] if isinstance(op, Compose) else None
-    return np.asarray(last.diagonal) if isinstance(last, Units) else 1.0
+    return np.asarray(last.diagonal) if isinstance(last, EntryScales) else 1.0
 
 
-def check_units(values: Parameters, shapes: Mapping[str, Shape], where: str) -> None:
+def check_scaling(values: Parameters, shapes: Mapping[str, Shape], where: str) -> None:
     """Raise `FormatError` unless units are positive, and they and offsets of sources of their shapes."""
-    units = units_of(values)
+    units = scales_of(values)
     for name, a in (*units.items(), *offsets_of(values).items()):
         if name not in shapes or np.shape(a) != tuple(shapes[name]):
             raise FormatError(
@@ -105,5 +105,5 @@ def check_units(values: Parameters, shapes: Mapping[str, Shape], where: str) -> 
 
 def _acting(op: Operator, s: Any) -> Operator:
     parts = op.operators if isinstance(op, Compose) else (op,)
-    parts = parts[:-1] if isinstance(parts[-1], Units) else parts
-    return Compose((*parts, Units(s)))
+    parts = parts[:-1] if isinstance(parts[-1], EntryScales) else parts
+    return Compose((*parts, EntryScales(s)))

@@ -20,7 +20,7 @@ from dichroic.numerics.batching import param, split, take
 from dichroic.operators import Operator
 from dichroic.operators.learnable import Parameters, with_parameters
 from dichroic.operators.noise import Noise
-from dichroic.operators.scaling import in_units
+from dichroic.operators.scaling import scaled_operators
 
 Tree = TypeVar("Tree")
 
@@ -139,7 +139,7 @@ class Observations(eqx.Module):
     def at(self, operators: Parameters) -> "Observations":
         """With the parameters of operators that are learned replaced by `operators`, of scaled sources."""
         obs = with_parameters(self, operators)
-        return Observations(obs.y, in_units(obs.operators, operators), obs.noise)
+        return Observations(obs.y, scaled_operators(obs.operators, operators), obs.noise)
 
     def one(self, i: int) -> "Observations":
         """Observation number `i` alone, without a leading axis."""

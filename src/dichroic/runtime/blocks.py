@@ -19,17 +19,17 @@ WORKSPACE = (
 GRAIN = 64  # observations are computed in batches of as many
 MOST = 16384  # so that a kill costs little
 
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{c}iB": 2 ** (10 * i) for i, c in enumerate("KMGT", 1)}
-_UNITS |= {f"{c}B": 10 ** (3 * i) for i, c in enumerate("KMGT", 1)} | {"kB": 1000}
+_SCALE = {"": 1, "B": 1}
+_SCALE |= {f"{c}iB": 2 ** (10 * i) for i, c in enumerate("KMGT", 1)}
+_SCALE |= {f"{c}B": 10 ** (3 * i) for i, c in enumerate("KMGT", 1)} | {"kB": 1000}
 
 
 def parse_bytes(text: str) -> int:
     """The bytes of `512MiB`, `4GiB`, `4GB`, `1.5 TB`; raises `ConfigError` for anything else."""
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
+    if match is None or match[2] not in _SCALE or float(match[1]) * _SCALE[match[2]] < 1:
         raise ConfigError(f"{text!r} is no amount of memory; expected one such as 512MiB or 4GB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * _SCALE[match[2]])
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from dichroic.learning.predictive.checks import predictive_checks
 from dichroic.learning.predictive.result import PredictiveChecks
 from dichroic.learning.state import State
 from dichroic.operators.learnable import Parameters, from_lists, to_lists
-from dichroic.operators.scaling import check_units, from_units, named_units, without_units
+from dichroic.operators.scaling import check_scaling, renamed_scaling, unscaled, without_scaling
 from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.identifiability import advice, zero_operators
 from dichroic.problem.offsets import prepared
@@ -271,7 +271,7 @@ class Separator:
             **options,
         )
         chi2 = predictive_chi2(observations, draws, first_index)
-        x = from_units(draws.x, self.operators)  # which may round past a bound
+        x = unscaled(draws.x, self.operators)  # which may round past a bound
         x = within_bounds(x, self.config.bounds)
         return Separation(x, chi2, draws.residual, draws.converged, draws.steps)
 
@@ -332,7 +332,7 @@ class Separator:
         )
         key, size = jax.random.key(seed), self.config.batch_size
         x = sample_prior(denoiser, n, key, sampler=sampler, batch_size=size)
-        x = from_units({source: x}, self.operators)
+        x = unscaled({source: x}, self.operators)
         return within_bounds(x, self.config.bounds)[source]
 
     def with_sources(self, sources: Mapping[str, str]) -> "Separator":
@@ -348,7 +348,7 @@ class Separator:
         bounds = {new: known[kind] for new, kind in sources.items() if kind in known}
         other = Separator(None, dataclasses.replace(self.config, bounds=bounds))
         other.denoisers = {name: self.denoisers[kind] for name, kind in sources.items()}
-        other.operators = without_units(self.operators) | named_units(self.operators, sources)
+        other.operators = without_scaling(self.operators) | renamed_scaling(self.operators, sources)
         return other
 
     def save(self, path: str | Path) -> None:
@@ -371,7 +371,7 @@ class Separator:
         separator.denoisers = denoisers
         separator.operators = from_lists(info.get("operators", {}), f"{folder}: operators")
         shapes = {k: d.shape for k, d in denoisers.items()}
-        check_units(separator.operators, shapes, f"{folder}: operators")
+        check_scaling(separator.operators, shapes, f"{folder}: operators")
         return separator
 
     def _fitted(self) -> dict[str, Denoiser]:

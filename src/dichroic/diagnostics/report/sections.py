@@ -18,7 +18,7 @@ from dichroic.io import summary_rows
 from dichroic.learning.diffusion.score_matching import is_gain
 from dichroic.metrics import coverage, informed_chi2, mean_chi2, rank_histogram
 from dichroic.operators.learnable import parameters
-from dichroic.operators.scaling import without_units
+from dichroic.operators.scaling import without_scaling
 from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.problem.problem import sees
 from dichroic.problem.view import View
@@ -49,7 +49,9 @@ def all_sections(page: Page, notes: Sequence[str]) -> list[tuple[str, str]]:
     """`(name, HTML)` of every section; `notes` are the warnings, as plain text."""
     warnings = "".join(f'<p class="warning">{esc(n)}</p>' for n in notes)
     learned = (
-        [("Learned operators", _operators(page))] if without_units(page.separator.operators) else []
+        [("Learned operators", _operators(page))]
+        if without_scaling(page.separator.operators)
+        else []
     )
     return [
         ("What was observed", _observed(page)),
@@ -134,7 +136,7 @@ def _operators(page: Page) -> str:
     """What was learned of operators; of arrays, the root mean square of the change."""
     start = parameters([v.operators for v in page.problem.views])
     rows = []
-    for name, arrays in without_units(page.separator.operators).items():
+    for name, arrays in without_scaling(page.separator.operators).items():
         old, new = (np.concatenate([np.ravel(a) for a in x]) for x in (start[name], arrays))
         errors = [e for m in page.metrics if (e := m.get(f"operator_error_{name}")) is not None]
         if len(new) == 1:

@@ -40,7 +40,7 @@ Mixtures = dict[str, GaussianMixture]
 # Assignments (n, T, sources) of each observation; None where a view is one mixture, see
 # `dichroic.learning.mixture.statistics_shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
-LEAST_UNIT = 1e-3  # of an entry of a source, relative to the root mean square of all
+MIN_SCALE = 1e-3  # of an entry of a source, relative to the root mean square of all
 _EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, grass and sky 0.9 to 1
 _MOST_SHARED = 4096  # assignments of a mixture that all observations share, all of which are kept
 
@@ -274,14 +274,14 @@ def initial_gaussian(
     return replace(white, stationary=stationary)
 
 
-def chosen_units(gaussians: Mapping[str, GaussianMixture], choice: str) -> dict[str, np.ndarray]:
+def chosen_scales(gaussians: Mapping[str, GaussianMixture], choice: str) -> dict[str, np.ndarray]:
     """The units, `(*shape)`, of those sources that are to have some, of which each is one Gaussian yet.
 
     By `"auto"` these are the ones of whose entries some vary much less than others.
     """
-    found = {n: deviations(g) for n, g in gaussians.items()} if choice != "same" else {}
+    found = {n: deviations(g) for n, g in gaussians.items()} if choice != "common" else {}
     evenness = lambda s: math.exp(np.mean(np.log(s**2))) / np.mean(s**2)
-    return {n: s for n, s in found.items() if choice == "each" or evenness(s) < _EVEN}
+    return {n: s for n, s in found.items() if choice == "per-entry" or evenness(s) < _EVEN}
 
 
 def deviations(mixture: GaussianMixture) -> np.ndarray:
@@ -289,7 +289,7 @@ def deviations(mixture: GaussianMixture) -> np.ndarray:
     basis, variances = np.asarray(mixture.basis[0], np.float64), np.asarray(mixture.variances[0])
     square = basis**2 @ variances + float(mixture.floor[0])
     relative = np.sqrt(square / square.mean())
-    return np.maximum(relative, LEAST_UNIT).reshape(mixture.shape)
+    return np.maximum(relative, MIN_SCALE).reshape(mixture.shape)
 
 
 def split_components(mixture: GaussianMixture, components: int) -> GaussianMixture:

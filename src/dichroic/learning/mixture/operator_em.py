@@ -89,8 +89,8 @@ def operator_iteration(
         warn("operators stay as they were: their scores are not finite")
     inverse = _inverse(found.information)
     errors = np.sqrt(np.diagonal(inverse @ found.scatter @ inverse))
-    as_parameters = lambda x: unravel(jnp.asarray(x, flat.dtype))
-    return as_parameters(best), as_parameters(errors)
+    scale_parameters = lambda x: unravel(jnp.asarray(x, flat.dtype))
+    return scale_parameters(best), scale_parameters(errors)
 
 
 def _added(parts: Iterable[Scores]) -> Scores:

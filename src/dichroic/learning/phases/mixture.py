@@ -25,7 +25,7 @@ from dichroic.learning.growth import (
 )
 from dichroic.learning.mixture.em import (
     Mixtures,
-    chosen_units,
+    chosen_scales,
     em_iteration,
     gain_in_evidence,
     initial_gaussians,
@@ -37,7 +37,7 @@ from dichroic.learning.phases.base import Context, Order, ended, learn_operators
 from dichroic.learning.safeguards import no_prior
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
-from dichroic.operators.scaling import as_parameters, units_of, without_units
+from dichroic.operators.scaling import scale_parameters, scales_of, without_scaling
 from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import ObservationBatches
 
@@ -117,7 +117,7 @@ class MixtureEM:
         if names[0] not in state.best:
             if not (better and (math.isfinite(evidence) or state.iteration > 1)):
                 raise no_prior(names, evidence, score, data)
-            scaled = units_of(state.operators)
+            scaled = scales_of(state.operators)
             check_learned(
                 {n: state.current[n] for n in names if n not in scaled}, context.config.bounds
             )
@@ -186,7 +186,7 @@ def _begun(current: Denoisers, group: _Group, data: Data, config: MixtureConfig)
 def _compared(state: State, group: _Group, config: MixtureConfig) -> tuple[float, bool]:
     """The held-out evidence of the current mixtures, and whether they take the place of the best before."""
     score = mean_log_evidence(state.current, group.test, beam_width=config.beam_width)
-    if components(state.current, group) == 1 or without_units(state.operators):
+    if components(state.current, group) == 1 or without_scaling(state.operators):
         return score, score > state.score  # false for NaN
     pulled = group.of_full_rank(state.current) and state.shrinkage[group.names[0]] > 0
     gain, error = gain_in_evidence(
@@ -221,7 +221,7 @@ def _grown(state: State, group: _Group, config: MixtureConfig, better: bool) -> 
     """The state from which the next model starts, and whether there is none."""
     names, size, rank = group.names, components(state.current, group), _rank(state.current, group)
     low = group.of_low_rank(state.current)
-    units = _new_units(state, low, config) if size == 1 and low else {}
+    units = _new_scales(state, low, config) if size == 1 and low else {}
     count = sum(obs.count for obs in group.train)
     limits = Limits(
         rank=min(config.rank, *(state.current[n].dim - 1 for n in low)) if low else 0,
@@ -245,17 +245,17 @@ def _grown(state: State, group: _Group, config: MixtureConfig, better: bool) -> 
     return state, True
 
 
-def _new_units(state: State, low: Sequence[str], config: MixtureConfig) -> dict[str, np.ndarray]:
+def _new_scales(state: State, low: Sequence[str], config: MixtureConfig) -> dict[str, np.ndarray]:
     """Scales of the entries of the sources `low`, unless they have some already."""
-    if set(low) & set(units_of(state.best_operators)):
+    if set(low) & set(scales_of(state.best_operators)):
         return {}
-    return chosen_units({n: state.best[n] for n in low}, config.units)
+    return chosen_scales({n: state.best[n] for n in low}, config.scaling)
 
 
 def _rescaled(state: State, names: Sequence[str], units: Mapping[str, np.ndarray]) -> State:
     """From one Gaussian again for each of the sources `names`, of which some are in `units` from here on."""
     rest = {k: d for k, d in state.current.items() if k not in names}
-    values = {**state.best_operators, **as_parameters(units)}
+    values = {**state.best_operators, **scale_parameters(units)}
     anew = {"current": rest, "best": rest, "operators": values, "best_operators": values}
     return replace(state, **anew, score=-math.inf)
 
