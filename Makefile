@@ -34,8 +34,8 @@ benchmarks: $(VENV)/.ready  ## samplers against the analytic posterior; our M-st
 	$(BIN)/python benchmarks/estep.py
 	$(BIN)/python benchmarks/mixture_em.py
 
-LOWEST_TESTS ?= tests/test_operators.py tests/test_posterior.py tests/test_statement.py tests/test_io.py \
-	tests/test_report.py
+LOWEST_TESTS ?= tests/operators/test_operators.py tests/inference/test_posterior.py tests/io/test_problem_file.py tests/io/test_model_files.py \
+	tests/diagnostics/test_report.py
 lowest:                ## what touches dependencies most, with the oldest that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet uv

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of every file that is read: `python tests/fuzz/fuzz_files.py [TARGET] -max_total_time=120`.
+"""Coverage-guided fuzzing of every file that is read: `python tests/system/fuzz/fuzz_files.py [TARGET] -max_total_time=120`.
 
 Needs atheris (`pip install atheris`), which is in no lock file. The first byte of an input says what is
 done to the rest: of safetensors files the hash is made right again in half of the inputs, so that what comes

@@ -568,7 +568,7 @@ def test_memory_does_not_grow_with_the_observations(tmp_path, kind):
         table = {"sources": {"a": [size]}, "views": {"v": view}}
         (folder / "problem.yaml").write_text(yaml.safe_dump(table))
         paths.append(str(folder / "problem.yaml"))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     done = subprocess.run(
         [sys.executable, "-c", CHECK, *paths],
         capture_output=True,

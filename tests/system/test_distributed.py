@@ -17,7 +17,7 @@ from dichroic.errors import ConfigError, RunError
 from dichroic.learning.checkpoint import load_state
 from dichroic.runtime import distributed
 
-WORKER = Path(__file__).parent / "layout_worker.py"
+WORKER = Path(__file__).parent / "distributed_worker.py"
 LAYOUTS = {"one": (1, 1), "devices": (1, 8), "both": (2, 2)}
 FIT = {
     "mixture": {
@@ -39,7 +39,7 @@ def start(words, processes=1, devices=1, **more):
         port = free.getsockname()[1]
     base = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
         "OMP_NUM_THREADS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         distributed.ADDRESS: f"127.0.0.1:{port}",

@@ -95,7 +95,7 @@ def write_problem(folder, separator):
 
 def limited(folder, *words):
     """`dichroic` with `words` in a process that may have `LIMIT` bytes of its own."""
-    source = str(Path(__file__).parents[1] / "src")
+    source = str(Path(__file__).parents[2] / "src")
     told = {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     return subprocess.run(
         [sys.executable, "-c", LIMITED, str(LIMIT), str(CHUNK), *words],

@@ -17,7 +17,7 @@ from dichroic.errors import DataError
 from dichroic.io import load_problem
 from dichroic.separation.separator import Separator, save_npz
 
-EXAMPLE = Path(__file__).parents[1] / "examples/galaxies/problem.yaml"
+EXAMPLE = Path(__file__).parents[2] / "examples/galaxies/problem.yaml"
 STD = 0.002
 
 
