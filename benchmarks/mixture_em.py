@@ -15,13 +15,8 @@ import numpy as np
 from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.config import MixtureConfig
 from dichroic.inference.samplers import sample_posterior
-from dichroic.learning.mixture.em import (
-    choose,
-    initial_gaussian,
-    mean_log_evidence,
-    split_components,
-    statistics,
-)
+from dichroic.learning.mixture.em import choose, mean_log_evidence, statistics
+from dichroic.learning.mixture.initialisation import initial_gaussian, split_components
 from dichroic.learning.mixture.m_step import maximise
 from dichroic.metrics import psnr
 from dichroic.problem.problem import joint_observations

@@ -25,7 +25,8 @@ from dichroic.io import load_problem, load_view
 from dichroic.metrics import coverage, output_snr
 from dichroic.problem.problem import Problem
 from dichroic.runtime.tables import text_table
-from dichroic.separation.separator import Separator, save_npz
+from dichroic.separation.result import save_npz
+from dichroic.separation.separator import Separator
 
 HERE = Path(__file__).parent
 SNR = (0, 5, 10)  # dB

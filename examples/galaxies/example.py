@@ -18,7 +18,7 @@ from dichroic.diagnostics.report import write_report
 from dichroic.io import load_problem
 from dichroic.metrics import coverage, output_snr
 from dichroic.runtime.tables import text_table
-from dichroic.separation.separator import save_npz
+from dichroic.separation.result import save_npz
 
 HERE = Path(__file__).parent
 DRAWS = 64

@@ -22,7 +22,8 @@ from dichroic.metrics import coverage, mean_chi2, output_snr
 from dichroic.problem.problem import joint_observations
 from dichroic.problem.view import View
 from dichroic.runtime.tables import text_table
-from dichroic.separation.separator import Separation, Separator, save_npz
+from dichroic.separation.result import Separation, save_npz
+from dichroic.separation.separator import Separator
 
 HERE = Path(__file__).parent
 DRAWS = 32

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from dichroic.benchmark.problems.manifolds import manifold_problem
-from dichroic.separation.separator import save_npz
+from dichroic.separation.result import save_npz
 
 problem = manifold_problem(seed=0, count=1024)
 arrays = {}

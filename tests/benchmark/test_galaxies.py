@@ -15,7 +15,8 @@ from dichroic.benchmark.problems import blends, galaxies
 from dichroic.benchmark.problems.remote import find_file
 from dichroic.errors import DataError
 from dichroic.io import load_problem
-from dichroic.separation.separator import Separator, save_npz
+from dichroic.separation.result import save_npz
+from dichroic.separation.separator import Separator
 
 EXAMPLE = Path(__file__).parents[2] / "examples/galaxies/problem.yaml"
 STD = 0.002

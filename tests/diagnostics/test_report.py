@@ -26,7 +26,8 @@ from dichroic.metrics import coverage, psnr
 from dichroic.operators import Identity
 from dichroic.problem.problem import Problem, Source, holdout
 from dichroic.problem.view import View
-from dichroic.separation.separator import Separation, Separator
+from dichroic.separation.result import Separation
+from dichroic.separation.separator import Separator
 
 SETTINGS = {
     "joint_iterations": 0,

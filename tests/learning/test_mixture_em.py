@@ -15,13 +15,8 @@ from dichroic.config import MixtureConfig
 from dichroic.learning.mixture import em as mixture_em
 from dichroic.learning.mixture import statistics as mixture_statistics
 from dichroic.learning.mixture import statistics_shared
-from dichroic.learning.mixture.em import (
-    choose,
-    em_iteration,
-    mean_log_evidence,
-    split_components,
-    statistics,
-)
+from dichroic.learning.mixture.em import choose, em_iteration, mean_log_evidence, statistics
+from dichroic.learning.mixture.initialisation import split_components
 from dichroic.learning.mixture.m_step import joint_shifts, maximise
 from dichroic.learning.mixture.statistics import SufficientStatistics, view_statistics
 from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics

@@ -14,7 +14,8 @@ from dichroic.io.model_files import pack
 from dichroic.learning.data import learning_order, prepare
 from dichroic.learning.diffusion.score_matching import with_network
 from dichroic.learning.fit import fit
-from dichroic.learning.mixture.em import initial_gaussian, mean_log_evidence
+from dichroic.learning.mixture.em import mean_log_evidence
+from dichroic.learning.mixture.initialisation import initial_gaussian
 from dichroic.learning.phases.schedule import advance
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import State

@@ -15,7 +15,7 @@ from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.matrix_free import diagonal_of
 from dichroic.learning.data import prepare
 from dichroic.learning.fit import InitialPriors
-from dichroic.learning.mixture.em import MIN_SCALE, chosen_scales, deviations
+from dichroic.learning.mixture.initialisation import MIN_SCALE, chosen_scales, deviations
 from dichroic.learning.mixture.low_rank_em import from_columns
 from dichroic.operators import Dense, Diagonal, Identity, Learnable, Scale
 from dichroic.operators.scaling import (

@@ -18,7 +18,8 @@ from dichroic.errors import ConfigError, FormatError
 from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.low_rank_sampling import low_rank_draws
 from dichroic.io.model_files import load_denoiser, save_denoiser
-from dichroic.learning.mixture.em import em_iteration, mean_log_evidence, split_components
+from dichroic.learning.mixture.em import em_iteration, mean_log_evidence
+from dichroic.learning.mixture.initialisation import split_components
 from dichroic.learning.mixture.low_rank_em import (
     from_columns,
     low_rank_iteration,

@@ -23,7 +23,8 @@ from dichroic.metrics import coverage, mean_chi2, psnr
 from dichroic.problem.problem import Problem, joint_observations
 from dichroic.problem.view import View
 from dichroic.runtime.tables import text_table
-from dichroic.separation.separator import Separation, Separator, save_npz
+from dichroic.separation.result import Separation, save_npz
+from dichroic.separation.separator import Separator
 
 DRAWS = 32
 Scores = dict[str, dict[str, float]]

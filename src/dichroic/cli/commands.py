@@ -148,7 +148,8 @@ def _print_status(out: Path) -> int:
 def sample(args: argparse.Namespace) -> None:
     """Draw from the learned prior of a source."""
     from dichroic.io import check_saved
-    from dichroic.separation.separator import Separator, save_npy
+    from dichroic.separation.result import save_npy
+    from dichroic.separation.separator import Separator
 
     check_saved(args.run_folder)
     x = Separator.load(args.run_folder).sample_prior(args.source, args.number, seed=args.seed)

@@ -31,14 +31,8 @@ from dichroic.runtime.blocks import shard_blocks
 from dichroic.runtime.fingerprint import fingerprint
 from dichroic.runtime.limits import within
 from dichroic.runtime.tracking import warn
-from dichroic.separation.separator import (
-    MEMORY,
-    Selectable,
-    Separation,
-    Separator,
-    common_count,
-    selectable,
-)
+from dichroic.separation.result import Separation
+from dichroic.separation.separator import MEMORY, Selectable, Separator, common_count, selectable
 
 _SAMPLED = 16  # observations that tell one view from another
 Progress = Callable[[int, int], None]

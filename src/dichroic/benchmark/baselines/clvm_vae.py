@@ -46,7 +46,7 @@ from dichroic.problem.problem import Problem, check_known, check_view, named_vie
 from dichroic.problem.view import View, with_operators
 from dichroic.runtime.records import understanding
 from dichroic.runtime.tracking import Tracker, as_tracker, warn
-from dichroic.separation.separator import Separation
+from dichroic.separation.result import Separation
 
 FILE = "clvm_vae.safetensors"
 MOST_LATENT = 16

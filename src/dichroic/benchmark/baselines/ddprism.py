@@ -57,7 +57,7 @@ from dichroic.problem.view import View, with_operators
 from dichroic.runtime.files import writing
 from dichroic.runtime.records import understanding
 from dichroic.runtime.tracking import Tracker, as_tracker, warn
-from dichroic.separation.separator import Separation
+from dichroic.separation.result import Separation
 
 FILE = "ddprism.safetensors"
 FREE_SETTINGS = ("batch_size",)

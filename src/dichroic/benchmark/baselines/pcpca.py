@@ -50,7 +50,7 @@ from dichroic.problem.offsets import prepared
 from dichroic.problem.problem import Problem, check_view, named_views
 from dichroic.problem.view import View, with_operators
 from dichroic.runtime.tracking import Tracker
-from dichroic.separation.separator import Separation
+from dichroic.separation.result import Separation
 
 CONTRASTS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)  # candidates of γ m / n
 _SEARCH: dict[str, Any] = {"iterations": 200, "tolerance": 1e-8}

@@ -24,7 +24,7 @@ from dichroic.benchmark.harness.spec import FAILED, HELD_OUT, LIMIT, RESULT, Job
 from dichroic.io.model_files import read_json, write_json
 from dichroic.metrics import mean_chi2
 from dichroic.runtime.hardware import machine, peak_memory
-from dichroic.separation.separator import save_npz
+from dichroic.separation.result import save_npz
 
 
 def run_job(folder: Path) -> dict[str, Any]:

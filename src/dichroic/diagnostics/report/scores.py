@@ -10,7 +10,8 @@ from dichroic.problem.dataset import IndexSet, bits_of
 from dichroic.problem.problem import Problem, held_out_bits
 from dichroic.problem.screening import left_out
 from dichroic.problem.view import View
-from dichroic.separation.separator import Separation, Separator
+from dichroic.separation.result import Separation
+from dichroic.separation.separator import Separator
 
 CHI2_RANGE = (0.8, 1.25)  # beyond it, a warning
 COVERAGE_SLACK = 0.05

@@ -9,7 +9,6 @@ far faster than a random start of all of them.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -24,14 +23,12 @@ from dichroic.inference.evidence import DEFAULT_BEAM_WIDTH, best_assignments, lo
 from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.posterior import is_large
 from dichroic.learning.mixture.low_rank_em import low_rank_iteration
-from dichroic.learning.mixture.low_rank_initialisation import initial_low_rank, mean_gain
 from dichroic.learning.mixture.m_step import MOST_MEANS, joint_shifts, maximise, monotone_em
 from dichroic.learning.mixture.statistics import Statistics, chunks, pairs, view_statistics
 from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics
 from dichroic.numerics.batching import split
-from dichroic.priors import Denoiser, GaussianMixture, gaussian
+from dichroic.priors import GaussianMixture
 from dichroic.priors.components import Components
-from dichroic.priors.stationary import split_stationary
 from dichroic.problem.observations import ObservationBatches, Observations, every_block, is_shared
 from dichroic.runtime import distributed
 from dichroic.runtime.tracking import Clock
@@ -40,8 +37,6 @@ Mixtures = dict[str, GaussianMixture]
 # Assignments (n, T, sources) of each observation; None where a view is one mixture, see
 # `dichroic.learning.mixture.statistics_shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
-MIN_SCALE = 1e-3  # of an entry of a source, relative to the root mean square of all
-_EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, grass and sky 0.9 to 1
 _MOST_SHARED = 4096  # assignments of a mixture that all observations share, all of which are kept
 
 
@@ -231,94 +226,3 @@ def _map_observations(
         return values.reshape(-1, *values.shape[2:])[: rows.count]
 
     return distributed.map_by_device(found, rows)
-
-
-def initial_gaussians(
-    names: Sequence[str],
-    views: Sequence[ObservationBatches],
-    known: Mapping[str, Denoiser],
-    rank: int | None,
-    stationary: Mapping[str, int] = MappingProxyType({}),
-) -> Mixtures:
-    """One Gaussian for each of the sources `names`, which are new; `stationary` along so many of their axes."""
-    mixtures = {k: m for k, m in known.items() if k not in names and isinstance(m, GaussianMixture)}
-    start = partial(initial_gaussian, views=views, group=names, known=mixtures, rank=rank)
-    return {n: start(n, stationary=stationary.get(n, 0)) for n in names}
-
-
-def initial_gaussian(
-    name: str,
-    views: Sequence[ObservationBatches],
-    group: Sequence[str],
-    *,
-    known: Mixtures | None = None,
-    rank: int | None = None,
-    stationary: int = 0,
-) -> GaussianMixture:
-    """A Gaussian with the variance that explains the power of the views, shared equally by the `group`.
-
-    Isotropic; or, with a `rank`, from the moments that the sources `known` leave (`initial_low_rank`), but for one
-    that is to be `stationary` along so many axes. At least one of `views` sees it: see
-    `dichroic.learning.data.prepare`.
-    """
-    seeing, powers = [obs for obs in views if name in obs.sources], []
-    for obs in seeing:
-        some = obs.head(64)
-        gain = sum(mean_gain(some, n) for n in obs.sources if n in group)
-        power = float(np.mean(np.sum(np.asarray(some.y) ** 2, axis=-1)))
-        powers.append(power / max(gain, 1e-30))
-    variance, shape = max(min(powers), 1e-30), seeing[0].operators[name].in_shape
-    if rank is not None and not stationary:
-        return initial_low_rank(name, seeing, rank, variance, known or {}, len(group))
-    white = gaussian(np.zeros(shape), variance * np.eye(math.prod(shape)))
-    return replace(white, stationary=stationary)
-
-
-def chosen_scales(gaussians: Mapping[str, GaussianMixture], choice: str) -> dict[str, np.ndarray]:
-    """The units, `(*shape)`, of those sources that are to have some, of which each is one Gaussian yet.
-
-    By `"auto"` these are the ones of whose entries some vary much less than others.
-    """
-    found = {n: deviations(g) for n, g in gaussians.items()} if choice != "common" else {}
-    evenness = lambda s: math.exp(np.mean(np.log(s**2))) / np.mean(s**2)
-    return {n: s for n, s in found.items() if choice == "per-entry" or evenness(s) < _EVEN}
-
-
-def deviations(mixture: GaussianMixture) -> np.ndarray:
-    """The standard deviation of each number of one Gaussian, `(*shape)`, relative to their root mean square."""
-    basis, variances = np.asarray(mixture.basis[0], np.float64), np.asarray(mixture.variances[0])
-    square = basis**2 @ variances + float(mixture.floor[0])
-    relative = np.sqrt(square / square.mean())
-    return np.maximum(relative, MIN_SCALE).reshape(mixture.shape)
-
-
-def split_components(mixture: GaussianMixture, components: int) -> GaussianMixture:
-    """Up to twice as many components, at most `components`: the heaviest are split in two.
-
-    A component `N(μ, C)` with principal axis `λ u uᵀ` becomes `N(μ ± √(λ/2) u, C − ½ λ u uᵀ)`, which
-    keeps its mean and covariance; of a stationary one see `split_stationary`.
-    """
-    log_weights, means, variances = (
-        np.array(a, np.float64) for a in (mixture.log_weights, mixture.means, mixture.variances)
-    )
-    basis, floor = np.asarray(mixture.basis, np.float64), np.asarray(mixture.floor, np.float64)
-    parents = np.argsort(-log_weights)[: max(0, components - log_weights.size)]
-    if mixture.stationary:
-        return split_stationary(mixture, parents)
-    which = np.argmax(variances[parents], axis=1)
-    along = floor[parents] if mixture.full_rank else np.zeros(len(parents))
-    value = variances[parents, which] + along
-    axis = np.sqrt(value / 2)[:, None] * basis[parents, :, which]
-    log_weights[parents] -= np.log(2)
-    child_means = means[parents] + axis
-    means[parents] -= axis
-    variances[parents, which] = np.maximum(value / 2 - along, 0)
-    grown = lambda a: np.concatenate([a, a[parents]])
-    return GaussianMixture(
-        log_weights=grown(log_weights),
-        means=np.concatenate([means, child_means]),
-        basis=grown(basis),
-        variances=grown(variances),
-        floor=grown(floor),
-        shape=mixture.shape,
-    )

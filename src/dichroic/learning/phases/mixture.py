@@ -23,13 +23,10 @@ from dichroic.learning.growth import (
     iterations_of,
     next_model,
 )
-from dichroic.learning.mixture.em import (
-    Mixtures,
+from dichroic.learning.mixture.em import Mixtures, em_iteration, gain_in_evidence, mean_log_evidence
+from dichroic.learning.mixture.initialisation import (
     chosen_scales,
-    em_iteration,
-    gain_in_evidence,
     initial_gaussians,
-    mean_log_evidence,
     split_components,
 )
 from dichroic.learning.mixture.m_step import FAILED
