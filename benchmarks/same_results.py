@@ -233,7 +233,7 @@ def on_disk(rng: np.random.Generator) -> Results:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = stated(folder, rng)
-        problem, config = dichroic.load_problem(path, memory=2**26)
+        problem, config = dichroic.load_problem(path, stored=True)
         separator = Separator(problem, config).fit(progress=False, memory=2**26)
         view = dichroic.load_problem(path)[0].views[0]
         dichroic.separate_to_zarr(folder / "out.zarr", separator, view, n_draws=2, chunk=32)

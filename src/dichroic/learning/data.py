@@ -146,7 +146,7 @@ def stationary_axes(problem: Problem, config: FitConfig) -> dict[str, int]:
             )
         if (size := math.prod(shape)) > MOST_STATIONARY:
             raise ConfigError(
-                f"{where}: source {name!r} of {size:,} numbers, but at most {MOST_STATIONARY:,} are "
+                f"{where}: source {name!r} of {size:,} entries, but at most {MOST_STATIONARY:,} are "
                 "supported for one that is stationary: cut it into parts, or leave it out of the list"
             )
     return found

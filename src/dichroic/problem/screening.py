@@ -105,7 +105,7 @@ def _screened(views: Sequence[AnyView]) -> Screened:
     few = in_memory or count <= HASHED
     far, hashes = _looked_at(views, whole, judge, max(BLOCK_BYTES // (8 * size), 1), few)
     notes = (
-        *_many_sentences(views, sample, judge),
+        *_many_sentences(views, sample, judge, far),
         *_value_sentences(views, sample),
         *_copy_sentences(views, sample, hashes if few else _hashes(sample)),
     )
@@ -217,12 +217,15 @@ def _what_follows(outliers: str, far: Far) -> str:
     return f"They can spoil what is learned of all others: leave them out, or set fit.outliers: exclude{mask}"
 
 
-def _many_sentences(views: Sequence[AnyView], sample: Rows, judge: Judge | None) -> Iterator[str]:
-    """A sentence where more than a few observations are extremely far from the others."""
+def _many_sentences(
+    views: Sequence[AnyView], sample: Rows, judge: Judge | None, far: Far
+) -> Iterator[str]:
+    """A sentence where more than a few observations, the outliers aside, are extremely far from the others."""
     if judge is None:
         return
     scores, _ = judge.scores(sample)
     bad = np.any([s > judge.many[k] for k, s in scores.items()], axis=0)
+    bad &= ~np.isin(sample.number, far.number)
     if np.mean(bad) > PART:
         first = ", ".join(str(i) for i in sample.number[bad][:NAMED])
         yield (

@@ -105,7 +105,7 @@ class MixtureEM:
         """Score the mixtures of one size on held-out observations, and go on to the next model."""
         group, c, clock, metrics = _Group.of(state, data), context.config.mixture, context.clock, {}
         size, names = components(state.current, group), group.names
-        if size > 1 and c.shrinkage is None and group.of_full_rank(state.current):
+        if size > 1 and c.shrinkage is None and group.of_full_rank(state.current) and not lost:
             state = _with_less_shrinkage(state, group, context)
             metrics["shrinkage"] = state.shrinkage[names[0]]
         with clock.during("scoring"):
