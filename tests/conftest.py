@@ -6,22 +6,21 @@ import os
 import sys
 from pathlib import Path
 
-import jax
-import jaxtyping
-import numpy as np
-import pytest
-
-from dichroic.numerics.precision import float64
 from dichroic.runtime.compilation_cache import LEAST_SECONDS
 
-# Processes that tests start share what they compile; JAX, which is imported, does not look here any more.
+# Tests, and processes that they start, share what they compile; JAX reads this when it is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", LEAST_SECONDS)
 
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
 # The numerical core. Elsewhere bad input has to reach the package's own, clearer errors.
-CORE = ("batching", "operators", "noise", "linalg", "grid", "evidence", "solve", "schedule")
-CORE += ("observations", "denoise", "nn", "posterior", "sample", "mixture_em", "shared", "train")
-CORE += ("mixture_step", "mixture_sums", "operator_em", "woodbury")
+CORE = ("numerics", "operators", "priors", "problem.observations", "learning.mixture")
+CORE += ("learning.diffusion.score_matching", "inference.evidence", "inference.evidence_grid")
+CORE += ("inference.posterior", "inference.samplers", "inference.woodbury")
 
 if os.environ.get("DICHROIC_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"dichroic.{m}" for m in CORE], "beartype.beartype")
@@ -57,6 +56,8 @@ def rng():
 @pytest.fixture
 def x64():
     """Double precision for the length of one test."""
+    from dichroic.numerics.precision import float64
+
     with float64():
         yield
 

@@ -324,13 +324,15 @@ def test_moments_that_are_not_finite_are_refused(where, bad):
         "covariance": np.stack([np.eye(3)] * 2),
     }
     moments[where].flat[1] = bad
-    with pytest.raises(DataError, match=f"Mixture: a {where} is not finite"):
+    with pytest.raises(DataError, match=f"GaussianMixture: a {where} is not finite"):
         GaussianMixture.from_moments(*moments.values())
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [2.0, -0.5], [-1.0, -1.0]])
 def test_weights_that_are_none_are_refused(weights):
-    with pytest.raises(DataError, match="Mixture: weights must be positive numbers or zero"):
+    with pytest.raises(
+        DataError, match="GaussianMixture: weights must be positive numbers or zero"
+    ):
         GaussianMixture.from_moments(weights, np.zeros((2, 1)), np.ones((2, 1, 1)))
 
 

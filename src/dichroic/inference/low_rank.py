@@ -390,7 +390,7 @@ def _base(
         return Base(lambda v: v / b[:, None], float(np.log(b).sum()), traces, diagonals)
     if one.size > MOST_DENSE:
         raise DataError(
-            f"observations of {one.size:,} numbers whose operators or noise are not diagonal; at most "
+            f"observations of {one.size:,} entries whose operators or noise are not diagonal; at most "
             f"{MOST_DENSE:,} are supported"
         )
     rows = np.flatnonzero(seen)  # of missing entries, `y` and all columns are 0

@@ -34,7 +34,7 @@ def parse_shape(value: Any) -> Shape:
         raise ConfigError(f"expected a shape such as [8, 8], got {short(value)}")
     shape = as_shape(tuple(dims))
     if math.prod(shape) > MOST_NUMBERS:
-        raise ConfigError(f"{short(value)}: at most {MOST_NUMBERS:,} numbers are supported")
+        raise ConfigError(f"{short(value)}: at most {MOST_NUMBERS:,} entries are supported")
     return shape
 
 

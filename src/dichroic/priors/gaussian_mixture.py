@@ -63,28 +63,28 @@ class GaussianMixture(Denoiser):
         weight negative or all of them zero, or a covariance not PSD.
         """
         weights, means = (
-            np.asarray(unmasked(a, f"Mixture: {what}"), float)
+            np.asarray(unmasked(a, f"GaussianMixture: {what}"), float)
             for what, a in (("weights", weights), ("means", means))
         )
         shape = means.shape[1:] if shape is None else shape
-        covariances = np.asarray(unmasked(covariances, "Mixture: covariances"), float)
+        covariances = np.asarray(unmasked(covariances, "GaussianMixture: covariances"), float)
         for what, a in (("weight", weights), ("mean", means), ("covariance", covariances)):
             if not np.all(np.isfinite(a)):
-                raise DataError(f"Mixture: a {what} is not finite")
+                raise DataError(f"GaussianMixture: a {what} is not finite")
         if weights.min(initial=0) < 0 or not weights.sum() > 0:
             raise DataError(
-                f"Mixture: weights must be positive numbers or zero, not all zero; got {weights}"
+                f"GaussianMixture: weights must be positive numbers or zero, not all zero; got {weights}"
             )
         k, dim = weights.size, int(np.prod(shape))
         if means.size != k * dim or covariances.shape != (k, dim, dim):
             raise ShapeError(
-                f"Mixture: {k} components of {dim} numbers need covariances {(k, dim, dim)}, "
+                f"GaussianMixture: {k} components of {dim} entries need covariances {(k, dim, dim)}, "
                 f"got means {means.shape} and covariances {covariances.shape}"
             )
         values, vectors = np.linalg.eigh(0.5 * (covariances + covariances.swapaxes(1, 2)))
         lowest = values[:, 0].min()
         if lowest < -1e-5 * max(values.max(), 1e-30):
-            raise DataError(f"Mixture: a covariance is not PSD (eigenvalue {lowest:.3g})")
+            raise DataError(f"GaussianMixture: a covariance is not PSD (eigenvalue {lowest:.3g})")
         values = np.maximum(values, 0)
         rank = dim if rank is None else min(rank, dim)
         rest = values[:, : dim - rank]

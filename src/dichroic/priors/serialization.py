@@ -102,7 +102,7 @@ def _mixture(arrays: Arrays, shape: Shape, stationary: Any) -> GaussianMixture:
     for name, a in parts.items():
         if a.shape != sizes[name] or not k or rank > dim:
             raise FormatError(
-                f"{name} has shape {a.shape}, which does not fit {k} components of {dim} numbers"
+                f"{name} has shape {a.shape}, which does not fit {k} components of {dim} entries"
             )
         _check_numbers(name, a)
     if stationary and (rank < dim or np.any(parts["floor"])):
@@ -137,7 +137,9 @@ def _network(weights: list[np.ndarray], about: Any, shape: Shape) -> eqx.Module:
     for name, value in settings.items():
         words = _WORDS.get(name)
         if not (_is_count(value) and value <= most if words is None else value in words):
-            raise FormatError(f"a network with {name} {_short(value)}, but {most:,} numbers in all")
+            raise FormatError(
+                f"a network with {name} {_short(value)}, but {most:,} parameters in all"
+            )
         blocks *= value if name in ("depth", "levels") else 1
     if blocks > len(weights):
         raise FormatError(f"a network of {blocks:,} blocks, but {len(weights)} arrays in all")

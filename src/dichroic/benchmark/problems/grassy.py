@@ -132,7 +132,7 @@ def grassy_views(
     `size` is 28, or 14 or 7 for images of which blocks were averaged.
     """
     if size not in (28, 14, 7):
-        raise DataError(f"grassy MNIST of {size} × {size} numbers: the size must be 28, 14 or 7")
+        raise DataError(f"grassy MNIST of {size} × {size} pixels: the size must be 28, 14 or 7")
     rng = np.random.default_rng([2, int(held_out), seed])
     photographs = load_photographs(data_dir)
     images = zeros_and_ones(data_dir, held_out=held_out)
