@@ -220,7 +220,7 @@ def test_a_problem_file_states_what_is_to_be_learned(tmp_path):
         "  two:\n"
         "    observations: data.npz:two\n"
         "    operators:\n"
-        "      a: {learned: {name: f, operator: {scale: 0.3}}}\n"
+        "      a: {learnable: {name: f, operator: {scale: 0.3}}}\n"
         "      b: identity\n"
         "    noise: 0.1\n"
     )

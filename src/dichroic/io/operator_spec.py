@@ -226,7 +226,7 @@ def _several(args: Any, spot: Location) -> list[Any]:
     return list(args)
 
 
-def _learned(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
+def _learnable(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
     table = known_table(args, ("name", "operator"), spot)
     require(table, ("name", "operator"), spot)
     inner = build_operator(table["operator"], in_shape, out_shape, spot.at("operator"))
@@ -247,7 +247,7 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Location], Operator]] 
     "compose": _compose,
     "sum": _sum,
     "stack": _stack,
-    "learned": _learned,
+    "learnable": _learnable,
 }
 
 
