@@ -15,10 +15,17 @@ from dichroic.io.formats import READERS, kind_by_content
 from dichroic.io.values import available, natural, short
 
 PART_KINDS = ("npz", "npy", "h5", "hdf5", "zarr")  # of which some rows are read alone
-_KINDS = (*PART_KINDS, *READERS)
-_ENDING = rf"(?P<file>.+?\.(?P<kind>(?i:{'|'.join(map(re.escape, _KINDS))})))"
-_REFERENCE, _FILE = re.compile(rf"{_ENDING}(?::(?P<key>.+))?"), re.compile(_ENDING)
 _LONGEST = 4096  # characters
+
+
+def _kinds() -> tuple[str, ...]:
+    """The endings of the files that can be read, those that users have added to `READERS` among them."""
+    return (*PART_KINDS, *READERS)
+
+
+def _file_pattern() -> str:
+    kinds = "|".join(map(re.escape, _kinds()))
+    return rf"(?P<file>.+?\.(?P<kind>(?i:{kinds})))"
 
 
 @dataclass(frozen=True)
@@ -53,20 +60,20 @@ def locate(reference: Any, base_dir: str | Path) -> Reference:
         raise ConfigError(
             f"expected an array such as 'file.npz:key', 'file.npy', 'file.h5:/dataset', "
             f"'file.zarr:path', 'file.fits:unit', 'files/*.png', a number or a list, got {short(reference)}; "
-            f"files end in {', '.join(f'.{kind}' for kind in _KINDS)}, or exist and begin as such files do"
+            f"files end in {', '.join(f'.{kind}' for kind in _kinds())}, or exist and begin as such files do"
         )
     return found
 
 
 def is_reference(text: str, base_dir: str | Path) -> bool:
     """Whether `text` has the form of a reference, or is the name of a file that exists."""
-    return bool(_fits(_REFERENCE, text)) or any(
+    return bool(_fits(_file_pattern() + "(?::(?P<key>.+))?", text)) or any(
         _first(Path(base_dir) / file) for file, _ in _splits(text)
     )
 
 
 def _parse(text: str, base_dir: str | Path) -> Reference | None:
-    match = _fits(_REFERENCE, text)
+    match = _fits(_file_pattern() + "(?::(?P<key>.+))?", text)
     if match:
         return Reference(Path(base_dir) / match["file"], match["kind"].lower(), match["key"])
     for file, key in _splits(text):
@@ -77,14 +84,14 @@ def _parse(text: str, base_dir: str | Path) -> Reference | None:
 
 def _whole(file: str, key: str, base_dir: Path) -> Reference | None:
     """The entry `key` of `file`, whose name may hold colons."""
-    match = _fits(_FILE, file)
+    match = _fits(_file_pattern(), file)
     if match:
         return Reference(base_dir / file, match["kind"].lower(), key)
     return _by_content(base_dir / file, key)
 
 
-def _fits(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    return pattern.fullmatch(text) if len(text) < _LONGEST else None
+def _fits(pattern: str, text: str) -> re.Match[str] | None:
+    return re.fullmatch(pattern, text) if len(text) < _LONGEST else None
 
 
 def _splits(text: str) -> Iterator[tuple[str, str | None]]:
@@ -106,7 +113,7 @@ def _by_content(path: Path, key: str | None) -> Reference | None:
     if kind is None:
         raise DataError(
             f"cannot tell the format of {file.name!r}, by its ending or its first bytes; files end in "
-            f"{', '.join(f'.{kind}' for kind in _KINDS)}"
+            f"{', '.join(f'.{kind}' for kind in _kinds())}"
         )
     return Reference(path, kind, key)
 
