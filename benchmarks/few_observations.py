@@ -1,4 +1,4 @@
-"""How well sources are told apart that were learned from few observations.
+"""How well sources are distinguished that were learned from few observations.
 
 `intervals`: two sources of `D` entries, Gaussian along 4 random directions each; one view sees the first,
 one both, with noise. Of 400 new observations of both, how many entries of the sources the 90% intervals of

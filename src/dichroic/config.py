@@ -62,7 +62,7 @@ class MixtureConfig(_Ranged):
     )  # assignments of components kept per observation and pair of sources
     beam_width: int = _count(1024)  # assignments looked at, at once, in the search for them
     shrinkage: float | None = None  # pseudo-observations of a prior on components; None: found
-    stationary: tuple[str, ...] = ()  # sources that look the same everywhere: texture, sky, noise
+    stationary: tuple[str, ...] = ()  # sources such as texture, sky, noise
     scaling: Literal["auto", "common", "per-entry"] = (
         "auto"  # of entries of a source: docs/concepts.md
     )

@@ -272,7 +272,7 @@ def test_what_no_observation_sees_stays_small(rng):
     assert abs(mean(model, "a")[2]) < 1e-6
 
 
-# The front door
+# The public interface
 
 
 def test_draws_follow_the_analytic_posterior(rng):

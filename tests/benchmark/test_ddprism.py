@@ -135,7 +135,7 @@ def test_converged_solves_give_the_exact_posterior_mean(masked, rng, x64):
 
 @pytest.mark.parametrize("ridge", [0.0, 0.5])
 def test_one_step_is_the_formula_with_dense_matrices(ridge, rng, x64):
-    """With Jacobians that are not symmetric, so that `J` and `Jᵀ` are told apart."""
+    """With Jacobians that are not symmetric, so that `J` and `Jᵀ` are distinguished."""
     obs, y, a, x_t = one_observation(rng, IsotropicNoise(0.3))
     w = {k: np.eye(v.size) + 0.3 * rng.normal(size=(v.size, v.size)) for k, v in x_t.items()}
     priors = {

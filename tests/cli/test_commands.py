@@ -1,4 +1,4 @@
-"""A whole fit: front door, run folder, resuming, command line."""
+"""A whole fit: public interface, run folder, resuming, command line."""
 
 import json
 import os

@@ -99,7 +99,7 @@ def test_means_can_be_confused_where_covariances_are_not():
     assert [s.mean_determined for s in result.sources] == [0, 0, 0]
     assert verdicts(result) == ["not identified"] * 3
     (warning,) = result.warnings
-    assert warning.startswith("sources 'a', 'b' and 'c': their means cannot be told apart")
+    assert warning.startswith("sources 'a', 'b' and 'c': their means cannot be distinguished")
 
 
 def test_random_projections_with_two_mixing_weights_identify_both(rng):
@@ -195,7 +195,7 @@ def test_sources_of_unequal_shapes(rng):
     assert determined(mixed_only) == [(4, 136), (0, 6)]
     seen, confused = mixed_only.warnings
     assert "only 10 of the 136 dimensions" in seen
-    assert "'big' and 'small' cannot be told apart" in confused
+    assert "'big' and 'small' cannot be distinguished" in confused
     assert "6 of 136 for 'big', 6 of 6 for 'small'" in confused
 
 
@@ -384,7 +384,7 @@ def seeing(n, operators, name, **kwargs):
 @pytest.mark.parametrize(
     ("views", "said"),
     [
-        ([(12, {"a": 1}), (900, {"a": 1, "b": 1})], ["'a' is told from 'b' by view 'v0' only, which has 12 "]),
+        ([(12, {"a": 1}), (900, {"a": 1, "b": 1})], ["'a' is distinguished from 'b' by view 'v0' only, which has 12 "]),
         ([(80, {"a": 1}), (900, {"a": 1, "b": 1})], []),
         # Views that tell the same count together.
         ([(20, {"a": 1}), (25, {"a": 2}), (900, {"a": 1, "b": 1})], ["by views 'v0' and 'v1' only, which have 45 "]),
@@ -392,12 +392,12 @@ def seeing(n, operators, name, **kwargs):
         # One of two that are seen alone is enough.
         ([(12, {"a": 1}), (900, {"b": 1}), (900, {"a": 1, "b": 1})], []),
         # Weights that differ, in two views and in three.
-        ([(12, {"a": 1, "b": 0.1}), (900, {"a": 0.1, "b": 1})], ["'a' and 'b' are told apart by view 'v0' only"]),
+        ([(12, {"a": 1, "b": 0.1}), (900, {"a": 0.1, "b": 1})], ["'a' and 'b' are distinguished by view 'v0' only"]),
         ([(12, {"a": 1, "b": 0.1}), (900, {"a": 0.1, "b": 1}), (900, {"a": 1, "b": 1})], []),
         # Source by source.
         (
             [(12, {"a": 1}), (20, {"a": 1, "b": 1}), (900, {"a": 1, "b": 1, "c": 1})],
-            ["'a' is told from 'b' by view 'v0'", "'a' and 'b' are told from 'c' by views 'v0' and 'v1' only"],
+            ["'a' is distinguished from 'b' by view 'v0'", "'a' and 'b' are distinguished from 'c' by views 'v0' and 'v1' only"],
         ),
     ],
 )  # fmt: skip
@@ -415,7 +415,9 @@ def test_few_co_observed_observations_that_tell_sources_apart_are_said():
         seeing(60, {"a": 1, "b": 1}, "other", group="g"),
     ]
     (words,) = scarcity(problem([*pair, seeing(900, {"a": 1, "b": 1}, "mixed")], a=8, b=8))
-    assert "told apart by view 'one+other' only, which has 60 observations for 8 entries" in words
+    assert (
+        "distinguished by view 'one+other' only, which has 60 observations for 8 entries" in words
+    )
 
 
 def test_few_observations_of_what_other_views_do_not_see_are_said():

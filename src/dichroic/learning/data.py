@@ -29,7 +29,7 @@ PART = 8  # that take this part of the memory together at the most
 class Data:
     """Training and held-out observations, per joint view, with the truth of the latter if known.
 
-    `stationary` are the sources that look the same everywhere, with how many of their last axes are positions.
+    `stationary` has the stationary sources, with how many of their last axes are positions.
     Where training observations are in files: the `memory` to work with, in bytes, and a folder for draws.
     """
 

@@ -1,4 +1,4 @@
-"""Whether numbers are numbers: what guards ask before they let something go on."""
+"""Whether all values of arrays are finite."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Mixtures of stationary Gaussians: sources that look the same everywhere, as sky, texture or background noise.
+"""Mixtures of stationary Gaussians, for sources such as sky, texture or background noise.
 
 A component is a field on a torus of `2 m − 1` positions along each axis of `m`, of which the source is a window.
 Its covariance depends on the difference of two positions alone, its mean on none,

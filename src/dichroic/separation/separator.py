@@ -1,4 +1,4 @@
-"""The front door: learn the sources of a problem, separate observations, sample the priors."""
+"""The public interface: learn the sources of a problem, separate observations, sample the priors."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

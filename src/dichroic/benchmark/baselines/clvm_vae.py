@@ -74,7 +74,7 @@ def prior_batches(decoder: Callable[[Array], Array], latent: int, keys: Array) -
     return jax.lax.map(jax.vmap(lambda k: decoder(jax.random.normal(k, (latent,)))), keys)
 
 
-# The front door
+# The public interface
 
 
 class ClvmVae:

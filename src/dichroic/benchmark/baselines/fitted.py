@@ -1,4 +1,4 @@
-"""Baselines that are learned from a problem, behind the front door of `Separator`.
+"""Baselines that are learned from a problem, with the interface of `Separator`.
 
 What differs between them is how the priors are learned (`_learn`); separating, sampling, saving and
 loading are those of `Separator`. With `out`, the finished model is kept in that folder; there is nothing

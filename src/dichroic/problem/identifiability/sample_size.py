@@ -46,8 +46,8 @@ def _seen_little(name: str, count: int, size: int, stationary: bool) -> str:
     return (
         f"source {name!r}: {count:,} observations for {size:,} entries; with fewer than {ENOUGH} for each "
         "entry intervals are too narrow (those of 90% held 83% of Gaussian sources with 5, 55% with 1.5, "
-        "22% to 45% with 0.5): give more observations, or fewer entries, or say that it looks the same "
-        "everywhere, if it does (fit.mixture.stationary)"
+        "22% to 45% with 0.5): give more observations, or fewer entries, or say that it is stationary, "
+        "if it is (fit.mixture.stationary)"
     )
 
 
@@ -101,7 +101,7 @@ def _told(
     count, size = _count(few, told), max(sizes[k] for k in told)
     if count < ENOUGH * size:
         verb = "is" if len(told) == 1 else "are"
-        apart = f"{verb} told from {_listed(rest)}" if rest else "are told apart"
+        apart = f"{verb} distinguished from {_listed(rest)}" if rest else "are distinguished"
         yield f"{_listed(told)} {apart} by {_by(few, told)}{_too_few(size)}"
 
 

@@ -72,7 +72,7 @@ def _confusion(names: list[str], means: Kernel, covariances: Kernel, kind: str) 
     for group in means.groups():
         if not any(set(group) <= set(told) for told in groups):
             yield (
-                f"sources {_listed([names[k] for k in group])}: their means cannot be told apart, "
+                f"sources {_listed([names[k] for k in group])}: their means cannot be distinguished, "
                 "though their covariances can; add a view that sees one of them alone"
             )
 
@@ -88,7 +88,7 @@ def _confused_group(names: list[str], group: list[int], kernel: Kernel, kind: st
     parts = zip(names, (kernel.parts[k] for k in group), strict=True)
     shares = [f"{p.undetermined - p.unseen} of {p.size} for {n!r}" for n, p in parts]
     return (
-        f"sources {_listed(names)} cannot be told apart in some {kind}dimensions of their "
+        f"sources {_listed(names)} cannot be distinguished in some {kind}dimensions of their "
         f"covariances ({', '.join(shares)}); {_SEE_ALONE}"
     )
 
