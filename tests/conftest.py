@@ -18,9 +18,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # The numerical core. Elsewhere bad input has to reach the package's own, clearer errors.
-CORE = ("numerics", "operators", "priors", "problem.observations", "learning.mixture")
+CORE = ("numerics", "operators", "problem.observations", "learning.mixture")
 CORE += ("learning.diffusion.score_matching", "inference.evidence", "inference.evidence_grid")
-CORE += ("inference.posterior", "inference.samplers", "inference.woodbury")
+CORE += ("inference.posterior", "inference.samplers", "inference.woodbury", "priors.components")
+CORE += ("priors.covariance", "priors.denoiser", "priors.diffusion", "priors.gaussian_mixture")
+CORE += ("priors.networks", "priors.schedule", "priors.spectrum")
 
 if os.environ.get("DICHROIC_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"dichroic.{m}" for m in CORE], "beartype.beartype")

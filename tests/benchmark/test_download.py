@@ -251,7 +251,7 @@ def test_a_full_disk_is_an_error_that_is_not_tried_again(server, target, monkeyp
 ONE = """
 import sys
 from pathlib import Path
-from dichroic.datasets.download import Patience, download
+from dichroic.benchmark.problems.download import Patience, download
 url, target, size, sha256 = sys.argv[1:]
 download(url, Path(target), size=int(size), sha256=sha256, patience=Patience(wait=0.0))
 """

@@ -254,7 +254,7 @@ def test_bounds_of_no_source_are_refused():
     [{"a": [0]}, {"a": [0, 1, 2]}, {"a": [1, 0]}, {"a": [1, 1]}, {"a": [None, None]}, {"a": []}],
 )
 def test_bounds_that_are_none(bounds):
-    with pytest.raises(ConfigError, match=r"bounds\.a: expected the least and the most"):
+    with pytest.raises(ConfigError, match=r"bounds\.a: expected a lower and an upper bound"):
         settings(bounds)
 
 

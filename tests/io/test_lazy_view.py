@@ -529,9 +529,8 @@ def test_a_bad_value_ends_a_fit_before_it_begins(tmp_path, fits, capsys, monkeyp
 
 CHECK = """
 import sys
-from dichroic.problem import check_values
-from dichroic.identify import identifiability
-from dichroic.statement import load_problem, summary_rows
+from dichroic import check_values, identifiability
+from dichroic.io import load_problem, summary_rows
 
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import zarr
 
-from dichroic.cli.main import _config, parser
+from dichroic.cli.commands import _config
+from dichroic.cli.main import parser
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError, DataError, DichroicError, ShapeError
 from dichroic.io import load_array, load_problem, load_view, summary_rows

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 import zarr
-from test_stream import environment
+from processes import environment
 
 from dichroic.cli.main import main
 from dichroic.config import FitConfig
@@ -198,8 +198,8 @@ def test_held_out_observations_take_an_eighth_of_the_memory(tmp_path, monkeypatc
 PREPARE = """
 import sys
 from dichroic.config import FitConfig
-from dichroic.data import prepare
-from dichroic.statement import load_problem
+from dichroic.learning.data import prepare
+from dichroic.io import load_problem
 
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from test_stream import environment, peak
+from processes import environment, peak
 
 from dichroic.config import FitConfig
 from dichroic.errors import FormatError, RunError
@@ -268,7 +268,7 @@ def test_a_network_learns_the_same_from_windows_that_hold_all(stated, in_blocks,
 def test_several_processes_need_a_folder_in_common(stated, monkeypatch):
 
     monkeypatch.setattr(distributed, "processes", lambda: 2)
-    monkeypatch.setattr(distributed, "exchange", lambda content: [content] * 2)
+    monkeypatch.setattr(distributed, "all_gather_bytes", lambda content: [content] * 2)
     with pytest.raises(RunError, match="a run folder in common"):
         fit(loaded(stated), FitConfig(), memory=MEMORY)
 

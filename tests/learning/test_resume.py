@@ -206,13 +206,11 @@ def test_one_process_at_a_time_fits_in_a_folder(problem, tmp_path):
 LIMITED = """
 import resource, sys
 import numpy as np
-from dichroic import run
+from dichroic.learning import fit
 from dichroic.errors import RunError
 from dichroic.operators import Identity
-from dichroic.problem import Problem, Source, View
-from dichroic.records import read_record, write_record
-from dichroic.separator import Separator
-run.CHECKPOINT_SECONDS = 0.0
+from dichroic import Problem, Separator, Source, View
+fit.CHECKPOINT_SECONDS = 0.0
 size = 200
 y = np.random.default_rng(0).normal(size=(50, size))
 problem = Problem([Source("a", (size,))], [View(y, {"a": Identity(size)}, 0.1, "v")])
@@ -255,7 +253,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(problem, tmp_path, where):
 READ_ONLY = """
 import os, sys
 from dichroic.errors import RunError
-from dichroic.files import write_atomic
+from dichroic.runtime.files import write_atomic
 if os.getuid() == 0:
     os.setuid(65534)
 try:

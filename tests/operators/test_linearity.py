@@ -100,7 +100,7 @@ def test_what_is_linear_passes(fn, size):
 def test_what_is_not_linear_is_refused_with_its_view_and_source(fn, why):
     size = jax.eval_shape(fn, jax.ShapeDtypeStruct((D,), jnp.float32)).shape
     view = View(np.zeros((3, *size)), {"x": FunctionOperator(fn, in_shape=D)}, 1.0, name="v")
-    with pytest.raises(DataError, match=f"view 'v', source 'x': Function .*{why}"):
+    with pytest.raises(DataError, match=f"view 'v', source 'x': FunctionOperator .*{why}"):
         Problem([Source("x", D)], [view])
 
 
@@ -161,7 +161,7 @@ def test_parts_are_found_in_compositions_and_each_observation_has_its_own():
     )
     op = Learnable(Scale((4,), 2.0), "g") @ (Dense(np.eye(4)) @ clip + Identity(4))
     assert brought(op) == [clip]
-    with pytest.raises(DataError, match="observation 0: Function .*not linear"):
+    with pytest.raises(DataError, match="observation 0: FunctionOperator .*not linear"):
         probe(op, "v")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 import zarr
+from processes import COMMAND, environment, peak
 
 from dichroic.cli import commands
 from dichroic.cli.main import main
@@ -36,11 +37,10 @@ from dichroic.separation.separator import Separator
 from dichroic.separation.streaming import separate_to_zarr
 
 N, D, M = 200, 6, 4
-COMMAND = ["-m", "dichroic"]
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # writing more to a file fails as on a full disk
-from dichroic.cli import commands
+from dichroic.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -306,11 +306,6 @@ def files(folder):
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
     }
-
-
-def environment():
-    source = str(Path(__file__).parents[2] / "src")
-    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
 
 
 def command(*args, program=COMMAND):
@@ -597,29 +592,6 @@ def test_zarr_that_is_missing_is_an_error(stated, monkeypatch, capsys):
 
 
 # Memory.
-
-
-def peak(args):
-    """The largest resident memory in MiB of a command, watched from outside."""
-    process = subprocess.Popen(
-        [sys.executable, *COMMAND, *args],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    found = 0
-    while process.poll() is None:
-        try:
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    found = max(found, int(line.split()[1]) // 1024)
-        except OSError:
-            pass
-        time.sleep(0.005)
-    assert process.returncode == 0, process.stderr.read()
-    process.stderr.close()
-    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

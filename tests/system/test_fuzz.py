@@ -76,11 +76,11 @@ def edits(draw):
     """One to three edits of a file, at places given as fractions of its length."""
     place = st.integers(0, 10_000)
     edit = st.one_of(
-        st.assignments(st.just("flip"), place, st.integers(1, 255)),
-        st.assignments(st.just("cut"), place, st.integers(1, 64)),
-        st.assignments(st.just("end"), place, st.just(0)),
-        st.assignments(st.just("copy"), place, place),
-        st.assignments(st.sampled_from(["put", "over"]), place, st.integers(0, len(HOSTILE) - 1)),
+        st.tuples(st.just("flip"), place, st.integers(1, 255)),
+        st.tuples(st.just("cut"), place, st.integers(1, 64)),
+        st.tuples(st.just("end"), place, st.just(0)),
+        st.tuples(st.just("copy"), place, place),
+        st.tuples(st.sampled_from(["put", "over"]), place, st.integers(0, len(HOSTILE) - 1)),
     )
     return draw(st.lists(edit, min_size=1, max_size=3))
 

@@ -67,7 +67,6 @@ def digits(seed: int, *, quick: bool = False) -> Demo:
             "mixture.components": 4 if quick else 16,
             "mixture.iterations": 2,
             "mixture.final_iterations": 3,
-            "mixture.shrinkage": 150.0,
             "diffusion.iterations": 0,
         }
     )

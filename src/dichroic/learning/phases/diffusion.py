@@ -46,11 +46,12 @@ class DiffusionEM:
             metrics |= {"sources": "+".join(old)}
             metrics |= scores(kept, data, range(len(data.test)), config)
         stale = 0 if gained > 0 else state.stale + 1
-        state = replace(state, current=kept, best=kept, stale=stale)
-        if is_last(state, c.iterations) or stale >= c.patience:
-            return ended(state), metrics
         score = gained + (state.score if state.iteration else 0.0)
-        return replace(state, score=score, iteration=state.iteration + 1), metrics
+        state = replace(state, current=kept, best=kept, stale=stale)
+        after = replace(state, iteration=state.iteration + 1)
+        if is_last(state, c.iterations) or stale >= c.patience:
+            after = ended(state)
+        return replace(after, score=score), metrics
 
     def iterations(self, config: FitConfig, order: Order) -> int:
         """As the settings say."""
