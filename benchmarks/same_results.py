@@ -31,6 +31,7 @@ import yaml
 
 import dichroic
 from dichroic import Identity, Problem, Separator, Source, View
+from dichroic.problem.problem import joint_observations
 
 Results = dict[str, Any]
 SHORT: dict[str, Any] = {
@@ -193,7 +194,7 @@ def samplers(rng: np.random.Generator) -> Results:
     for name in ("ancestral", "ddpm", "ddim", "heun", "predictor-corrector"):
         separator.config = config.replace({"sampler.name": name})
         out[name] = separator.separate("mixed").draws["ring"]
-    observations = dichroic.joint_observations([separator.problem.views[1]])
+    observations = joint_observations([separator.problem.views[1]])
     sampler = dichroic.GibbsSampler(dichroic.AncestralSampler(4), sweeps=3)
     drawn = dichroic.sample_posterior(
         separator.denoisers, observations, jax.random.key(1), sampler=sampler

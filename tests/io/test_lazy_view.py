@@ -529,7 +529,8 @@ def test_a_bad_value_ends_a_fit_before_it_begins(tmp_path, fits, capsys, monkeyp
 
 CHECK = """
 import sys
-from dichroic import check_values, identifiability
+from dichroic import identifiability
+from dichroic.problem.problem import check_values
 from dichroic.io import load_problem, summary_rows
 
 def peak():

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from dichroic import (
-    Geometric,
     Identity,
     IsotropicNoise,
     Noise,
-    Observations,
     Operator,
     Problem,
     Separator,
@@ -25,6 +23,8 @@ from dichroic.io.formats import READERS
 from dichroic.io.recorded import Recorded
 from dichroic.numerics.batching import as_float, param
 from dichroic.priors import Denoiser, gaussian
+from dichroic.priors.schedule import Geometric
+from dichroic.problem.observations import Observations
 
 FIT = {
     "mixture": {"components": 1, "gaussian_iterations": 3},
