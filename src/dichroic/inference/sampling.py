@@ -1,6 +1,7 @@
 """Joint posterior draws by whatever sampler suits the priors, and how well they explain what was observed."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from dichroic.numerics.deterministic_map import map_observations
 from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.observations import Observations, whitened_chi2
 
-Denoisers = dict[str, Denoiser]
+Denoisers = Mapping[str, Denoiser]
 _AGAIN = 2**32 - 1  # where the numbers of second draws begin, backwards: far from any observation's
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from dichroic.errors import FormatError, VersionError
-from dichroic.inference.sampling import Denoisers
 from dichroic.io.model_files import file_of_tensors, pack, read_tensors, unpack, write_tensors
 from dichroic.learning.phases.schedule import is_possible
 from dichroic.learning.state import State
 from dichroic.operators import Shape
 from dichroic.operators.learnable import from_lists, to_lists
+from dichroic.priors import Denoiser
 from dichroic.runtime import distributed
 from dichroic.runtime.files import writing
 from dichroic.runtime.tracking import warn
@@ -82,14 +82,15 @@ def load_state(path: Path) -> State:
     tables, counters = meta.get("denoisers"), meta.get("counters")
     if not isinstance(tables, dict) or not isinstance(counters, dict):
         raise FormatError(f"{path} is damaged: it holds no state of a fit")
-    found: dict[str, Denoisers] = {which: {} for which in _DENOISERS}
+    found: dict[str, dict[str, Denoiser]] = {which: {} for which in _DENOISERS}
     for label, info in tables.items():
         which, _, name = label.partition(":")
         if which not in found:
             raise FormatError(f"{path} is damaged: {label!r} is no denoiser of a state")
         found[which][name] = unpack(_own(arrays, f"{label}:"), info, where=f"{path}: {name}")
     try:
-        return State(**_counters(counters, str(path)), **found)
+        fields: dict[str, Any] = {**_counters(counters, str(path)), **found}
+        return State(**fields)
     except TypeError as error:  # counters of other names
         raise FormatError(f"{path} is damaged: {error}") from None
 

@@ -26,7 +26,7 @@ def maximisation(
     current: Denoisers, samples: Samples, key: PRNGKeyArray, config: FitConfig, clock: Clock
 ) -> tuple[Denoisers, Metrics]:
     """The priors of all sources after training on their `samples`, and the losses."""
-    updated: Denoisers = {}
+    updated: dict[str, Denoiser] = {}
     metrics: Metrics = {}
     for i, (name, x) in enumerate(sorted(samples.items())):
         key_init, key_train = jax.random.split(jax.random.fold_in(key, 1000 + i))

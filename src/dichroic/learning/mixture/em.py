@@ -33,7 +33,7 @@ from dichroic.problem.observations import ObservationBatches, Observations, ever
 from dichroic.runtime import distributed
 from dichroic.runtime.tracking import Clock
 
-Mixtures = dict[str, GaussianMixture]
+Mixtures = Mapping[str, GaussianMixture]
 # Assignments (n, T, sources) of each observation; None where a view is one mixture, see
 # `dichroic.learning.mixture.statistics_shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dichroic.config import FitConfig, MixtureConfig
+from dichroic.inference.sampling import Denoisers
 from dichroic.learning.data import Data
 from dichroic.learning.mixture.operator_em import operator_iteration
 from dichroic.learning.state import Metrics, State
 from dichroic.operators.learnable import Parameters
+from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import ObservationBatches
 from dichroic.runtime.tracking import Clock
 
@@ -68,6 +70,11 @@ def learned(state: State, order: Order) -> bool:
     """Whether `state` has priors of all sources, of the best model too."""
     needed = {name for group in order for name in group}
     return state.group == len(order) and needed <= set(state.current) and needed <= set(state.best)
+
+
+def as_mixtures(priors: Denoisers) -> dict[str, GaussianMixture]:
+    """Those of `priors` that are mixtures: all of them, in the phases that learn mixtures."""
+    return {name: prior for name, prior in priors.items() if isinstance(prior, GaussianMixture)}
 
 
 def learn_operators(

@@ -1,6 +1,5 @@
 """Exact EM of mixtures of Gaussians, for one group of sources after the other, growing from one Gaussian."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ import numpy as np
 from dichroic.config import FitConfig, MixtureConfig
 from dichroic.inference.constraints import check_learned
 from dichroic.inference.posterior import is_large
-from dichroic.inference.sampling import Denoisers
 from dichroic.learning.data import Data
 from dichroic.learning.growth import (
     INITIAL_RANK,
@@ -30,12 +28,11 @@ from dichroic.learning.mixture.initialisation import (
     split_components,
 )
 from dichroic.learning.mixture.m_step import FAILED
-from dichroic.learning.phases.base import Context, Order, ended, learn_operators
+from dichroic.learning.phases.base import Context, Order, as_mixtures, ended, learn_operators
 from dichroic.learning.safeguards import no_prior
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
 from dichroic.operators.scaling import scale_parameters, scales_of, without_scaling
-from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import ObservationBatches
 
 SHRINKAGE = (10.0, 2.5, 0.6, 0.15, 0.0)  # pseudo-observations: what is tried, one after the other
@@ -62,11 +59,11 @@ class _Group:
         train = [obs for obs in data.train if relevant(obs)]
         return cls(names, train, [data.test[i] for i in which], which)
 
-    def of_low_rank(self, mixtures: Denoisers) -> list[str]:
+    def of_low_rank(self, mixtures: Mixtures) -> list[str]:
         """The names of the sources whose rank is to be found."""
         return [n for n in self.names if not mixtures[n].full_rank]
 
-    def of_full_rank(self, mixtures: Denoisers) -> bool:
+    def of_full_rank(self, mixtures: Mixtures) -> bool:
         """Whether there are none."""
         return not self.of_low_rank(mixtures)
 
@@ -79,7 +76,7 @@ class MixtureEM:
     def iterate(self, state: State, data: Data, context: Context) -> tuple[State, Metrics]:
         """Some EM steps of the mixtures of one size; after the last of them, what comes next."""
         group, c, clock = _Group.of(state, data), context.config.mixture, context.clock
-        current = _begun(state.current, group, data, c)
+        current = _begun(as_mixtures(state.current), group, data, c)
         first = SHRINKAGE[0] if c.shrinkage is None else c.shrinkage
         shrinkage = {**dict.fromkeys(group.names, first), **state.shrinkage}
         current, evidence = em_iteration(current, group.train, group.names, c, clock, shrinkage)
@@ -104,8 +101,9 @@ class MixtureEM:
     ) -> tuple[State, Metrics]:
         """Score the mixtures of one size on held-out observations, and go on to the next model."""
         group, c, clock, metrics = _Group.of(state, data), context.config.mixture, context.clock, {}
-        size, names = components(state.current, group), group.names
-        if size > 1 and c.shrinkage is None and group.of_full_rank(state.current) and not lost:
+        current, names = as_mixtures(state.current), group.names
+        size = components(current, group)
+        if size > 1 and c.shrinkage is None and group.of_full_rank(current) and not lost:
             state = _with_less_shrinkage(state, group, context)
             metrics["shrinkage"] = state.shrinkage[names[0]]
         with clock.during("scoring"):
@@ -115,9 +113,8 @@ class MixtureEM:
             if not (better and (math.isfinite(evidence) or state.iteration > 1)):
                 raise no_prior(names, evidence, score, data)
             scaled = scales_of(state.operators)
-            check_learned(
-                {n: state.current[n] for n in names if n not in scaled}, context.config.bounds
-            )
+            plain = {n: current[n] for n in names if n not in scaled}
+            check_learned(plain, context.config.bounds)
         if better:
             state = replace(state, best=state.current, best_operators=state.operators)
         stale = 0 if better or size == 1 else state.stale + 1
@@ -137,8 +134,8 @@ class MixtureEM:
 
     def cost(self, state: State, data: Data) -> float:
         """The number of components."""
-        found = state.current.get(data.order[state.group][0])
-        return found.log_weights.size if isinstance(found, GaussianMixture) else 1
+        found = as_mixtures(state.current).get(data.order[state.group][0])
+        return found.log_weights.size if found else 1
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
         """As sizes may still grow, of this group and those after it."""
@@ -148,22 +145,16 @@ class MixtureEM:
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether mixtures of all groups before are known, and of this group all or none."""
-        if state.group >= len(order) or not _mixtures(state.current):
+        if state.group >= len(order) or len(as_mixtures(state.current)) < len(state.current):
             return False
         before = {name for group in order[: state.group] for name in group}
         here = set(order[state.group])
         return before <= set(state.current) and here & set(state.current) in (set(), here)
 
 
-def _mixtures(priors: Denoisers) -> bool:
-    return all(isinstance(d, GaussianMixture) for d in priors.values())
-
-
-def components(current: Denoisers, group: _Group) -> int:
+def components(current: Mixtures, group: _Group) -> int:
     """The number of components of each source of the `group`."""
-    found = current[group.names[0]]
-    assert isinstance(found, GaussianMixture)
-    return found.log_weights.size
+    return current[group.names[0]].log_weights.size
 
 
 def _rank(current: Mixtures, group: _Group) -> int | None:
@@ -171,7 +162,7 @@ def _rank(current: Mixtures, group: _Group) -> int | None:
     return current[low[0]].variances.shape[1] if low else None
 
 
-def _begun(current: Denoisers, group: _Group, data: Data, config: MixtureConfig) -> Mixtures:
+def _begun(current: Mixtures, group: _Group, data: Data, config: MixtureConfig) -> Mixtures:
     """`current`, with a Gaussian for each source of the `group` if it has none yet."""
     if group.names[0] in current:
         return current
@@ -182,13 +173,12 @@ def _begun(current: Denoisers, group: _Group, data: Data, config: MixtureConfig)
 
 def _compared(state: State, group: _Group, config: MixtureConfig) -> tuple[float, bool]:
     """The held-out evidence of the current mixtures, and whether they take the place of the best before."""
-    score = mean_log_evidence(state.current, group.test, beam_width=config.beam_width)
-    if components(state.current, group) == 1 or without_scaling(state.operators):
+    current, best = as_mixtures(state.current), as_mixtures(state.best)
+    score = mean_log_evidence(current, group.test, beam_width=config.beam_width)
+    if components(current, group) == 1 or without_scaling(state.operators):
         return score, score > state.score  # false for NaN
-    pulled = group.of_full_rank(state.current) and state.shrinkage[group.names[0]] > 0
-    gain, error = gain_in_evidence(
-        state.best, state.current, group.test, beam_width=config.beam_width
-    )
+    pulled = group.of_full_rank(current) and state.shrinkage[group.names[0]] > 0
+    gain, error = gain_in_evidence(best, current, group.test, beam_width=config.beam_width)
     if pulled:
         return score, gain > -error and score > state.score - 2 * error
     return score, gain > error
@@ -201,7 +191,8 @@ def _with_less_shrinkage(state: State, group: _Group, context: Context) -> State
     evidence does not see, what another source hides, suffers first: so the first gain has to be large, too.
     """
     c, names = context.config.mixture, group.names
-    current, kept = state.current, dict(state.shrinkage)
+    current: Mixtures = as_mixtures(state.current)
+    kept = dict(state.shrinkage)
     while kept[names[0]] > 0:
         place = SHRINKAGE.index(kept[names[0]])
         lower = {**kept, **dict.fromkeys(names, SHRINKAGE[place + 1])}
@@ -216,12 +207,12 @@ def _with_less_shrinkage(state: State, group: _Group, context: Context) -> State
 
 def _grown(state: State, group: _Group, config: MixtureConfig, better: bool) -> tuple[State, bool]:
     """The state from which the next model starts, and whether there is none."""
-    names, size, rank = group.names, components(state.current, group), _rank(state.current, group)
-    low = group.of_low_rank(state.current)
+    names, current = group.names, as_mixtures(state.current)
+    size, rank, low = components(current, group), _rank(current, group), group.of_low_rank(current)
     units = _new_scales(state, low, config) if size == 1 and low else {}
     count = sum(obs.count for obs in group.train)
     limits = Limits(
-        rank=min(config.rank, *(state.current[n].dim - 1 for n in low)) if low else 0,
+        rank=min(config.rank, *(current[n].dim - 1 for n in low)) if low else 0,
         components=min(config.components, max(count // LEAST_OBSERVATIONS, 1)),
         patience=config.patience,
     )
@@ -229,16 +220,17 @@ def _grown(state: State, group: _Group, config: MixtureConfig, better: bool) -> 
         size, rank, better=better, stale=state.stale, uneven=bool(units), limits=limits
     )
     if isinstance(after, Widen):
-        wider = initial_gaussians(low, group.train, state.current, after.rank)
-        return replace(state, current={**state.current, **wider}), False
+        wider = initial_gaussians(low, group.train, current, after.rank)
+        return replace(state, current={**current, **wider}), False
     if size == 1 and low:  # of the rank with the best score
-        best = {n: state.best[n] for n in names}
-        state = replace(state, current={**state.current, **best})
+        best = as_mixtures(state.best)
+        current = {**current, **{n: best[n] for n in names}}
+        state = replace(state, current=current)
     if isinstance(after, Rescale):
         return _rescaled(state, names, units), False
     if isinstance(after, Grow):
-        split = lambda n: split_components(state.current[n], after.components).ordered()
-        return replace(state, current={**state.current, **{n: split(n) for n in names}}), False
+        split = {n: split_components(current[n], after.components).ordered() for n in names}
+        return replace(state, current={**current, **split}), False
     return state, True
 
 
@@ -246,18 +238,20 @@ def _new_scales(state: State, low: Sequence[str], config: MixtureConfig) -> dict
     """Scales of the entries of the sources `low`, unless they have some already."""
     if set(low) & set(scales_of(state.best_operators)):
         return {}
-    return chosen_scales({n: state.best[n] for n in low}, config.scaling)
+    return chosen_scales(
+        {n: m for n, m in as_mixtures(state.best).items() if n in low}, config.scaling
+    )
 
 
 def _rescaled(state: State, names: Sequence[str], units: Mapping[str, np.ndarray]) -> State:
     """From one Gaussian again for each of the sources `names`, of which some are in `units` from here on."""
     rest = {k: d for k, d in state.current.items() if k not in names}
     values = {**state.best_operators, **scale_parameters(units)}
-    anew = {"current": rest, "best": rest, "operators": values, "best_operators": values}
-    return replace(state, **anew, score=-math.inf)
+    state = replace(state, current=rest, best=rest, operators=values, best_operators=values)
+    return replace(state, score=-math.inf)
 
 
 def _next_group(state: State, data: Data) -> State:
     fresh = replace(ended(state), current=state.best, operators=state.best_operators)
-    fresh = dataclasses.replace(fresh, group=state.group + 1)
+    fresh = replace(fresh, group=state.group + 1)
     return replace(fresh, phase=MixtureEM.name) if fresh.group < len(data.order) else fresh

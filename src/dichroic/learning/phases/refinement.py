@@ -7,10 +7,17 @@ from functools import partial
 from dichroic.config import FitConfig
 from dichroic.learning.data import Data
 from dichroic.learning.mixture.em import em_iteration, mean_log_evidence
-from dichroic.learning.phases.base import Context, Order, ended, is_last, learn_operators, learned
+from dichroic.learning.phases.base import (
+    Context,
+    Order,
+    as_mixtures,
+    ended,
+    is_last,
+    learn_operators,
+    learned,
+)
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
-from dichroic.priors import GaussianMixture
 
 
 class JointRefinement:
@@ -22,11 +29,12 @@ class JointRefinement:
         """Some EM steps; after the last of them, the comparison with what was before."""
         config, clock = context.config, context.clock
         names = [n for group in data.order for n in group]
+        before = as_mixtures(state.current)
         evaluate = partial(mean_log_evidence, beam_width=config.mixture.beam_width)
         with clock.during("scoring"):
-            score = evaluate(state.current, data.test) if state.iteration == 0 else state.score
+            score = evaluate(before, data.test) if state.iteration == 0 else state.score
         current, evidence = em_iteration(
-            state.current, data.train, names, config.mixture, clock, state.shrinkage
+            before, data.train, names, config.mixture, clock, state.shrinkage
         )
         with clock.during("m_step"):
             operators, values = learn_operators(state, current, data.train, config.mixture)
@@ -62,5 +70,5 @@ class JointRefinement:
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether all sources have mixtures."""
-        mixtures = all(isinstance(d, GaussianMixture) for d in state.current.values())
-        return mixtures and learned(state, order)
+        mixtures = as_mixtures(state.current)
+        return len(mixtures) == len(state.current) and learned(state, order)
