@@ -24,13 +24,13 @@ STATED = 32, 8  # runs of as many observations that tell one view from another
 class StoredView:
     """A view that stays in its files: `select` reads no more than the observations asked for.
 
-    `table` is what is stated at `spot`, `shapes` are those of the sources. Everything that is read is checked, and
-    raises a `DichroicError` as `load_problem` does.
+    `table` is what is stated at `location`, `shapes` are those of the sources. Everything that is read is checked,
+    and raises a `DichroicError` as `load_problem` does.
     """
 
     name: str
     table: Mapping[str, Any]
-    spot: Location
+    location: Location
     shapes: Mapping[str, Shape]
 
     @property
@@ -40,7 +40,7 @@ class StoredView:
 
     @cached_property
     def _array_shape(self) -> Shape:
-        here = self.spot.at("observations")
+        here = self.location.at("observations")
         with naming(here):
             return array_shape(self.table["observations"], here.folder)
 
@@ -62,12 +62,12 @@ class StoredView:
     @property
     def probe(self) -> bool:
         """Whether operators are probed."""
-        return probe_of(self.table, self.spot)
+        return probe_of(self.table, self.location)
 
     @cached_property
     def held_out(self) -> np.ndarray | None:
         """`(n,)`, true for the observations that are kept from training, where that is stated."""
-        return held_out_of(self.table, self.spot)
+        return held_out_of(self.table, self.location)
 
     @property
     def chosen(self) -> np.ndarray | None:
@@ -77,7 +77,7 @@ class StoredView:
     @cached_property
     def head(self) -> View:
         """The first 64 observations."""
-        check_some(self._array_shape, f"{self.spot}: {self.label}", self.table["observations"])
+        check_some(self._array_shape, f"{self.location}: {self.label}", self.table["observations"])
         return self.select(slice(0, HEAD))
 
     @property
@@ -102,30 +102,30 @@ class StoredView:
             start, stop, step = index.indices(self.count)
             if step != 1 or stop <= start:
                 raise DataError(
-                    f"{self.spot}: no consecutive observations of {self.count}: {index}"
+                    f"{self.location}: no consecutive observations of {self.count}: {index}"
                 )
             return self._read_rows(slice(start, stop))
         index = np.asarray(index)
         bounds = np.concatenate([[-1], index, [self.count]])
         if not len(index) or np.any(np.diff(bounds) < 1):
-            raise DataError(f"{self.spot}: no increasing numbers of {self.count} observations")
+            raise DataError(f"{self.location}: no increasing numbers of {self.count} observations")
         with numbering(int(index[0]), int(index[-1]) + 1, len(index)):
             return self._read_rows(index)
 
     def read(self) -> View:
         """All of it."""
-        return self._read(self.spot)
+        return self._read(self.location)
 
     def prepare(self, offsets: Mapping[str, np.ndarray] | None = None) -> Observations:
         """All of it, as `Observations`, less what sources of the values `offsets` look like."""
         return self.read().prepare(offsets)
 
     def _read_rows(self, index: slice | np.ndarray) -> View:
-        return self._read(replace(self.spot, rows=Rows(index, self.count)))
+        return self._read(replace(self.location, rows=Rows(index, self.count)))
 
-    def _read(self, spot: Location) -> View:
-        view = build_view(self.name, self.table, self.shapes, spot)
-        with naming(spot):
+    def _read(self, location: Location) -> View:
+        view = build_view(self.name, self.table, self.shapes, location)
+        with naming(location):
             view = self._completed(view)
             check_view(view, self.shapes)
         return view

@@ -100,58 +100,60 @@ class Location:
 
 
 @contextmanager
-def naming(spot: Location) -> Iterator[None]:
-    """Let errors raised inside start with `spot`, unless they name a position already."""
+def naming(location: Location) -> Iterator[None]:
+    """Let errors raised inside start with `location`, unless they name a position already."""
     try:
         yield
     except DichroicError as error:
-        if str(error).startswith(f"{spot.file}: "):
+        if str(error).startswith(f"{location.file}: "):
             raise
-        raise type(error)(f"{spot}: {error}") from error
+        raise type(error)(f"{location}: {error}") from error
     except (ValueError, TypeError, IndexError, OverflowError, OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{spot}: {error}") from error
+        raise ConfigError(f"{location}: {error}") from error
     except (MemoryError, RecursionError) as error:
-        raise ConfigError(f"{spot}: it is too large or nested too deeply: {error}") from error
+        raise ConfigError(f"{location}: it is too large or nested too deeply: {error}") from error
 
 
-def as_table(value: Any, spot: Location) -> dict[str, Any]:
+def as_table(value: Any, location: Location) -> dict[str, Any]:
     """`value` as a dictionary with text keys."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{spot}: expected a table (key: value), got {short(value)}")
+        raise ConfigError(f"{location}: expected a table (key: value), got {short(value)}")
     for key in value:
         if not isinstance(key, (str, int)) or isinstance(key, bool):
             raise ConfigError(
-                f"{spot}: {key!r} is no name; put names such as 'on' or '1.5' in quotes"
+                f"{location}: {key!r} is no name; put names such as 'on' or '1.5' in quotes"
             )
         if not str(key).isprintable():  # names are shown on terminals
-            raise ConfigError(f"{spot}: {short(key)} is no name: it holds characters that control")
+            raise ConfigError(
+                f"{location}: {short(key)} is no name: it holds characters that control"
+            )
     return {str(k): v for k, v in value.items()}
 
 
-def known_table(value: Any, names: Iterable[str], spot: Location) -> dict[str, Any]:
+def known_table(value: Any, names: Iterable[str], location: Location) -> dict[str, Any]:
     """`value`, where there is one, as a dictionary whose keys are among `names`."""
-    table = {} if value is None else as_table(value, spot)
-    check_keys(table, names, str(spot))
+    table = {} if value is None else as_table(value, location)
+    check_keys(table, names, str(location))
     return table
 
 
-def require(table: Mapping[str, Any], keys: Iterable[str], spot: Location) -> None:
+def require(table: Mapping[str, Any], keys: Iterable[str], location: Location) -> None:
     """Raise a `ConfigError` unless `table` has a value for each of `keys`."""
     for key in keys:
         if table.get(key) is None:
-            raise ConfigError(f"{spot}: {key!r} is missing")
+            raise ConfigError(f"{location}: {key!r} is missing")
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Location]:
     """The table in a YAML file, and its position."""
-    spot = Location(path.name, path.parent)
+    location = Location(path.name, path.parent)
     if path.is_dir():
         there = sorted(p.name for kind in ("*.yaml", "*.yml") for p in path.glob(kind))
         raise ConfigError(
             f"{str(path)!r} is a folder; expected a problem file (YAML); {available('', there)}"
         )
     if not path.is_file():
-        raise ConfigError(f"{spot}: {no_file(path)}")
-    with naming(spot):
+        raise ConfigError(f"{location}: {no_file(path)}")
+    with naming(location):
         check_text(path, MOST_BYTES, "keep arrays in files of their own, and refer to them")
-        return as_table(parse_yaml(path.read_bytes()), spot), spot
+        return as_table(parse_yaml(path.read_bytes()), location), location

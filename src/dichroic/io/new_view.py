@@ -45,12 +45,12 @@ def open_view(
     The arguments are those of `load_view`. Of `.npy`, `.npz`, HDF5 and zarr arrays, and
     of stacked files, `ViewFile.select` reads the rows that it needs; files of other formats as a whole.
     """
-    table, spot, name = _view_table(path_or_spec, problem)
+    table, location, name = _view_table(path_or_spec, problem)
     donor = problem.view(like) if like else max(problem.views, key=lambda v: _seen(v, problem))
-    check_keys(table, VIEW_KEYS, str(spot))
-    require(table, ("observations",), spot)
+    check_keys(table, VIEW_KEYS, str(location))
+    require(table, ("observations",), location)
     table = table if probe else {**table, "probe": False}
-    return ViewFile(name, table, spot, problem.shapes, donor.head)
+    return ViewFile(name, table, location, problem.shapes, donor.head)
 
 
 def load_view(
@@ -92,26 +92,26 @@ def _seen(view: AnyView, problem: Problem) -> int:
 def _view_table(source: Any, problem: Problem) -> tuple[dict[str, Any], Location, str]:
     """`(table, position, name)` of a view stated in a file or a mapping."""
     if isinstance(source, Mapping):
-        spot = Location("view", Path())
-        return as_table(source, spot), spot, "view"
+        location = Location("view", Path())
+        return as_table(source, location), location, "view"
     path = Path(source)
     if path.suffix.lower() in (".yaml", ".yml"):
         return *read_yaml(path), path.stem
     if path.suffix.lower() != ".npz":
         raise ConfigError(f"{path.name}: expected a view in an .npz or a .yaml file")
-    spot = Location(path.name, path.parent)
+    location = Location(path.name, path.parent)
     if not path.is_file():
-        raise DataError(f"{spot}: {no_file(path)}")
-    with naming(spot):
-        return _npz_table(path, problem.names, spot), spot, path.stem
+        raise DataError(f"{location}: {no_file(path)}")
+    with naming(location):
+        return _npz_table(path, problem.names, location), location, path.stem
 
 
-def _npz_table(path: Path, names: Sequence[str], spot: Location) -> dict[str, Any]:
+def _npz_table(path: Path, names: Sequence[str], location: Location) -> dict[str, Any]:
     """The view in an `.npz` file, in the form of a YAML file's."""
     noises = [f"noise/{kind}" for kind in NOISES if kind not in ("low_rank", "stationary")]
     per_source = [f"{what}/{name}" for what in ("operator", "truth") for name in names]
     with open_npz(path) as archive:
-        check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(spot))
+        check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(location))
         check_npz(archive.zip, path.name, archive)
         values = {key: {"file": path.name, "key": key} for key in archive}
         if "mask" in values and archive["mask"].dtype.kind == "U":  # "nan"

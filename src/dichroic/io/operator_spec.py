@@ -30,77 +30,79 @@ from dichroic.operators.noise import (
 ops: Any = operators  # type checkers do not see the constructors that equinox derives
 
 
-def build_operator(spec: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
+def build_operator(
+    spec: Any, in_shape: Shape, out_shape: Shape | None, location: Location
+) -> Operator:
     """The operator of `spec` on arrays of `in_shape`; it must give `out_shape`, where known."""
-    kind, args = _kind(spec, _OPERATORS, spot)
-    with naming(spot.at(kind)):
-        return _OPERATORS[kind](args, in_shape, out_shape, spot.at(kind))
+    kind, args = _kind(spec, _OPERATORS, location)
+    with naming(location.at(kind)):
+        return _OPERATORS[kind](args, in_shape, out_shape, location.at(kind))
 
 
-def build_noise(spec: Any, shape: Shape, spot: Location) -> Noise | float:
+def build_noise(spec: Any, shape: Shape, location: Location) -> Noise | float:
     """The noise model of `spec` of observations of `shape`; a standard deviation, where `spec` is a number.
 
     A reference to an array in a file stands for the number that the array is.
     """
     number = as_number(spec)
     if number is not None and not math.isfinite(number):
-        raise ConfigError(f"{spot}: the standard deviation must be finite, got {short(spec)}")
+        raise ConfigError(f"{location}: the standard deviation must be finite, got {short(spec)}")
     if number is not None:
         return number
     if isinstance(spec, (np.ndarray, np.generic, jax.Array)):
-        return _isotropic(spec, shape, spot)
-    if _refers(spec, spot):
-        return _one_std(spec, spot)
+        return _isotropic(spec, shape, location)
+    if _refers(spec, location):
+        return _one_std(spec, location)
     if isinstance(spec, str) and spec not in NOISES:
         raise ConfigError(
-            f"{spot}: expected the standard deviation, a number, or one {{kind: …}} of "
+            f"{location}: expected the standard deviation, a number, or one {{kind: …}} of "
             f"{', '.join(NOISES)}, got {spec!r}"
         )
-    kind, args = _kind(spec, NOISES, spot)
-    with naming(spot.at(kind)):
-        return NOISES[kind](args, shape, spot.at(kind))
+    kind, args = _kind(spec, NOISES, location)
+    with naming(location.at(kind)):
+        return NOISES[kind](args, shape, location.at(kind))
 
 
-def _refers(spec: Any, spot: Location) -> bool:
+def _refers(spec: Any, location: Location) -> bool:
     """Whether `spec` is a reference to an array in a file, rather than the name of a kind."""
     if isinstance(spec, str):
-        return spec not in NOISES and is_reference(spec, spot.folder)
+        return spec not in NOISES and is_reference(spec, location.folder)
     return isinstance(spec, Mapping) and "file" in spec
 
 
-def _one_std(reference: Any, spot: Location) -> Noise:
+def _one_std(reference: Any, location: Location) -> Noise:
     """Isotropic noise, whose standard deviation is an array of no axes in a file."""
-    array = spot.array(reference)
+    array = location.array(reference)
     if array.ndim:
         raise ShapeError(
-            f"{spot}: {short(reference)} has shape {array.shape}; expected one number, the standard deviation. "
+            f"{location}: {short(reference)} has shape {array.shape}, not one number, the standard deviation. "
             "Say what several numbers are: {isotropic: …} standard deviations, one per observation, or "
             "{diagonal: …} variances of the entries"
         )
     return IsotropicNoise(as_float_or_nan(array))
 
 
-def _kind(spec: Any, kinds: Mapping[str, Any], spot: Location) -> tuple[str, Any]:
+def _kind(spec: Any, kinds: Mapping[str, Any], location: Location) -> tuple[str, Any]:
     """`(kind, arguments)` of `kind` or `{kind: arguments}`."""
     if isinstance(spec, str):
         spec = {spec: None}
     if not isinstance(spec, Mapping) or len(spec) != 1:
         raise ConfigError(
-            f"{spot}: expected one {{kind: …}} of {', '.join(kinds)}, got {short(spec)}"
+            f"{location}: expected one {{kind: …}} of {', '.join(kinds)}, got {short(spec)}"
         )
-    check_keys(spec, kinds, str(spot))
+    check_keys(spec, kinds, str(location))
     ((kind, args),) = spec.items()
     if args is None and kind not in ("identity", "zero"):
-        raise ConfigError(f"{spot}: {kind} needs a value: {{{kind}: …}}")
+        raise ConfigError(f"{location}: {kind} needs a value: {{{kind}: …}}")
     return kind, args
 
 
-def _arguments(args: Any, main: str, others: Sequence[str], spot: Location) -> dict[str, Any]:
+def _arguments(args: Any, main: str, others: Sequence[str], location: Location) -> dict[str, Any]:
     """The arguments by name; a bare value, or a `{file, key}` reference, is that of `main`."""
     if not isinstance(args, Mapping) or "file" in args:
         return {main: args}
-    check_keys(args, (main, *others), str(spot))
-    require(args, (main,), spot)
+    check_keys(args, (main, *others), str(location))
+    require(args, (main,), location)
     return dict(args)
 
 
@@ -112,39 +114,39 @@ def axes(*counts: int) -> Callable[[Shape], bool]:
 # Operators: `(arguments, input shape, output shape where known, position) → operator`.
 
 
-def _identity(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
+def _identity(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
     if args is not None:
         raise ConfigError(f"identity takes no arguments, got {short(args)}")
     return ops.Identity(in_shape)
 
 
-def _zero(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    table = known_table(args, ("out_shape",), spot)
+def _zero(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    table = known_table(args, ("out_shape",), location)
     shape = parse_shape(table["out_shape"]) if table else out_shape
     if shape is None:
         raise ConfigError("give the shape that it maps to: {zero: {out_shape: […]}}")
     return ops.Zero(in_shape, shape)
 
 
-def _scale(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    return ops.Scale(in_shape, spot.array(args, axes(0)))
+def _scale(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    return ops.Scale(in_shape, location.array(args, axes(0)))
 
 
-def _diagonal(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    return ops.Diagonal(spot.array(args, axes(len(in_shape))), shape=in_shape)
+def _diagonal(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    return ops.Diagonal(location.array(args, axes(len(in_shape))), shape=in_shape)
 
 
-def _mask(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    array = unmasked(spot.array(args, axes(len(in_shape))), "a mask")
+def _mask(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    array = unmasked(location.array(args, axes(len(in_shape))), "a mask")
     as_booleans(
         array, "a mask", "1 for what is seen and 0 for what is not", "weights are a diagonal"
     )
     return ops.Diagonal(array, shape=in_shape)
 
 
-def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    values = _arguments(args, "matrix", ("out_shape",), spot)
-    matrix = spot.array(values["matrix"], axes(2))
+def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    values = _arguments(args, "matrix", ("out_shape",), location)
+    matrix = location.array(values["matrix"], axes(2))
     if "out_shape" in values:
         out_shape = parse_shape(values["out_shape"])
     elif out_shape is not None and matrix.shape[-2:-1] != (math.prod(out_shape),):
@@ -152,16 +154,20 @@ def _dense(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) 
     return ops.Dense(matrix, in_shape=in_shape, out_shape=out_shape)
 
 
-def _block_average(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    return _blocks(ops.BlockAverage, args, in_shape, spot)
+def _block_average(
+    args: Any, in_shape: Shape, out_shape: Shape | None, location: Location
+) -> Operator:
+    return _blocks(ops.BlockAverage, args, in_shape, location)
 
 
-def _block_project(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    return _blocks(ops.BlockProject, args, in_shape, spot)
+def _block_project(
+    args: Any, in_shape: Shape, out_shape: Shape | None, location: Location
+) -> Operator:
+    return _blocks(ops.BlockProject, args, in_shape, location)
 
 
-def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Location) -> Operator:
-    values = _arguments(args, "factor", ("axes",), spot)
+def _blocks(kind: Callable, args: Any, in_shape: Shape, location: Location) -> Operator:
+    values = _arguments(args, "factor", ("axes",), location)
     axes = values.get("axes")
     if axes is not None:
         axes = tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
@@ -170,8 +176,8 @@ def _blocks(kind: Callable, args: Any, in_shape: Shape, spot: Location) -> Opera
     return kind(in_shape, parse_count(values["factor"], "factor"), axes=axes)
 
 
-def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    values = _arguments(args, "kernel", ("ndim", "channels", "centre"), spot)
+def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    values = _arguments(args, "kernel", ("ndim", "channels", "centre"), location)
     ndim, channels = values.get("ndim"), values.get("channels")
     ndim = None if ndim is None else parse_count(ndim, "ndim")
     centre = values.get("centre")
@@ -182,54 +188,54 @@ def _convolve(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Locatio
         check_stated(found, in_shape, ndim, channels)
         return len(found) == kernel_axes(found, in_shape, ndim, channels).one
 
-    kernel = spot.array(values["kernel"], shared)
-    if spot.rows is not None:  # as stated of all rows, whatever the sizes of these
+    kernel = location.array(values["kernel"], shared)
+    if location.rows is not None:  # as stated of all rows, whatever the sizes of these
         read = kernel_axes(kernel.shape, in_shape, ndim, channels)
         ndim, channels = read.convolved, read.channels if read.convolved < len(in_shape) else None
     return ops.Convolve(kernel, shape=in_shape, ndim=ndim, channels=channels, centre=centre)
 
 
 def _patch_placement(
-    args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location
+    args: Any, in_shape: Shape, out_shape: Shape | None, location: Location
 ) -> Operator:
-    values = _arguments(args, "offset", ("out_shape",), spot)
+    values = _arguments(args, "offset", ("out_shape",), location)
     if "out_shape" in values:
         out_shape = parse_shape(values["out_shape"])
     if out_shape is None:
         raise ConfigError(
             "give the shape of the scene: {patch_placement: {offset: …, out_shape: […]}}"
         )
-    return ops.PatchPlacement(in_shape, out_shape, spot.array(values["offset"], axes(1)))
+    return ops.PatchPlacement(in_shape, out_shape, location.array(values["offset"], axes(1)))
 
 
-def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
+def _compose(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
     chain: list[Operator] = []
-    for i, spec in reversed(list(enumerate(_several(args, spot)))):
-        chain.insert(0, build_operator(spec, in_shape, None if i else out_shape, spot.at(i)))
+    for i, spec in reversed(list(enumerate(_several(args, location)))):
+        chain.insert(0, build_operator(spec, in_shape, None if i else out_shape, location.at(i)))
         in_shape = chain[0].out_shape
     return ops.Compose(tuple(chain))
 
 
-def _sum(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    specs = enumerate(_several(args, spot))
-    return ops.Sum(tuple(build_operator(s, in_shape, out_shape, spot.at(i)) for i, s in specs))
+def _sum(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    specs = enumerate(_several(args, location))
+    return ops.Sum(tuple(build_operator(s, in_shape, out_shape, location.at(i)) for i, s in specs))
 
 
-def _stack(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    specs = enumerate(_several(args, spot))
-    return ops.Stack(tuple(build_operator(s, in_shape, None, spot.at(i)) for i, s in specs))
+def _stack(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    specs = enumerate(_several(args, location))
+    return ops.Stack(tuple(build_operator(s, in_shape, None, location.at(i)) for i, s in specs))
 
 
-def _several(args: Any, spot: Location) -> list[Any]:
+def _several(args: Any, location: Location) -> list[Any]:
     if not isinstance(args, (list, tuple)) or not args:
         raise ConfigError(f"expected a list of operators, got {short(args)}")
     return list(args)
 
 
-def _learnable(args: Any, in_shape: Shape, out_shape: Shape | None, spot: Location) -> Operator:
-    table = known_table(args, ("name", "operator"), spot)
-    require(table, ("name", "operator"), spot)
-    inner = build_operator(table["operator"], in_shape, out_shape, spot.at("operator"))
+def _learnable(args: Any, in_shape: Shape, out_shape: Shape | None, location: Location) -> Operator:
+    table = known_table(args, ("name", "operator"), location)
+    require(table, ("name", "operator"), location)
+    inner = build_operator(table["operator"], in_shape, out_shape, location.at("operator"))
     return ops.Learnable(inner, str(table["name"]))
 
 
@@ -254,9 +260,9 @@ _OPERATORS: dict[str, Callable[[Any, Shape, Shape | None, Location], Operator]] 
 # Noise models: `(arguments, shape of an observation, position) → noise`.
 
 
-def _isotropic(args: Any, shape: Shape, spot: Location) -> Noise:
+def _isotropic(args: Any, shape: Shape, location: Location) -> Noise:
     def shared(found: Shape) -> bool:
-        count = None if spot.rows is None else spot.rows.count
+        count = None if location.rows is None else location.rows.count
         if count is not None and len(shape) > 1 and found == (shape[0],) != (count,):
             raise ShapeError(
                 f"an array of shape {found}, one standard deviation per observation, but there are {count}; "
@@ -264,12 +270,12 @@ def _isotropic(args: Any, shape: Shape, spot: Location) -> Noise:
             )
         return not found
 
-    return IsotropicNoise(_axes(args, (0, 1), "a number or (n,)", shared, spot))
+    return IsotropicNoise(_axes(args, (0, 1), "a number or (n,)", shared, location))
 
 
-def _diagonal_noise(args: Any, shape: Shape, spot: Location) -> Noise:
+def _diagonal_noise(args: Any, shape: Shape, location: Location) -> Noise:
     table = dict(args) if isinstance(args, Mapping) and "file" not in args else {"variance": args}
-    check_keys(table, ("variance", "std", "per"), str(spot))
+    check_keys(table, ("variance", "std", "per"), str(location))
     given = [k for k in ("variance", "std") if table.get(k) is not None]
     per = table.get("per", "entry")
     if len(given) != 1 or per not in _PER:
@@ -278,7 +284,7 @@ def _diagonal_noise(args: Any, shape: Shape, spot: Location) -> Noise:
             f"got {short(args)}"
         )
     shared, shaped = _PER[per]
-    array = as_float_or_nan(spot.array(table[given[0]], lambda found: shared(found, shape)))
+    array = as_float_or_nan(location.array(table[given[0]], lambda found: shared(found, shape)))
     array = shaped(array, shape)
     return DiagonalNoise(array**2 if given[0] == "std" else array)
 
@@ -320,20 +326,20 @@ _PER = {  # whether all observations share an array of some shape; the array aga
 }
 
 
-def _low_rank(args: Any, shape: Shape, spot: Location) -> Noise:
-    table = known_table(args, ("factor", "variance"), spot)
-    require(table, ("factor", "variance"), spot)
+def _low_rank(args: Any, shape: Shape, location: Location) -> Noise:
+    table = known_table(args, ("factor", "variance"), location)
+    require(table, ("factor", "variance"), location)
     entries = _entries(shape)
     rows = lambda found: entries(found[:-1])
-    factor = _axes(table["factor"], (2, 3), "(M, R) or (n, M, R)", rows, spot.at("factor"))
-    variance = _axes(table["variance"], (1, 2), "(M,) or (n, M)", entries, spot.at("variance"))
+    factor = _axes(table["factor"], (2, 3), "(M, R) or (n, M, R)", rows, location.at("factor"))
+    variance = _axes(table["variance"], (1, 2), "(M,) or (n, M)", entries, location.at("variance"))
     return LowRankNoise(factor, variance)
 
 
-def _dense_noise(args: Any, shape: Shape, spot: Location) -> Noise:
+def _dense_noise(args: Any, shape: Shape, location: Location) -> Noise:
     size = math.prod(shape)
     shared = lambda found: found in ((size, size), (*shape, *shape))
-    return DenseNoise(_axes(args, (2, 3), "(M, M) or (n, M, M)", shared, spot))
+    return DenseNoise(_axes(args, (2, 3), "(M, M) or (n, M, M)", shared, location))
 
 
 def _axes(
@@ -341,12 +347,12 @@ def _axes(
     ndims: tuple[int, ...],
     expected: str,
     shared: Callable[[Shape], bool],
-    spot: Location,
+    location: Location,
 ) -> jax.Array:
     """The array of `reference`, which must have one of the numbers of axes `ndims`."""
-    array = as_float_or_nan(spot.array(reference, shared))
+    array = as_float_or_nan(location.array(reference, shared))
     if array.ndim not in ndims:
-        raise ShapeError(f"{spot}: expected {expected}, got an array of shape {array.shape}")
+        raise ShapeError(f"{location}: expected {expected}, got an array of shape {array.shape}")
     return array
 
 
@@ -355,11 +361,11 @@ def _entries(shape: Shape) -> Callable[[Shape], bool]:
     return lambda found: found in (shape, (math.prod(shape),))
 
 
-def _stationary(args: Any, shape: Shape, spot: Location) -> Noise:
-    values = _arguments(args, "covariance", ("ndim",), spot)
+def _stationary(args: Any, shape: Shape, location: Location) -> Noise:
+    values = _arguments(args, "covariance", ("ndim",), location)
     ndim = values.get("ndim")
     ndim = None if ndim is None else parse_count(ndim, "ndim")
-    covariance = spot.array(values["covariance"], *([] if ndim is None else [axes(ndim)]))
+    covariance = location.array(values["covariance"], *([] if ndim is None else [axes(ndim)]))
     return StationaryNoise(covariance, ndim=ndim)
 
 

@@ -32,24 +32,24 @@ def load_problem(
     Raises:
         DichroicError: if anything is wrong; the message starts with the file and the position.
     """
-    table, spot = read_yaml(Path(path))
-    check_keys(table, ("sources", "views", "fit"), str(spot))
-    require(table, ("sources", "views"), spot)
-    sources = _sources(table["sources"], spot.at("sources"))
+    table, location = read_yaml(Path(path))
+    check_keys(table, ("sources", "views", "fit"), str(location))
+    require(table, ("sources", "views"), location)
+    sources = _sources(table["sources"], location.at("sources"))
     shapes = {s.name: s.shape for s in sources}
-    here = spot.at("views")
+    here = location.at("views")
     specs = as_table(table["views"], here)
     views = [_problem_view(k, v, shapes, here.at(k), stored, probe) for k, v in specs.items()]
-    with naming(spot):
+    with naming(location):
         problem = Problem(sources, views, str(Path(path).resolve()))
     section = table.get("fit")
-    return problem, {} if section is None else as_table(section, spot.at("fit"))
+    return problem, {} if section is None else as_table(section, location.at("fit"))
 
 
-def _sources(value: Any, spot: Location) -> list[Source]:
+def _sources(value: Any, location: Location) -> list[Source]:
     sources = []
-    for name, spec in as_table(value, spot).items():
-        here = spot.at(name)
+    for name, spec in as_table(value, location).items():
+        here = location.at(name)
         if isinstance(spec, Mapping):
             check_keys(spec, ("shape",), str(here))
             require(spec, ("shape",), here)
@@ -60,14 +60,19 @@ def _sources(value: Any, spot: Location) -> list[Source]:
 
 
 def _problem_view(
-    name: str, value: Any, shapes: Mapping[str, Shape], spot: Location, stored: bool, probe: bool
+    name: str,
+    value: Any,
+    shapes: Mapping[str, Shape],
+    location: Location,
+    stored: bool,
+    probe: bool,
 ) -> View | StoredView:
-    table = as_table(value, spot) | ({} if probe else {"probe": False})
-    check_keys(table, VIEW_KEYS, str(spot))
-    require(table, ("observations", "operators", "noise"), spot)
-    view = StoredView(name, table, spot, shapes)
+    table = as_table(value, location) | ({} if probe else {"probe": False})
+    check_keys(table, VIEW_KEYS, str(location))
+    require(table, ("observations", "operators", "noise"), location)
+    view = StoredView(name, table, location, shapes)
     if not stored:
         return view.read()
-    with naming(spot):
+    with naming(location):
         check_view(view, shapes)
     return view

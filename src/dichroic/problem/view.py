@@ -1,6 +1,6 @@
 """A view as a user states it: observations of mixtures, with operators, noise, masks and truth, checked by itself.
 
-A view is in memory (`View`) or stays in its files (`statement.StoredView`); `AnyView` is what both can do. What
+A view is in memory (`View`) or stays in its files (`io.StoredView`); `AnyView` is what both can do. What
 all observations share (shapes, kinds of operators) is read off `head`, and what is to be estimated off `some_of`.
 """
 

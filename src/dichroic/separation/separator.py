@@ -35,7 +35,7 @@ MEMORY = 4 * 2**30  # to read observations in files by, where nothing else is sa
 
 
 class Selectable(Protocol):
-    """Observations that can be had in parts: a `View`, or a `statement.ViewFile`, which stays on disk."""
+    """Observations that can be had in parts: a `View`, or a `io.ViewFile`, which stays on disk."""
 
     @property
     def count(self) -> int:
@@ -234,7 +234,7 @@ class Separator:
         """`separate`, `chunk` observations at a time: `(number of the first, Separation)` one after the other.
 
         The draws are those of `separate`, bit for bit, whatever `chunk` is. Memory is bounded by the chunk where
-        `view` keeps its arrays on disk: a `statement.open_view`, or a `View` whose `observations` (and mask)
+        `view` keeps its arrays on disk: a `io.open_view`, or a `View` whose `observations` (and mask)
         are a memory map, an HDF5 or a zarr array. Raises what `separate` does, at the chunk that it is about,
         with the numbers of its observations.
 
