@@ -108,25 +108,27 @@ def single(args):
 def test_grid_value_and_gradient_are_those_of_enumeration(sources, size, rng, x64):
     y, matrices, cov_noise, mixtures = case(rng, COUNTS[sources], size)
     views = projected(matrices, mixtures)
-    value, gradient = jax.value_and_grad(grid_log_evidence, argnums=2)(y, cov_noise, views)
+    value, gradient = GRID_GRADIENT(y, cov_noise, views)
     expect, scores = by_scipy(y, cov_noise, views)
     np.testing.assert_allclose(value, expect, rtol=1e-10)
-    np.testing.assert_allclose(grid_scores(y, cov_noise, views).ravel(), scores, rtol=1e-9)
+    np.testing.assert_allclose(GRID_SCORES(y, cov_noise, views).ravel(), scores, rtol=1e-9)
     for ours, theirs in zip(gradient, ENUMERATED_GRADIENT(y, cov_noise, views), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
 ENUMERATED_GRADIENT = jax.jit(jax.grad(enumerated, argnums=2))
+GRID_GRADIENT = jax.jit(jax.value_and_grad(grid_log_evidence, argnums=2))
+GRID_SCORES = jax.jit(grid_scores)
 
 
 @pytest.mark.parametrize("size", [2, 6])
 def test_grid_and_general_path_agree(size, rng, x64, monkeypatch):
     y, matrices, cov_noise, sources = case(rng, (3, 4), size)
     objective = jax.value_and_grad(lambda s: log_evidence(y, matrices, cov_noise, s))
-    by_grid = objective(sources)
+    by_grid = jax.jit(objective)(sources)
     monkeypatch.setattr(evidence, "SMALL", 0)
-    general = objective(sources)
+    general = jax.jit(lambda s: objective(s))(sources)
     # The general path reads one triangle of a covariance, so only the symmetric part is defined.
     even = lambda a: 0.5 * (a + a.swapaxes(-1, -2)) if a.ndim == 3 else a
     for a, b in zip(jax.tree.leaves(by_grid), jax.tree.leaves(general), strict=True):
@@ -148,7 +150,7 @@ def test_components_without_weight_count_for_nothing(size, rng):
     weights = jnp.array([0.4, 0.0, 0.6])
     padded = Components(jnp.log(weights), source.means, source.covariances)
     kept = jax.tree.map(lambda a: a[jnp.array([0, 2])], padded)
-    evaluate = jax.value_and_grad(lambda c: log_evidence(y, matrices, cov_noise, [c]))
+    evaluate = jax.jit(jax.value_and_grad(lambda c: log_evidence(y, matrices, cov_noise, [c])))
     value, gradient = evaluate(padded)
     np.testing.assert_allclose(value, evaluate(kept)[0], rtol=1e-5)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
@@ -170,7 +172,7 @@ def test_posterior_means_are_those_of_gaussian_conditioning(counts, size, rng):
 def test_posterior_means_in_double_precision(size, rng, x64):
     args = case(rng, (3, 2), size)
     weights, means, _ = conditioned(*args)
-    result, _ = posterior_means(*args)
+    result, _ = jax.jit(posterior_means)(*args)
     np.testing.assert_allclose(np.concatenate(result), weights @ means, atol=1e-10)
 
 
@@ -197,6 +199,10 @@ def curves(rng, counts, size, noise=0.01):
     return jnp.asarray(y), matrices, noise**2 * jnp.eye(size), sources
 
 
+EVIDENCE = jax.jit(log_evidence, static_argnames="beam_width")
+ASSIGNMENTS = jax.jit(assignments, static_argnames="beam_width")
+
+
 @pytest.mark.parametrize("size", [3, 8])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_the_search_from_coarse_to_fine_finds_what_matters(size, shuffled, rng, x64):
@@ -207,8 +213,8 @@ def test_the_search_from_coarse_to_fine_finds_what_matters(size, shuffled, rng, 
             mix = lambda m: jax.tree.map(lambda a, o=rng.permutation(16): a[o], m).ordered()
             mixtures = [mix(m) for m in mixtures]
         sources = [m.prior() for m in mixtures]
-        exact = log_evidence(y, matrices, cov_noise, sources)
-        found = log_evidence(y, matrices, cov_noise, sources, beam_width=256)
+        exact = EVIDENCE(y, matrices, cov_noise, sources)
+        found = EVIDENCE(y, matrices, cov_noise, sources, beam_width=256)
         assert -1e-9 < exact - found < 0.05
 
 
@@ -228,7 +234,7 @@ def test_ordered_keeps_the_mixture_and_sorts_a_line(rng):
 def test_room_for_every_tuple_is_exact(rng, x64):
     y, matrices, cov_noise, sources = case(rng, (4, 5, 4), 8)
     views = [evidence.project(c, a) for c, a in zip(sources, matrices, strict=True)]
-    index, scores = assignments(y, views, cov_noise, beam_width=80)
+    index, scores = ASSIGNMENTS(y, views, cov_noise, beam_width=80)
     _, expect = by_scipy(y, cov_noise, projected(matrices, sources))
     assert [tuple(i) for i in index.tolist()] == list(
         itertools.product(range(4), range(5), range(4))
@@ -241,7 +247,7 @@ def test_room_for_every_tuple_is_exact(rng, x64):
 def test_found_tuples_are_of_the_enumeration_once_each(size, most, rng, x64):
     y, matrices, cov_noise, sources = case(rng, (4, 5, 3), size)
     views = [evidence.project(c, a) for c, a in zip(sources, matrices, strict=True)]
-    index, scores = assignments(y, views, cov_noise, beam_width=most)
+    index, scores = ASSIGNMENTS(y, views, cov_noise, beam_width=most)
     _, every = by_scipy(y, cov_noise, projected(matrices, sources))
     real = np.all(np.asarray(index) < [4, 5, 3], axis=1)
     assert np.all(np.isneginf(np.asarray(scores)[~real]))
@@ -276,7 +282,7 @@ def test_draws_have_the_mean_and_covariance_of_the_posterior(counts, size, rng):
     products = centred[:, :, None] * centred[:, None, :]
     error = products.std(0) / np.sqrt(DRAWS)
     assert np.all(np.abs(products.mean(0) - cov) <= 4.5 * error + 2e-3 * variance.max())
-    np.testing.assert_allclose(values, log_evidence(*args), rtol=1e-4)
+    np.testing.assert_allclose(values, EVIDENCE(*args), rtol=1e-4)
 
 
 def test_draws_come_from_both_modes_in_proportion(rng):
