@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check bench benchmarks lowest lock clean
+.PHONY: demo test test-slow check bench benchmarks lowest lock clean
 
 $(VENV)/.ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -17,8 +17,11 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 demo: $(VENV)/.ready   ## fit and separate two problems; a table, and reports in demo-out/
 	$(BIN)/dichroic demo
 
-test: $(VENV)/.ready   ## all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+test: $(VENV)/.ready   ## the tests, but for the slowest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.ready   ## the slowest tests alone, before a release
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 check: $(VENV)/.ready  ## format, lint, types, import order, tests
 	$(BIN)/ruff format --check .
@@ -34,13 +37,12 @@ benchmarks: $(VENV)/.ready  ## samplers against the analytic posterior; our M-st
 	$(BIN)/python benchmarks/estep.py
 	$(BIN)/python benchmarks/mixture_em.py
 
-LOWEST_TESTS ?= tests/operators/test_operators.py tests/io/test_problem_file.py tests/io/test_model_files.py \
-	tests/diagnostics/test_report.py
+LOWEST_TESTS ?= tests/operators/test_operators.py tests/io/test_problem_file.py tests/io/test_model_files.py
 lowest:                ## what touches dependencies most, with the oldest that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet uv
 	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable . --group test
-	DICHROIC_TYPECHECK=0 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile -W default $(LOWEST_TESTS)
+	DICHROIC_TYPECHECK=0 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile -W default -m "not slow" $(LOWEST_TESTS)
 
 lock:                  ## pin every dependency for a reproducible set-up
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 pyproject.toml --group dev --no-header --no-annotate --output-file requirements.lock

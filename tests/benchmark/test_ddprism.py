@@ -97,6 +97,7 @@ def test_with_enough_steps_the_exact_recursion_is_calibrated():
     assert abs(predicted_chi2(mean, cov, 256) - 1) < 0.03
 
 
+@pytest.mark.slow
 def test_one_step_of_conjugate_gradients_needs_many_steps_of_the_sampler():
     """χ²/d falls towards 1 as the steps grow, and is far above it with few."""
     few, some, many = (chi2(512, steps, cg_steps=1)[0] for steps in (16, 64, 256))
@@ -330,6 +331,7 @@ def untimed(metrics):
 
 
 @pytest.mark.parametrize(("kind", "at"), [("joint", 2), ("joint", 6), ("gibbs", 7)])
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_to_the_same_result(kind, at, problem, fitted, tmp_path):
     whole = fitted(kind)
     make = lambda: Ddprism(problem, seed=3, config=CONFIGS[kind])

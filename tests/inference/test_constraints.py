@@ -183,6 +183,7 @@ def fits():
     return made({}), made({"star": [0, None]})
 
 
+@pytest.mark.slow
 def test_draws_within_bounds_are_nearer_to_the_truth(fits):
     view = sparse_problem(400, seed=1).views[1]
     free, found = (s.separate(view, n_draws=8) for s in fits)
@@ -221,6 +222,7 @@ def test_bounds_go_with_the_model(fits, tmp_path):
     assert found["left"].min() == found["right"].min() == 0 > found["sky"].min()
 
 
+@pytest.mark.slow
 def test_networks_learn_from_draws_within_bounds(fits):
     separator = fits[1]
     data = prepare(separator.problem, separator.config)

@@ -395,6 +395,7 @@ def assert_same_draws(got, want):
     np.testing.assert_array_equal(got.chi2, want.chi2)
 
 
+@pytest.mark.slow
 def test_views_by_name_are_separated_as_in_memory(tmp_path):
     memory, stored = map(separator_of, both(write(tmp_path, numbers())))
     for name in ("q", "single"):
@@ -432,6 +433,7 @@ def test_the_report_separates_the_same_held_out_observations(tmp_path, most):
     )
 
 
+@pytest.mark.slow
 def test_a_report(tmp_path):
     stored = load_problem(write(tmp_path, numbers()), stored=True)[0]
     page = write_report(tmp_path, separator=separator_of(stored), metrics=[], n_draws=2)
@@ -449,6 +451,7 @@ def test_held_out_observations_are_split_as_in_memory(tmp_path):
     assert mask.sum() == round(0.1 * (N + 7))
 
 
+@pytest.mark.slow
 def test_a_fit_is_that_of_the_problem_in_memory(tmp_path):
     """Without an amount of memory to get by with, all observations are read."""
     iterations = {"components": 2, "gaussian_iterations": 2, "iterations": 1, "final_iterations": 1}

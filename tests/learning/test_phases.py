@@ -391,6 +391,7 @@ def error(separator, views, truth):
     return np.sqrt(np.mean((found - truth) ** 2))
 
 
+@pytest.mark.slow
 def test_co_observed_views_separate_better_together_than_alone():
     """With both views the sources are all but solved for: a draw is off by √2 posterior deviations."""
     mixing = np.array([[1, 1], [1, -0.5]])
@@ -467,6 +468,7 @@ def test_large_gaussians_of_full_rank_are_drawn_from_exactly(rng):
     assert np.abs(x.var(axis=0) / variance - 1).max() < 5 * np.sqrt(2 / n_draws)
 
 
+@pytest.mark.slow
 def test_images_are_separated_by_mixtures_of_low_rank_and_a_unet():
     config = TINY.replace(
         {

@@ -340,6 +340,7 @@ def test_stamps_that_do_not_fit_are_refused(stamps, shape, error):
 
 
 @pytest.mark.parametrize("count", [5, 40])
+@pytest.mark.slow
 def test_a_survey_cube_is_separated_whatever_lies_under_its_flags(count, rng):
     bands, side = 5, 4
     shape = (bands, side, side)

@@ -95,6 +95,7 @@ def assert_same(got, want, rows=slice(None)):
 
 
 @pytest.mark.parametrize("rank", [2, D])
+@pytest.mark.slow
 def test_parts_are_the_whole_bit_for_bit(rng, rank):
     separator, view = separator_of(problem_of(rng), rank), as_view(new_view(rng))
     whole = separator.separate(view, n_draws=2, seed=4)
@@ -338,6 +339,7 @@ def problem_at(folder):
     return load_problem(folder / "problem.yaml")[0]
 
 
+@pytest.mark.slow
 def test_shards_in_processes_of_their_own_make_the_same_files(stated, capsys):
     for i in (3, 1, 2):
         done = command(*words(stated, "shards.zarr", "--chunk", "64", "--shard", f"{i}/3"))
@@ -595,6 +597,7 @@ def test_zarr_that_is_missing_is_an_error(stated, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_observations(stated, tmp_path):
     size, large = 256, 64_000
     shutil.copytree(stated / "model", tmp_path / "model")
