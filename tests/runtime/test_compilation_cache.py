@@ -11,7 +11,7 @@ from dichroic.runtime.compilation_cache import _processor, keep_programs
 
 COMMAND = """
 import sys
-from dichroic.programs import keep_programs
+from dichroic.runtime.compilation_cache import keep_programs
 from pathlib import Path
 keep_programs(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
 import jax, jax.numpy as jnp

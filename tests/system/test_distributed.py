@@ -183,7 +183,7 @@ def test_processes_must_be_given_the_same(stated):
             "-c",
             f"""
 import os, sys
-from dichroic.cli import main
+from dichroic.cli.main import main
 name = ["problem", "other"][int(os.environ["{distributed.NUMBER}"])] + ".yaml"
 sys.exit(main(["fit", "{stated}/" + name, "--out", "{stated}/differ", "--no-report"]))
 """,

@@ -28,7 +28,7 @@ limit, chunk, *words = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_DATA, (int(limit),) * 2)
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # as many threads on every machine
 import numpy as np
-from dichroic.cli import main
+from dichroic.cli.main import main
 try:
     np.load("y.npy")
 except MemoryError:

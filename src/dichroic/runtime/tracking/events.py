@@ -19,7 +19,7 @@ from dichroic.errors import DichroicWarning
 
 ROOT = logging.getLogger("dichroic")
 ROOT.addHandler(logging.NullHandler())  # warnings reach standard error as such, not as records too
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[2])
 
 
 def event(text: str, *, level: int = logging.INFO, **fields: Any) -> None:
