@@ -61,6 +61,11 @@ def is_last(state: State, iterations: int) -> bool:
     return state.iteration + 1 >= iterations
 
 
+def equal_costs(state: State, iterations: int) -> Iterator[float]:
+    """The costs of the iterations that may still come, of so many that all cost the same."""
+    return iter([1.0] * max(iterations - state.iteration, 0))
+
+
 def ended(state: State) -> State:
     """`state` at the end of its phase, as the next one begins with it."""
     return dataclasses.replace(state, phase="", iteration=0, stale=0, score=-math.inf)

@@ -10,7 +10,7 @@ from dichroic.learning.data import Data
 from dichroic.learning.diffusion.e_step import expectation, training_draws
 from dichroic.learning.diffusion.m_step import maximisation
 from dichroic.learning.diffusion.score_matching import evidence_gain, is_gain
-from dichroic.learning.phases.base import Context, Order, ended, is_last, learned
+from dichroic.learning.phases.base import Context, Order, ended, equal_costs, is_last, learned
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
 from dichroic.problem.dataset import shared_out
@@ -63,7 +63,7 @@ class DiffusionEM:
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
         """Of all that may come."""
-        return iter([1.0] * max(config.diffusion.iterations - state.iteration, 0))
+        return equal_costs(state, config.diffusion.iterations)
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether all sources have priors."""

@@ -88,8 +88,13 @@ class MixtureEM:
         metrics |= values
         count = iterations_of(size, c)
         clock.progress(f"{label}: {size} components", state.iteration + 1, count)
-        state = replace(state, current=current, operators=operators, shrinkage=shrinkage)
-        state = replace(state, iteration=state.iteration + 1)
+        state = replace(
+            state,
+            current=current,
+            operators=operators,
+            shrinkage=shrinkage,
+            iteration=state.iteration + 1,
+        )
         lost = FAILED in clock.metrics  # further iterations of this size would be no better
         if state.iteration < count and not lost:
             return state, metrics
@@ -209,7 +214,7 @@ def _grown(state: State, group: _Group, config: MixtureConfig, better: bool) -> 
     """The state from which the next model starts, and whether there is none."""
     names, current = group.names, as_mixtures(state.current)
     size, rank, low = components(current, group), _rank(current, group), group.of_low_rank(current)
-    units = _new_scales(state, low, config) if size == 1 and low else {}
+    scales = _new_scales(state, low, config) if size == 1 and low else {}
     count = sum(obs.count for obs in group.train)
     limits = Limits(
         rank=min(config.rank, *(current[n].dim - 1 for n in low)) if low else 0,
@@ -217,7 +222,7 @@ def _grown(state: State, group: _Group, config: MixtureConfig, better: bool) -> 
         patience=config.patience,
     )
     after = next_model(
-        size, rank, better=better, stale=state.stale, uneven=bool(units), limits=limits
+        size, rank, better=better, stale=state.stale, uneven=bool(scales), limits=limits
     )
     if isinstance(after, Widen):
         wider = initial_gaussians(low, group.train, current, after.rank)
@@ -227,7 +232,7 @@ def _grown(state: State, group: _Group, config: MixtureConfig, better: bool) -> 
         current = {**current, **{n: best[n] for n in names}}
         state = replace(state, current=current)
     if isinstance(after, Rescale):
-        return _rescaled(state, names, units), False
+        return _rescaled(state, names, scales), False
     if isinstance(after, Grow):
         split = {n: split_components(current[n], after.components).ordered() for n in names}
         return replace(state, current={**current, **split}), False
@@ -243,15 +248,25 @@ def _new_scales(state: State, low: Sequence[str], config: MixtureConfig) -> dict
     )
 
 
-def _rescaled(state: State, names: Sequence[str], units: Mapping[str, np.ndarray]) -> State:
-    """From one Gaussian again for each of the sources `names`, of which some are in `units` from here on."""
+def _rescaled(state: State, names: Sequence[str], scales: Mapping[str, np.ndarray]) -> State:
+    """From one Gaussian again for each of the sources `names`, of which some have `scales` from here on."""
     rest = {k: d for k, d in state.current.items() if k not in names}
-    values = {**state.best_operators, **scale_parameters(units)}
-    state = replace(state, current=rest, best=rest, operators=values, best_operators=values)
-    return replace(state, score=-math.inf)
+    values = {**state.best_operators, **scale_parameters(scales)}
+    return replace(
+        state,
+        current=rest,
+        best=rest,
+        operators=values,
+        best_operators=values,
+        score=-math.inf,
+    )
 
 
 def _next_group(state: State, data: Data) -> State:
-    fresh = replace(ended(state), current=state.best, operators=state.best_operators)
-    fresh = replace(fresh, group=state.group + 1)
+    fresh = replace(
+        ended(state),
+        current=state.best,
+        operators=state.best_operators,
+        group=state.group + 1,
+    )
     return replace(fresh, phase=MixtureEM.name) if fresh.group < len(data.order) else fresh

@@ -12,6 +12,7 @@ from dichroic.learning.phases.base import (
     Order,
     as_mixtures,
     ended,
+    equal_costs,
     is_last,
     learn_operators,
     learned,
@@ -66,7 +67,7 @@ class JointRefinement:
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
         """Of all that are to come."""
-        return iter([1.0] * max(config.joint_iterations - state.iteration, 0))
+        return equal_costs(state, config.joint_iterations)
 
     def admits(self, state: State, order: Order) -> bool:
         """Whether all sources have mixtures."""

@@ -5,7 +5,7 @@ import time
 
 from dichroic.config import FitConfig
 from dichroic.learning.data import Data
-from dichroic.learning.phases.base import Context, Order, Phase
+from dichroic.learning.phases.base import Context, Order, Phase, learned
 from dichroic.learning.phases.diffusion import DiffusionEM
 from dichroic.learning.phases.mixture import MixtureEM
 from dichroic.learning.phases.refinement import JointRefinement
@@ -44,7 +44,7 @@ def phase_of(state: State) -> Phase:
 def is_possible(state: State, order: Order) -> bool:
     """Whether a fit that learns sources in this `order` can be in `state`."""
     if state.phase == DONE:
-        return all(p.admits(state, order) for p in PHASES[-1:])
+        return learned(state, order)
     return any(p.name == state.phase and p.admits(state, order) for p in PHASES)
 
 
