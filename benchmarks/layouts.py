@@ -27,7 +27,7 @@ from dichroic.operators import Dense
 from dichroic.operators.noise import IsotropicNoise
 from dichroic.priors import DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp
-from dichroic.problem.dataset import shared_out
+from dichroic.problem.batches import shared_by_processes
 from dichroic.problem.observations import Observations
 from dichroic.runtime import distributed
 from dichroic.runtime.tables import text_table
@@ -61,7 +61,7 @@ def measure(count: int) -> dict[str, float]:
     obs = Observations(
         rng.normal(size=(count, M)), {k: Dense(a) for k in "ab"}, IsotropicNoise(0.1)
     )
-    views, config, key = shared_out([obs]), FitConfig(), jax.random.key(1)
+    views, config, key = shared_by_processes([obs]), FitConfig(), jax.random.key(1)
     mixtures = {"a": prior(1), "b": prior(2)}
     network = Mlp((D,), 64, 2, key=jax.random.key(2))
     corrected = {k: DiffusionPrior(m, network) for k, m in mixtures.items()}

@@ -11,6 +11,8 @@ from dichroic.runtime.compilation_cache import LEAST_SECONDS
 # Tests, and processes that they start, share what they compile; JAX reads this when it is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", LEAST_SECONDS)
+# Compiling is most of what tests do: LLVM does without its expensive passes, which changes no program but its speed.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

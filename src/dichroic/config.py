@@ -184,7 +184,7 @@ class FitConfig(_Ranged):
         return type(self).from_dict(values, where="settings")
 
 
-def check_keys(got: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def check_keys(got: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise `ConfigError` at the first key of `got` that is not `known`, naming the nearest."""
     known = list(known)
     for key in got:
@@ -206,7 +206,7 @@ def settings(cls: type = FitConfig, prefix: str = "") -> dict[str, tuple[Any, An
     return out
 
 
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a table of settings, got {values!r}")
     hints = typing.get_type_hints(cls)

@@ -102,7 +102,7 @@ def test_the_problem_file_states_what_the_camera_sees(folder, tmp_path):
     amplitude = galaxies.amplitudes(view.observations)
     expect = camera.look(amplitude).each(x)
     np.testing.assert_allclose(view.operators["galaxy"].each(x), expect, rtol=1e-4, atol=1e-3)
-    assert 0 < view.chosen.mean() < 0.5
+    assert 0 < view.held_out_mask.mean() < 0.5
     assert Separator(problem, settings).config.mixture.components == 4
 
 

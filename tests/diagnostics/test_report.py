@@ -24,7 +24,8 @@ from dichroic.errors import RunError
 from dichroic.learning.predictive.result import PredictiveChecks
 from dichroic.metrics import coverage, psnr
 from dichroic.operators import Identity
-from dichroic.problem.problem import Problem, Source, holdout
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.splits import holdout
 from dichroic.problem.view import View
 from dichroic.separation.result import Separation
 from dichroic.separation.separator import Separator

@@ -18,13 +18,14 @@ from dichroic.config import FitConfig
 from dichroic.diagnostics.report import write_report
 from dichroic.diagnostics.report.scores import separate_held_out
 from dichroic.errors import DataError, DichroicError, ShapeError
-from dichroic.io import StoredView, load_array, load_problem, open_view, summary_rows
+from dichroic.io import LazyView, load_array, load_problem, open_view, summary_rows
 from dichroic.learning.fit import describe
 from dichroic.operators.noise import DenseNoise
 from dichroic.priors import GaussianMixture
 from dichroic.problem.identifiability import identifiability
-from dichroic.problem.problem import check_values, held_out, holdout
-from dichroic.problem.view import some_of, spread
+from dichroic.problem.lazy_view import some_of, spread
+from dichroic.problem.problem import check_values
+from dichroic.problem.splits import held_out, holdout
 from dichroic.separation.separator import Separator
 from dichroic.separation.streaming import separate_to_zarr
 
@@ -120,10 +121,10 @@ def test_a_stored_problem_is_the_problem_in_memory(tmp_path, kind):
     groups = lambda problem: [[v.name for v in views] for views in problem.joint_views()]
     assert groups(stored) == groups(memory) == [["p", "q"], ["single"]]
     for view, want in zip(stored.views, memory.views, strict=True):
-        assert isinstance(view, StoredView)
+        assert isinstance(view, LazyView)
         for name in ("name", "label", "count", "shape", "group"):
             assert getattr(view, name) == getattr(want, name)
-        np.testing.assert_array_equal(view.chosen, want.chosen)
+        np.testing.assert_array_equal(view.held_out_mask, want.held_out_mask)
         assert_same(view.head, want.select(slice(0, 64)))
         odd = np.array([0, 1, 63, 64, 65, 90, 91, N - 1])
         for rows in (slice(0, 1), slice(60, 130), slice(N - 3, None), odd, odd[-1:]):
@@ -141,7 +142,7 @@ def test_a_stored_problem_is_the_problem_in_memory(tmp_path, kind):
 @pytest.mark.parametrize("index", [[], [3, 3], [4, 3], [-1, 2], [2, N]])
 def test_numbers_that_select_increase(tmp_path, index):
     view = both(write(tmp_path, numbers()))[1].view("p")
-    with pytest.raises(DataError, match=f"views.p: no increasing numbers of {N} observations"):
+    with pytest.raises(DataError, match=f"views.p: no increasing indices of {N} observations"):
         view.select(np.array(index, int))
 
 
@@ -326,7 +327,7 @@ def test_a_sample_is_of_the_same_observations_in_a_group(tmp_path, monkeypatch):
     stored = load_problem(write(tmp_path, numbers()), stored=True)[0]
     group = stored.joint_views()[0]
     assert [v.count for v in some_of(group)] == [N, N]
-    monkeypatch.setattr("dichroic.problem.view.SOME_BYTES", 1)
+    monkeypatch.setattr("dichroic.problem.lazy_view.SOME_BYTES", 1)
     p, q = some_of(group)
     index = spread(N, 64, 1)
     np.testing.assert_array_equal(p.observations, numbers()["p"][index])
@@ -342,7 +343,7 @@ def test_identifiability_and_summary(tmp_path, monkeypatch):
     memory, stored = both(write(tmp_path, numbers()))
     assert summary_rows(stored) == summary_rows(memory)
     assert identifiability(stored) == identifiability(memory)
-    monkeypatch.setattr("dichroic.problem.view.SOME", 64)
+    monkeypatch.setattr("dichroic.problem.lazy_view.SOME", 64)
     sampled = identifiability(stored)
     assert [s.verdict for s in sampled.sources] == [
         s.verdict for s in identifiability(memory).sources
@@ -366,7 +367,7 @@ def test_equations_are_those_of_all_observations(tmp_path, monkeypatch):
     memory, stored = both(tmp_path / "problem.yaml")
     monkeypatch.setattr("dichroic.problem.identifiability.probe.UNKNOWNS", 100)
     want = identifiability(memory)
-    monkeypatch.setattr("dichroic.problem.view.SOME", 128)  # fewer than the 136 unknowns
+    monkeypatch.setattr("dichroic.problem.lazy_view.SOME", 128)  # fewer than the 136 unknowns
     got = identifiability(stored)
     assert not got.exact
     assert got.warnings == want.warnings
@@ -506,8 +507,8 @@ def test_fit_within_an_amount_of_memory(tmp_path, fits, capsys):
     (memory, plain), (stored, bounded) = fits
     assert plain["memory"] is None
     assert bounded["memory"] == 2**33
-    assert not any(isinstance(v, StoredView) for v in memory.views)
-    assert all(isinstance(v, StoredView) for v in stored.views)
+    assert not any(isinstance(v, LazyView) for v in memory.views)
+    assert all(isinstance(v, LazyView) for v in stored.views)
     with pytest.raises(SystemExit):
         main(["fit", path, *out, "--memory", "lots"])
     assert "--memory: 'lots' is no amount of memory" in capsys.readouterr().err
@@ -523,7 +524,7 @@ def test_a_bad_value_ends_a_fit_before_it_begins(tmp_path, fits, capsys, monkeyp
     assert not fits
     run.mkdir()
     (run / "run.json").touch()
-    monkeypatch.setattr("dichroic.problem.view.SOME", 64)
+    monkeypatch.setattr("dichroic.problem.lazy_view.SOME", 64)
     assert main(["fit", path, "--out", str(run), "--memory", "8GiB", "--resume"]) == 130
     assert len(fits) == 1  # what is gone on with has been checked when it began
 

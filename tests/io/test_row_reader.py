@@ -18,7 +18,7 @@ from dichroic.errors import ConfigError
 from dichroic.io import load_array, load_problem, row_reader
 from dichroic.io.row_reader import chunked_rows, runs
 from dichroic.learning.data import prepare
-from dichroic.problem import dataset
+from dichroic.problem import batches
 from dichroic.runtime.limits import within
 
 KINDS = ["npy", "fortran", "npz", "packed", "flat", "h5", "columns", "zarr"]
@@ -185,7 +185,7 @@ def test_too_little_memory_is_said_before_values_are_read(tmp_path, capsys):
 
 
 def test_held_out_observations_take_an_eighth_of_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "rows_within", lambda memory, views: 64)
+    monkeypatch.setattr(batches, "rows_within", lambda memory, views: 64)
     monkeypatch.setattr("dichroic.learning.data.rows_within", lambda memory, views: 64)
     np.save(tmp_path / "y.npy", np.zeros((2000, 100), np.float32))
     problem = load_problem(problem_of(tmp_path, "y.npy", 100), stored=True)[0]

@@ -8,8 +8,8 @@ import zarr
 
 from dichroic.errors import ConfigError, DataError, ShapeError
 from dichroic.io import load_problem, load_view, open_view
-from dichroic.io.lazy_view import StoredView
 from dichroic.operators import Identity
+from dichroic.problem.lazy_view import LazyView
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
 
@@ -72,7 +72,7 @@ def test_a_problem_and_a_new_view_take_a_number_from_a_file(folder, noise):
     (folder / "new.yaml").write_text(f"{{observations: data.npz:y, noise: {noise!s}}}")
     assert load_view(folder / "new.yaml", problem).noise_model.std == np.float32(0.05)
     stored = open_view(folder / "new.yaml", problem)
-    assert isinstance(stored, StoredView)
+    assert isinstance(stored, LazyView)
     assert stored.select(np.array([1, 3])).noise_model.std == np.float32(0.05)
 
 

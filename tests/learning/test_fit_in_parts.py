@@ -24,9 +24,9 @@ from dichroic.learning.diffusion.draw_cache import StoredDraws, draw_to_disk, wi
 from dichroic.learning.fit import fit
 from dichroic.learning.phases.schedule import advance
 from dichroic.priors import GaussianMixture
-from dichroic.problem import dataset
-from dichroic.problem.dataset import IndexSet, StoredDataset
-from dichroic.problem.observations import numbered
+from dichroic.problem import batches
+from dichroic.problem.batches import numbered
+from dichroic.problem.splits import IndexSet
 from dichroic.runtime import distributed
 
 N, M, D, BLOCK = 150, 2, 3, 64
@@ -87,7 +87,7 @@ def stated(tmp_path_factory):
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    monkeypatch.setattr(dataset, "rows_within", lambda memory, views: BLOCK)
+    monkeypatch.setattr(batches, "rows_within", lambda memory, views: BLOCK)
 
 
 def loaded(stated):
@@ -122,7 +122,7 @@ def test_blocks_are_the_observations_in_memory(stated, in_blocks):
     problem, config = loaded(stated), FitConfig()
     whole, parts = prepare(problem, config), prepare(problem, config, memory=MEMORY)
     for one, other in zip(whole.train, parts.train, strict=True):
-        assert isinstance(other, StoredDataset)
+        assert isinstance(other, ObservationBatches)
         assert (one.count, one.size, one.sources) == (other.count, other.size, other.sources)
         assert one.count % BLOCK
         starts = []

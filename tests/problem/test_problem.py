@@ -26,16 +26,10 @@ from dichroic.operators.noise import (
     Masked,
 )
 from dichroic.problem.identifiability import identifiability
-from dichroic.problem.problem import (
-    Problem,
-    Source,
-    held_out,
-    holdout,
-    joint_observations,
-    missing_fraction,
-)
+from dichroic.problem.problem import Problem, Source, joint_observations
+from dichroic.problem.splits import held_out, holdout
 from dichroic.problem.validation import values_and_mask
-from dichroic.problem.view import View
+from dichroic.problem.view import View, missing_fraction
 from dichroic.runtime.fingerprint import fingerprint
 
 A, B = Source("a", (2, 2)), Source("b", (3,))
@@ -296,7 +290,7 @@ def test_of_very_many_each_is_held_out_by_itself(monkeypatch):
     views = [view(observations=np.zeros((10_000, 2, 2)))]
     before = held_out(views, 0.3, 1)
     assert before.sum() == 3000
-    monkeypatch.setattr("dichroic.problem.problem.SHUFFLED", 1000)
+    monkeypatch.setattr("dichroic.problem.splits.SHUFFLED", 1000)
     mask = held_out(views, 0.3, 1)
     parts = mask.reshape(10, 1000)
     assert not np.array_equal(mask, before)

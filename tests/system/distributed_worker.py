@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from dichroic.config import DiffusionConfig, FitConfig, SamplerConfig
-from dichroic.learning.data import shared_out
 from dichroic.learning.diffusion.e_step import expectation
 from dichroic.learning.diffusion.score_matching import train_denoiser
 from dichroic.learning.fit import fit
@@ -14,6 +13,7 @@ from dichroic.operators import Dense, Identity
 from dichroic.operators.noise import DiagonalNoise
 from dichroic.priors import DiffusionPrior, GaussianMixture
 from dichroic.priors.networks import Mlp
+from dichroic.problem.batches import shared_by_processes
 from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
 from dichroic.runtime import distributed
@@ -75,7 +75,7 @@ def main(out: str) -> None:
     observations = [v.prepare() for v in stated.views]
     found = {}
     for name, known in (("exact", {"line": prior(1), "ring": prior(2)}), ("walk", corrected)):
-        args = shared_out(observations), ["alone", "both"], jax.random.key(5), config, 2
+        args = shared_by_processes(observations), ["alone", "both"], jax.random.key(5), config, 2
         found |= {f"{name}/{k}": x for k, x in expectation(known, *args).items()}
     samples = found["exact/ring"].reshape(-1, D)
     trained, loss = train_denoiser(

@@ -21,7 +21,7 @@ from dichroic.inference.samplers import Sampler
 from dichroic.io import load_array
 from dichroic.io.formats import READERS
 from dichroic.io.recorded import Recorded
-from dichroic.numerics.batching import as_float, param
+from dichroic.numerics.batching import as_float, observation_axes
 from dichroic.priors import Denoiser, gaussian
 from dichroic.priors.schedule import Geometric
 from dichroic.problem.observations import Observations
@@ -53,8 +53,8 @@ class Reversed(Operator):
 class WithCommonLevel(Noise):
     """Independent noise, and a level that all entries of an observation share."""
 
-    std: jax.Array = param(0, converter=as_float)
-    level: jax.Array = param(0, converter=as_float)
+    std: jax.Array = eqx.field(converter=as_float, metadata=observation_axes(0))
+    level: jax.Array = eqx.field(converter=as_float, metadata=observation_axes(0))
 
     def mv(self, v):
         return self.std**2 * v + self.level**2 * jnp.sum(v)

@@ -45,7 +45,9 @@ def manifolds(seed: int, *, quick: bool = False) -> Demo:
     """The synthetic problem, 8,192 observations per view."""
     count = 1024 if quick else 8192
     problem = manifold_problem(seed=seed, count=count)
-    test = manifold_problem(seed=seed + 1000, problem_seed=seed, count=min(count, 2048)).views[1]
+    test = (
+        manifold_problem(seed=seed + 1000, problem_seed=seed, count=min(count, 2048)).views[1].head
+    )
     config = FitConfig(seed=seed).replace(
         {
             "diffusion.iterations": 1,
@@ -100,7 +102,7 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> None:
 def score(demo: Demo, result: Separation) -> Scores:
     """PSNR in dB of each answer for each source, on the held-out observations."""
     obs = joint_observations([demo.test])
-    known = {k: x for view in demo.problem.views for k, x in view.truth.items()}
+    known = {k: x for view in demo.problem.views for k, x in view.head.truth.items()}
     answers = {
         "dichroic, posterior mean": result.mean,
         "dichroic, one draw": {k: x[0] for k, x in result.draws.items()},

@@ -90,7 +90,12 @@ def assignments(
     return index, scores
 
 
-def _grid_or_scores(y, cov_noise, views, index) -> Float[Array, " T"]:
+def _grid_or_scores(
+    y: Float[Array, " obs"],
+    cov_noise: Float[Array, "obs obs"],
+    views: Sequence[Components],
+    index: Int[Array, "T sources"],
+) -> Float[Array, " T"]:
     if y.size <= SMALL:
         return grid_scores(y, cov_noise, [_triple(v) for v in views]).ravel()
     return _scores(y, cov_noise, views, index)
@@ -217,7 +222,7 @@ def posterior_means(
 ) -> tuple[list[Float[Array, " _"]], Float[Array, ""]]:
     """`E[x_β | y]` of every source, and `log p(y)`; `seen` as for `log_evidence`."""
 
-    def objective(wm):
+    def objective(wm: list[tuple[Array, Array]]):
         swapped = [Components(w, m, c.covariances) for (w, m), c in zip(wm, sources, strict=True)]
         return log_evidence(y, matrices, cov_noise, swapped, seen=seen, beam_width=beam_width)
 

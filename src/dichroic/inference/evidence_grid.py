@@ -34,7 +34,7 @@ def grid_scores(
     return _evaluate(y, cov_noise, views)[0]
 
 
-def _evaluate(y, cov_noise, views):
+def _evaluate(y: Float[Array, " obs"], cov_noise: Float[Array, "obs obs"], views: Sequence[View]):
     """`(s, v, P)`: scores, and the entries of `v` and of the lower triangle of `P`."""
     size, sources = y.shape[0], len(views)
     over = lambda a, s: a.reshape([-1 if i == s else 1 for i in range(sources)])
@@ -72,7 +72,7 @@ def _inverse_entries(cov: dict[tuple[int, int], Array], n: int):
     return {(i, j): sum(inv[k, i] * inv[k, j] for k in range(i, n)) for i, j in lower}, logdet
 
 
-def _forward(y, cov_noise, views):
+def _forward(y: Float[Array, " obs"], cov_noise: Float[Array, "obs obs"], views: Sequence[View]):
     s, v, precision = _evaluate(y, cov_noise, views)
     value = jax.nn.logsumexp(s)
     r = jnp.exp(s - value)
@@ -91,10 +91,10 @@ def _forward(y, cov_noise, views):
                 jnp.stack([jnp.stack(row, -1) for row in rows], -2),
             )
         )
-    return value, type(views)(gradients)
+    return value, jax.tree.unflatten(jax.tree.structure(views), jax.tree.leaves(gradients))
 
 
-def _backward(gradients, cotangent):
+def _backward(gradients: Sequence[View], cotangent: Array):
     return None, None, jax.tree.map(lambda g: cotangent * g, gradients)
 
 

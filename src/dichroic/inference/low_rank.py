@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg.lapack import dpotri
+from scipy.linalg.lapack import dpotri  # pyright: ignore[reportAttributeAccessIssue]
 
 from dichroic.errors import DataError
 from dichroic.inference.matrix_free import Columns, OperatorCache, Seen, diagonal_of_noise, products

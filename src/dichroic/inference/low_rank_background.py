@@ -21,7 +21,8 @@ import numpy as np
 from dichroic.inference.low_rank import Given, LowRankView, Part, part_of
 from dichroic.inference.matrix_free import OperatorCache
 from dichroic.priors import GaussianMixture
-from dichroic.problem.observations import ObservationBatches, Observations, groups
+from dichroic.problem.batches import AnyObservations
+from dichroic.problem.observations import Observations, groups
 
 NEGLIGIBLE = 1e-12  # probability of an assignment
 
@@ -72,7 +73,7 @@ class BackgroundPosteriors:
 
 
 def every_assignment(
-    mixtures: Mapping[str, GaussianMixture], obs: ObservationBatches, most: int
+    mixtures: Mapping[str, GaussianMixture], obs: AnyObservations, most: int
 ) -> np.ndarray | None:
     """That observations may be of each assignment before each background, `(J, T, n)`; None beyond `most`."""
     own = [mixtures[k] for k in obs.sources]
@@ -137,7 +138,8 @@ class Backgrounds:
 
     def given(self, y: np.ndarray, near: np.ndarray | None = None) -> "BackgroundPosteriors":
         """What observations `(n, M)` say before each background, or those that they are `near` `(J, T, n)`."""
-        rows = np.ones((len(self.each), len(y)), bool) if near is None else near.any(axis=1)
+        everywhere = np.ones((len(self.each), len(y)), bool)
+        rows = everywhere if near is None else np.any(near, axis=1)
         levels, residuals, given = np.full(rows.shape, -np.inf), [], []
         for j, (b, some) in enumerate(zip(self.each, rows, strict=True)):
             residuals.append(y[some] - b.mean)

@@ -221,7 +221,7 @@ def _draw(
     for j in np.unique(which):  # with all rows each time, by whose number products are rounded
         drawn = before[j].draw(t, normals, behind.slots)
         here = (which == j)[:, None]
-        found = {k: np.where(here, x, found.get(k, x)) for k, x in drawn.items()}
+        found = {k: np.asarray(np.where(here, x, found.get(k, x))) for k, x in drawn.items()}
     return found
 
 
@@ -329,11 +329,18 @@ def _corrections(prior: DiffusionPrior, x_t: np.ndarray, sigma: float) -> np.nda
 
 
 @eqx.filter_jit
-def _random(keys: Array, number: Array, noise: Noise, sizes, width: int, size: int):
+def _random(
+    keys: Array,
+    number: Array,
+    noise: Noise,
+    sizes: tuple[tuple[str, int], ...],
+    width: int,
+    size: int,
+):
     """`(uniform, latents, {source: normal}, noise)` of each key."""
     own, shared = split(noise)
 
-    def one(key, own):
+    def one(key: PRNGKeyArray, own: Noise):
         noise = eqx.combine(own, shared)
         key = jax.random.fold_in(key, number)
         u, z, e, *rest = jax.random.split(key, 3 + len(sizes))
@@ -344,6 +351,6 @@ def _random(keys: Array, number: Array, noise: Noise, sizes, width: int, size: i
     return jax.vmap(one)(keys, own)
 
 
-def _bridge(x, drawn, z, here, there):
+def _bridge(x: np.ndarray, drawn: np.ndarray, z: np.ndarray, here: float, there: float):
     r = (there / here) ** 2
     return drawn + r * (x - drawn) + there * np.sqrt(1 - r) * z

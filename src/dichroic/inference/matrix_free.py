@@ -1,6 +1,5 @@
 """Operators as products with columns of numbers, in float64; what observations that share them have in common."""
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -39,9 +38,10 @@ class Seen:
     @cached_property
     def scale(self) -> np.ndarray:
         """What `A` multiplies each entry of the source by before anything else, `(D,)`: 1 for most operators."""
-        first = itertools.takewhile(lambda f: isinstance(f, Diagonal), reversed(factors(self.op)))
         scale = np.ones(math.prod(self.op.in_shape))
-        for factor in first:
+        for factor in reversed(factors(self.op)):
+            if not isinstance(factor, Diagonal):
+                break
             scale = scale * np.abs(np.asarray(factor.diagonal, np.float64)).ravel()
         return np.maximum(scale, _LEAST_SCALE * scale.max(initial=0) or 1.0)
 

@@ -30,7 +30,8 @@ from dichroic.numerics.conjugate_gradient import conjugate_gradient
 from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.priors.components import Components
 from dichroic.priors.covariance import Moments
-from dichroic.problem.observations import ObservationBatches, Observations
+from dichroic.problem.batches import AnyObservations
+from dichroic.problem.observations import Observations
 
 Sources = dict[str, Array]
 EXACT_LIMIT = 128
@@ -89,7 +90,7 @@ class Prior(eqx.Module):
     def first_guess(self) -> None:
         """Nothing is solved for."""
 
-    def __call__(self, x_t: Sources, sigma: Sources, guess: None = None) -> Estimate:
+    def __call__(self, x_t: Sources, sigma: Sources, guess: Array | None = None) -> Estimate:
         """`E[x_β | x_{t,β}]` of every source."""
         return _unconditional({k: d(x_t[k], sigma[k]) for k, d in self.denoisers.items()})
 
@@ -141,7 +142,7 @@ class Posterior(eqx.Module):
     def first_guess(self) -> None:
         """None is needed."""
 
-    def __call__(self, x_t: Sources, sigma: Sources, guess: None = None) -> Estimate:
+    def __call__(self, x_t: Sources, sigma: Sources, guess: Array | None = None) -> Estimate:
         """The posterior mean of every source given its noised value `x_t` and the observation."""
         return self._condition(posterior_means, x_t, sigma)
 
@@ -162,10 +163,14 @@ class Posterior(eqx.Module):
         )
         return {k: u.reshape(self.denoisers[k].shape) for k, u in zip(given, x, strict=True)}
 
-    def _problem(self, given: dict[str, Components]) -> tuple:
+    def _problem(
+        self, given: dict[str, Components]
+    ) -> tuple[Array, list[Array], Array, list[Components]]:
         return self.y, [self.matrices[k] for k in given], self.cov_noise, list(given.values())
 
-    def _condition(self, how: Callable, x_t: Sources, sigma: Sources) -> Estimate:
+    def _condition(
+        self, how: Callable[..., tuple[list[Array], Array]], x_t: Sources, sigma: Sources
+    ) -> Estimate:
         given = {k: d.components(x_t[k], sigma[k]) for k, d in self.denoisers.items()}
         if self.beam_width == 1:
             given = {k: c.collapse() for k, c in given.items()}
@@ -258,7 +263,7 @@ class MatrixFreePosterior(eqx.Module):
 Denoise = Prior | Posterior | MatrixFreePosterior
 
 
-def is_large(views: Sequence[ObservationBatches]) -> bool:
+def is_large(views: Sequence[AnyObservations]) -> bool:
     """Whether sources start as mixtures of low rank."""
     return max(max(obs.size, *obs.dims.values()) for obs in views) > EXACT_LIMIT
 

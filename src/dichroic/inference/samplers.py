@@ -24,25 +24,26 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dichroic.config import SamplerConfig
 from dichroic.inference.posterior import (
     Denoise,
     Estimate,
+    Posterior,
     Prior,
     SolverStats,
     Sources,
     build_posterior,
 )
 from dichroic.numerics.deterministic_map import BATCH_WIDTH, chunk_size, chunks, own_slots
-from dichroic.priors import Denoiser
+from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.priors.schedule import Geometric, Karras, Schedule
 from dichroic.problem.observations import Observations
 from dichroic.runtime import distributed
 
 
-def noise_like(key: PRNGKeyArray, x: PyTree[Array]) -> PyTree[Array]:
+def noise_like(key: PRNGKeyArray, x: Sources) -> Sources:
     """Standard normal arrays shaped as the leaves of `x`."""
     leaves, treedef = jax.tree.flatten(x)
     keys = jax.random.split(key, len(leaves))
@@ -85,7 +86,7 @@ class Sampler(eqx.Module):
         return walk(self, build_posterior(denoisers, obs, **options), denoisers, key)
 
 
-def _bridge(x, d, z, t, s):
+def _bridge(x: Array, d: Array, z: Array, t: Array, s: Array):
     r = (s / t) ** 2
     return d + r * (x - d) + s * jnp.sqrt(1 - r) * z
 
@@ -99,19 +100,37 @@ class AncestralSampler(Sampler):
     enough (`benchmarks/high_dimensional.py`).
     """
 
-    def step(self, denoise, x, key, here, there, guess):
+    def step(
+        self,
+        denoise: Denoise,
+        x: Sources,
+        key: PRNGKeyArray,
+        here: Sources,
+        there: Sources,
+        guess: Array | None,
+    ):
         a, b = jax.random.split(key)
         e = denoise.draw(x, here, a)
         return jax.tree.map(_bridge, x, e.mean, noise_like(b, x), here, there), e
 
-    def last(self, denoise, x, key, here, guess):
+    def last(
+        self, denoise: Denoise, x: Sources, key: PRNGKeyArray, here: Sources, guess: Array | None
+    ):
         return denoise.draw(x, here, key)
 
 
 class DDPM(Sampler):
     """Ancestral sampling with the mean of `x` given `x_t` in place of a draw."""
 
-    def step(self, denoise, x, key, here, there, guess):
+    def step(
+        self,
+        denoise: Denoise,
+        x: Sources,
+        key: PRNGKeyArray,
+        here: Sources,
+        there: Sources,
+        guess: Array | None,
+    ):
         e = denoise(x, here, guess)
         return jax.tree.map(_bridge, x, e.mean, noise_like(key, x), here, there), e
 
@@ -119,7 +138,15 @@ class DDPM(Sampler):
 class DDIM(Sampler):
     """Deterministic steps of the probability-flow equation."""
 
-    def step(self, denoise, x, key, here, there, guess):
+    def step(
+        self,
+        denoise: Denoise,
+        x: Sources,
+        key: PRNGKeyArray,
+        here: Sources,
+        there: Sources,
+        guess: Array | None,
+    ):
         e = denoise(x, here, guess)
         move = lambda x, d, t, s: d + s / t * (x - d)
         return jax.tree.map(move, x, e.mean, here, there), e
@@ -128,7 +155,15 @@ class DDIM(Sampler):
 class Heun(Sampler):
     """Deterministic second-order steps: two evaluations of the denoiser each."""
 
-    def step(self, denoise, x, key, here, there, guess):
+    def step(
+        self,
+        denoise: Denoise,
+        x: Sources,
+        key: PRNGKeyArray,
+        here: Sources,
+        there: Sources,
+        guess: Array | None,
+    ):
         e = denoise(x, here, guess)
         slope = jax.tree.map(lambda x, d, t: (x - d) / t, x, e.mean, here)
         euler = jax.tree.map(lambda x, g, t, s: x + (s - t) * g, x, slope, here, there)
@@ -144,7 +179,15 @@ class PredictorCorrector(Sampler):
     corrections: int = eqx.field(static=True, default=1)
     snr: float = eqx.field(static=True, default=0.2)
 
-    def step(self, denoise, x, key, here, there, guess):
+    def step(
+        self,
+        denoise: Denoise,
+        x: Sources,
+        key: PRNGKeyArray,
+        here: Sources,
+        there: Sources,
+        guess: Array | None,
+    ):
         x, e = DDPM.step(self, denoise, x, jax.random.fold_in(key, 0), here, there, guess)  # type: ignore[arg-type]
         for i in range(self.corrections):
             corrected = denoise(x, there, e.dual)
@@ -202,7 +245,7 @@ def walk(
         for k, d in denoisers.items()
     }
 
-    def body(carry, i):
+    def body(carry: tuple[Sources, Array, SolverStats, Array | None], i: Array):
         x, cost, effort, guess = carry
         here, there = at(levels[i]), at(levels[i + 1])
         x, e = sampler.step(denoise, x, jax.random.fold_in(key_path, i), here, there, guess)
@@ -243,7 +286,7 @@ class ExactSampler(eqx.Module):
         self, denoisers: dict[str, Denoiser], obs: Observations, key: PRNGKeyArray, **options: Any
     ) -> Draw:
         """One joint draw of the sources of one observation."""
-        x = build_posterior(denoisers, obs, solver="exact", **options).draw_without_path(key)
+        x = Posterior(denoisers, obs, **options).draw_without_path(key)
         return Draw.of(x, jnp.zeros(()), SolverStats.one())
 
 
@@ -318,8 +361,14 @@ def sample_posterior(
     return _gather(parts, n_draws, own_slots(n, first_index))
 
 
+AnySampler = Sampler | ExactSampler | GibbsSampler
+
+
 @eqx.filter_jit
-def _draw_batches(shared, rows) -> Draw:
+def _draw_batches(
+    shared: tuple[dict[str, Denoiser], Observations, AnySampler, dict[str, Any]],
+    rows: tuple[Observations, Array],
+) -> Draw:
     """One draw of each observation, in batches."""
     denoisers, observed, sampler, options = shared
 
@@ -359,9 +408,10 @@ def sample_prior(
 
 
 @eqx.filter_jit
-def _prior_batches(denoiser, keys, sampler) -> Array:
+def _prior_batches(denoiser: Denoiser, keys: Array, sampler: Sampler | None) -> Array:
     def one(key: PRNGKeyArray) -> Array:
         if sampler is None:
+            assert isinstance(denoiser, GaussianMixture)
             return denoiser.sample(key)
         return walk(sampler, Prior({"x": denoiser}), {"x": denoiser}, key).x["x"]
 

@@ -16,7 +16,7 @@ from dichroic.inference.low_rank_sampling import is_low_rank_prior, low_rank_dra
 from dichroic.inference.posterior import choose_solver, is_large
 from dichroic.inference.samplers import Draws, Progress, make_sampler, sample_posterior
 from dichroic.numerics.deterministic_map import map_observations
-from dichroic.priors import Denoiser, GaussianMixture
+from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.problem.observations import Observations, whitened_chi2
 
 Denoisers = Mapping[str, Denoiser]
@@ -104,12 +104,13 @@ def _free_draws(
     if low_rank and (mixtures or s.name in ("auto", "ancestral")):
         kwargs.pop("batch_size", None)
         sampler = None if mixtures else make_sampler(s)
-        return low_rank_draws(used, obs, key, sampler=sampler, **kwargs)
+        known = {k: d for k, d in used.items() if isinstance(d, GaussianMixture | DiffusionPrior)}
+        return low_rank_draws(known, obs, key, sampler=sampler, **kwargs)
     solver = choose_solver(obs, s.solver)
     exact = solver == "exact" and mixtures
     kwargs = {"batch_size": config.batch_size, **kwargs}
     return sample_posterior(
-        denoisers,
+        used,
         obs,
         key,
         sampler=None if exact else make_sampler(s),

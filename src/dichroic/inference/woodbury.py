@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dichroic.numerics.cholesky import inverse_cholesky
+from dichroic.operators import Operator
 from dichroic.priors.covariance import LinearMap, Moments
 from dichroic.problem.observations import Observations
 
@@ -30,7 +31,7 @@ def approximate_inverse(obs: Observations, given: Mapping[str, Moments]) -> Line
         diagonal = diagonal + given[k].floor * seen * op.row_squares().ravel()
     scale = jax.lax.rsqrt(diagonal)
 
-    def seen_through(op, columns: Array) -> Array:
+    def seen_through(op: Operator, columns: Array) -> Array:
         rows = jax.vmap(lambda f: op.mv(f.reshape(op.in_shape)).ravel())(columns.T)
         return scale * seen * rows
 

@@ -27,11 +27,10 @@ shape feeds the one before. Every error starts with the file and the position in
 """
 
 from dichroic.io.arrays import load_array as load_array
-from dichroic.io.lazy_view import StoredView as StoredView
-from dichroic.io.new_view import ViewFile as ViewFile
 from dichroic.io.new_view import load_view as load_view
 from dichroic.io.new_view import open_view as open_view
 from dichroic.io.problem_file import load_problem as load_problem
 from dichroic.io.run_problem import check_saved as check_saved
 from dichroic.io.run_problem import problem_of as problem_of
+from dichroic.problem.lazy_view import LazyView as LazyView
 from dichroic.problem.summary import summary_rows as summary_rows

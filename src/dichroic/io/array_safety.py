@@ -7,7 +7,7 @@ than those below. So is what makes one file read another: virtual and external d
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -92,7 +92,7 @@ def check_npz(archive: Any, file: str, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def open_entry(archive: Any, entry: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+def open_entry(archive: Any, entry: zipfile.ZipInfo) -> Generator[IO[bytes], None, None]:
     """The data of one entry of `archive`, to be read; where they are not compressed, in the file itself.
 
     There, what comes before some rows need not be read. Raises `DataError` where the file ends before the entry.
@@ -126,13 +126,13 @@ def check_hdf5(dataset: Any, what: str, shape: Sequence[int] | None = None) -> N
 
     `shape` is that of the part of it that is to be read, where that is not all.
     """
-    shape = (dataset.shape or ()) if shape is None else shape
+    whole: Sequence[int] = dataset.shape or ()
     check_numbers(dataset.dtype, what)
     if dataset.is_virtual or dataset.external:
         raise DataError(f"{what} is kept in other files, which are not read; copy it into this one")
     held = dataset.id.get_storage_size()
-    check_array(shape, dataset.dtype.itemsize, what, held=held)
-    _check_chunks(dataset.shape or (), dataset.chunks, dataset.dtype.itemsize, what)
+    check_array(whole if shape is None else shape, dataset.dtype.itemsize, what, held=held)
+    _check_chunks(whole, dataset.chunks, dataset.dtype.itemsize, what)
 
 
 def check_zarr(array: Any, what: str, shape: Sequence[int] | None = None) -> None:

@@ -7,7 +7,7 @@ its format. Where some rows are asked for, no more is read of `.npy`, `.npz`, HD
 files; of the others, all is.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import EllipsisType
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from dichroic.errors import DataError, DichroicError, ShapeError
 from dichroic.io.array_safety import (
@@ -156,7 +157,7 @@ def _read(path: Path, found: Reference, part: Part = all_rows) -> Recorded:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Generator[None, None, None]:
     """Let whatever a reader raises inside, at a damaged file, name the file."""
     try:
         yield
@@ -168,7 +169,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+def open_npz(path: Path) -> Generator[NpzFile, None, None]:
     """The arrays of an `.npz` file by name, while it is open; errors name the file."""
     with _reading(path), path.open("rb") as file:
         magic = file.read(len(_NPY))
@@ -203,6 +204,7 @@ def _read_npz(path: Path, key: str | None, part: Part) -> np.ndarray:
     with open_npz(path) as archive:
         name = _entry(path, key, list(archive))
         what = f"{path.name}:{name}"
+        assert archive.zip is not None
         check_npz(archive.zip, path.name, [name])
         entry = next(e for e in archive.zip.infolist() if e.filename in (name, f"{name}.npy"))
         with open_entry(archive.zip, entry) as file:

@@ -5,7 +5,7 @@ import io
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def read_fits(path: Path, key: str | None) -> Recorded:
 
 
 @contextmanager
-def _plain_fits(path: Path) -> Iterator[Path]:
+def _plain_fits(path: Path) -> Generator[Path, None, None]:
     """The FITS file `path`, unpacked: astropy would unpack whatever it is, without bounds."""
     with tempfile.TemporaryDirectory() as folder:
         plain = path
@@ -64,7 +64,7 @@ def _plain_fits(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _units(fits: Any, plain: Path, **options: bool) -> Iterator[Any]:
+def _units(fits: Any, plain: Path, **options: bool) -> Generator[Any, None, None]:
     """The units of a FITS file, which is closed at the end; astropy leaves open what is damaged."""
     with plain.open("rb") as file, fits.open(file, memmap=False, **options) as units:
         yield units

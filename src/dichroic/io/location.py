@@ -1,7 +1,7 @@
 """Positions in a file, the errors that name them, and tables read safely from YAML."""
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,7 +100,7 @@ class Location:
 
 
 @contextmanager
-def naming(location: Location) -> Iterator[None]:
+def naming(location: Location) -> Generator[None, None, None]:
     """Let errors raised inside start with `location`, unless they name a position already."""
     try:
         yield

@@ -1,7 +1,8 @@
 """A new view, stated alone, and completed from a view of the problem."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,18 @@ from dichroic.config import check_keys
 from dichroic.errors import ConfigError, DataError
 from dichroic.io.array_safety import check_npz
 from dichroic.io.arrays import open_npz
-from dichroic.io.lazy_view import StoredView
+from dichroic.io.lazy_view import lazy_view
 from dichroic.io.location import Location, as_table, naming, read_yaml, require
 from dichroic.io.operator_spec import NOISES
 from dichroic.io.references import no_file
 from dichroic.io.view_spec import VIEW_KEYS
 from dichroic.numerics.batching import row_counts
 from dichroic.operators.noise import Noise
-from dichroic.problem.problem import Problem, sees
+from dichroic.problem.lazy_view import AnyView, LazyView
+from dichroic.problem.problem import Problem
 from dichroic.problem.validation import plain_observations
-from dichroic.problem.view import AnyView, View
-
-
-@dataclass(frozen=True, eq=False)
-class ViewFile(StoredView):
-    """A new view that stays in its files; what these leave out is taken from `donor`, a view of the problem."""
-
-    donor: View
-
-    def _completed(self, view: View) -> View:
-        return _complete(view, self.table, self.donor)
+from dichroic.problem.view import View
+from dichroic.problem.view_validation import sees
 
 
 def open_view(
@@ -39,18 +32,19 @@ def open_view(
     *,
     like: str | None = None,
     probe: bool = True,
-) -> ViewFile:
+) -> LazyView:
     """What `load_view` reads, before it is read: for observations that do not fit in memory.
 
     The arguments are those of `load_view`. Of `.npy`, `.npz`, HDF5 and zarr arrays, and
-    of stacked files, `ViewFile.select` reads the rows that it needs; files of other formats as a whole.
+    of stacked files, `LazyView.select` reads the rows that it needs; files of other formats as a whole.
     """
     table, location, name = _view_table(path_or_spec, problem)
     donor = problem.view(like) if like else max(problem.views, key=lambda v: _seen(v, problem))
     check_keys(table, VIEW_KEYS, str(location))
     require(table, ("observations",), location)
     table = table if probe else {**table, "probe": False}
-    return ViewFile(name, table, location, problem.shapes, donor.head)
+    completed = partial(_complete, table=table, donor=donor.head)
+    return lazy_view(name, table, location, problem.shapes, completed)
 
 
 def load_view(
@@ -113,7 +107,7 @@ def _npz_table(path: Path, names: Sequence[str], location: Location) -> dict[str
     with open_npz(path) as archive:
         check_keys(archive, ("observations", "mask", "noise", *noises, *per_source), str(location))
         check_npz(archive.zip, path.name, archive)
-        values = {key: {"file": path.name, "key": key} for key in archive}
+        values: dict[str, Any] = {key: {"file": path.name, "key": key} for key in archive}
         if "mask" in values and archive["mask"].dtype.kind == "U":  # "nan"
             values["mask"] = str(archive["mask"])
     table: dict[str, Any] = {"operators": {}, "truth": {}}

@@ -166,7 +166,9 @@ def _block_project(
     return _blocks(ops.BlockProject, args, in_shape, location)
 
 
-def _blocks(kind: Callable, args: Any, in_shape: Shape, location: Location) -> Operator:
+def _blocks(
+    kind: Callable[..., Operator], args: Any, in_shape: Shape, location: Location
+) -> Operator:
     values = _arguments(args, "factor", ("axes",), location)
     axes = values.get("axes")
     if axes is not None:

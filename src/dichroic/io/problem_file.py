@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from dichroic.config import check_keys
-from dichroic.io.lazy_view import StoredView
+from dichroic.io.lazy_view import lazy_view
 from dichroic.io.location import Location, as_table, naming, read_yaml, require
 from dichroic.io.values import parse_shape
 from dichroic.io.view_spec import VIEW_KEYS
 from dichroic.operators import Shape
-from dichroic.problem.problem import Problem, Source, check_view
+from dichroic.problem.lazy_view import LazyView
+from dichroic.problem.problem import Problem, Source
 from dichroic.problem.view import View
+from dichroic.problem.view_validation import check_view
 
 
 def load_problem(
@@ -22,7 +24,7 @@ def load_problem(
     Args:
         path: the file; array references in it are relative to its folder.
         stored: leave the arrays in their files, for more observations than fit in memory: the views are
-            `StoredView`s, checked as far as their statements and first observations go; `check_values` reads
+            `LazyView`s, checked as far as their statements and first observations go; `check_values` reads
             and checks the others.
         probe: false to probe no operators, whatever the file says (see `View`).
 
@@ -66,11 +68,11 @@ def _problem_view(
     location: Location,
     stored: bool,
     probe: bool,
-) -> View | StoredView:
+) -> View | LazyView:
     table = as_table(value, location) | ({} if probe else {"probe": False})
     check_keys(table, VIEW_KEYS, str(location))
     require(table, ("observations", "operators", "noise"), location)
-    view = StoredView(name, table, location, shapes)
+    view = lazy_view(name, table, location, shapes)
     if not stored:
         return view.read()
     with naming(location):

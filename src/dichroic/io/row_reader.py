@@ -104,7 +104,7 @@ def chunked_rows(array: Any, rows: Rows | EllipsisType, what: str) -> np.ndarray
 
     Raises `ConfigError` where they, or a chunk of the array, take too much of the memory.
     """
-    shape: Shape = tuple(array.shape or ())
+    shape = tuple(int(n) for n in array.shape or ())
     size = array.dtype.itemsize
     check_room(shape_of(shape, rows), size, what)
     if isinstance(rows, EllipsisType):
@@ -113,7 +113,7 @@ def chunked_rows(array: Any, rows: Rows | EllipsisType, what: str) -> np.ndarray
     out = np.empty(shape_of(shape, rows), array.dtype)
     if not out.size:
         return out
-    chunks = array.chunks or (1, *shape[1:])
+    chunks: Shape = tuple(array.chunks or (1, *shape[1:]))
     window = _window(shape, chunks, size)
     near = max(NEAR * shape[0] // (math.prod(shape) * size), 1)
     others = [

@@ -11,12 +11,18 @@ import numpy as np
 from dichroic.config import FitConfig
 from dichroic.errors import ConfigError
 from dichroic.operators.learnable import Parameters
-from dichroic.problem.dataset import IndexSet, bits_of, rows_within, shared_out, stored_dataset
-from dichroic.problem.observations import ObservationBatches
+from dichroic.problem.batches import (
+    AnyObservations,
+    rows_within,
+    shared_by_processes,
+    stored_batches,
+)
+from dichroic.problem.lazy_view import AnyView
 from dichroic.problem.offsets import agreed_offsets
-from dichroic.problem.problem import Problem, held_out_bits, holdout, joint_observations
+from dichroic.problem.problem import Problem, joint_observations
 from dichroic.problem.screening import left_out
-from dichroic.problem.view import AnyView, View, bytes_each
+from dichroic.problem.splits import IndexSet, bits_of, held_out_bits, holdout
+from dichroic.problem.view import View, bytes_each
 from dichroic.runtime.blocks import GRAIN
 from dichroic.runtime.limits import within
 
@@ -33,8 +39,8 @@ class Data:
     Where training observations are in files: the `memory` to work with, in bytes, and a folder for draws.
     """
 
-    train: tuple[ObservationBatches, ...]
-    test: tuple[ObservationBatches, ...]
+    train: tuple[AnyObservations, ...]
+    test: tuple[AnyObservations, ...]
     truth: tuple[Mapping[str, np.ndarray], ...]
     names: tuple[str, ...]
     order: tuple[tuple[str, ...], ...]
@@ -84,13 +90,13 @@ def prepare(
             most = _scored(views, memory // len(groups))
             index = (chosen if chosen.count else rest).spread(most)
             kept = held = [v.select(index) for v in views]
-            train.append(stored_dataset(views, rest, memory, operators))
+            train.append(stored_batches(views, rest, memory, operators))
         test.append(held if held[0].count else kept)
     names = tuple("+".join(v.name for v in views) for views in groups)
     order = config.order or learning_order(train)
     _check_order(order, problem.names, dict(zip(names, train, strict=True)))
-    judged = shared_out([joint_observations(views, operators) for views in test])
-    shared = shared_out(train) if memory is None else tuple(train)
+    judged = shared_by_processes([joint_observations(views, operators) for views in test])
+    shared = shared_by_processes(train) if memory is None else tuple(train)
     truth = tuple(map(_truth, test))
     scratch = scratch or Path()
     memory = memory or 0
@@ -114,7 +120,7 @@ def _truth(views: Sequence[View]) -> dict[str, np.ndarray]:
     return {k: np.asarray(x) for view in views for k, x in view.truth.items()}
 
 
-def learning_order(views: Sequence[ObservationBatches]) -> tuple[tuple[str, ...], ...]:
+def learning_order(views: Sequence[AnyObservations]) -> tuple[tuple[str, ...], ...]:
     """Groups of sources: first those of the view with the fewest, then the fewest new ones, and so on.
 
     Contrastive problems (view k sees sources 1…k) are learned source by source, a problem whose views
@@ -158,7 +164,7 @@ def _check_source(name: str, problem: Problem, where: str) -> None:
 
 
 def _check_order(
-    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, ObservationBatches]
+    order: Sequence[Sequence[str]], names: Sequence[str], views: Mapping[str, AnyObservations]
 ) -> None:
     listed = [name for group in order for name in group]
     if sorted(listed) != sorted(names) or not all(order):

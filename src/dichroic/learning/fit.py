@@ -14,7 +14,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -159,7 +159,7 @@ def fit(
 
 
 @contextmanager
-def _scratch(out: str | Path | None) -> Iterator[Path]:
+def _scratch(out: str | Path | None) -> Generator[Path, None, None]:
     """A folder for draws, removed once the fit has ended well: until then they need not be drawn again."""
     if out is None and distributed.processes() > 1:
         raise RunError(
@@ -187,7 +187,7 @@ def _check_alike(problem: Problem, config: FitConfig) -> None:
 @contextmanager
 def _opened(
     path: Path, problem: Problem, config: FitConfig, data: Data, first: State, *, resume: bool
-) -> Iterator["RunFolder"]:
+) -> Generator["RunFolder", None, None]:
     """The run folder `path`, held; what was recorded is on the disk afterwards, however it ends."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -383,7 +383,7 @@ def check_same(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} holds a run with other offsets of sources, which this machine finds by other rounding: go on "
             "with it on a machine like the one that began it"
         )
-    before = FitConfig.from_dict(saved.get("config"), where=f"{path}/run.json").to_dict()
+    before = FitConfig.from_dict(saved.get("config", {}), where=f"{path}/run.json").to_dict()
     changed = [
         f"{k}: {a!r} before, {b!r} now"
         for k, a, b in _differences(before, known["config"])
@@ -397,7 +397,9 @@ def check_same(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""):
+def _differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     for key in {**a, **b}:
         old, new = a.get(key), b.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -34,6 +34,7 @@ large numbers.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ class _State(NamedTuple):
 def _transport(
     x: Float[Array, "n d"],
     y: Float[Array, "m d"],
-    epsilon: ArrayLike,
+    epsilon: float | Array,
     max_iterations: int,
     tolerance: ArrayLike,
 ) -> _State:
@@ -140,7 +141,7 @@ def _transport(
 
 @functools.partial(jax.jit, static_argnames="max_iterations")
 def _self_transport(
-    x: Float[Array, "n d"], epsilon: ArrayLike, max_iterations: int, tolerance: ArrayLike
+    x: Float[Array, "n d"], epsilon: float | Array, max_iterations: int, tolerance: ArrayLike
 ) -> _State:
     """`OT_ε(x, x)` by averaged Sinkhorn iterations."""
 
@@ -153,7 +154,9 @@ def _self_transport(
     return _iterate(step, jnp.zeros(len(x)), max_iterations, tolerance)
 
 
-def _iterate(step, start: Array, max_iterations: int, tolerance: ArrayLike) -> _State:
+def _iterate(
+    step: Callable[[_State], _State], start: Array, max_iterations: int, tolerance: ArrayLike
+) -> _State:
     unfinished = lambda s: (s.iterations < max_iterations) & (s.error > tolerance)
     zero = jnp.zeros(())
     state = _State(start, start, zero, jnp.zeros((), int), zero + jnp.inf, zero)

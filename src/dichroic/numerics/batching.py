@@ -59,16 +59,17 @@ def _is_jax(value: Any) -> bool:
     return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
 
 
-def param(
-    ndim: int | Callable[[Any], int], *, converter: Callable[[Any], jax.Array] = as_float
-) -> Any:
-    """A field for an array that has `ndim` axes (or `ndim(module)`) for one observation."""
-    return eqx.field(converter=converter, metadata={"ndim": ndim})
+def observation_axes(ndim: int | Callable[[Any], int]) -> dict[str, object]:
+    """Metadata of a field for an array that has `ndim` axes, or `ndim(module)`, for one observation.
+
+    With one axis more the array is per observation.
+    """
+    return {"ndim": ndim}
 
 
-def flagged(flag: str, **kwargs: Any) -> Any:
-    """A field for a pytree that is per observation where the module's attribute `flag` is true."""
-    return eqx.field(metadata={"flag": flag}, **kwargs)
+def per_observation_if(flag: str) -> dict[str, object]:
+    """Metadata of a field for a pytree that is per observation where the module's attribute `flag` is true."""
+    return {"flag": flag}
 
 
 def split(tree: Tree) -> tuple[Tree, Tree]:
@@ -116,7 +117,7 @@ def _row_mask(tree: Any) -> Iterator[bool]:
             yield False
 
 
-def _field_mask(node: eqx.Module, f: dataclasses.Field) -> Iterator[bool]:
+def _field_mask(node: eqx.Module, f: dataclasses.Field[Any]) -> Iterator[bool]:
     value = getattr(node, f.name)
     if "ndim" in f.metadata:
         ndim = f.metadata["ndim"]

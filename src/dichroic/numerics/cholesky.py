@@ -45,10 +45,7 @@ def _cholesky(a: Array, least: Array | None = None) -> tuple[Array, Array, Array
     a loop over blocks of 16 calls that, which it compiles once.
     """
     n = a.shape[-1]
-    if least is None:
-        largest = jnp.max(jnp.diagonal(a, axis1=-2, axis2=-1), axis=-1)
-        finfo = jnp.finfo(a.dtype)
-        least = jax.lax.stop_gradient(finfo.eps * largest + finfo.tiny)
+    least = _rounding(a) if least is None else least
     if n <= _UNROLLED:
         return _cholesky_scalar(a, least)
     if n > _RECURSIVE:
@@ -63,6 +60,13 @@ def _cholesky(a: Array, least: Array | None = None) -> tuple[Array, Array, Array
     return low, inverse, logdet1 + logdet2
 
 
+def _rounding(a: Array) -> Array:
+    """The rounding of the largest entry of the diagonal of `a`."""
+    largest = jnp.max(jnp.diagonal(a, axis1=-2, axis2=-1), axis=-1)
+    finfo = jnp.finfo(a.dtype)
+    return jax.lax.stop_gradient(finfo.eps * largest + finfo.tiny)
+
+
 def _cholesky_loop(a: Array, least: Array) -> tuple[Array, Array, Array]:
     """Eliminates blocks of rows from `(a | I)` one by one; padded by an identity to whole blocks."""
     n, batch = a.shape[-1], a.shape[:-2]
@@ -74,7 +78,7 @@ def _cholesky_loop(a: Array, least: Array) -> tuple[Array, Array, Array]:
     cut = lambda x, j, axis: jax.lax.dynamic_slice_in_dim(x, j * _BLOCK, _BLOCK, axis)
     put = lambda x, part, j, axis: jax.lax.dynamic_update_slice_in_dim(x, part, j * _BLOCK, axis)
 
-    def body(j: Array, carry: tuple) -> tuple:
+    def body(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         rest, low, inverse, logdet = carry
         column = cut(rest, j, -1)
         low_j, inv_j, logdet_j = _cholesky(cut(column, j, -2), least)

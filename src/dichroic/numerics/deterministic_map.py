@@ -65,7 +65,7 @@ def map_observations(
     """`one(row, x)` of every observation of `tree`, each with its own row of the arrays `x`."""
     rows, shared = split(tree)
     cuts = fixed_width_batches((rows, x), _MAP_SIZE, first_index)
-    parts = [np.asarray(_map_batches(one, *cut, shared)) for _, cut, _ in cuts]
+    parts = [np.asarray(_map_batches(one, row, own, shared)) for _, (row, own), _ in cuts]
     flat = np.concatenate([a.reshape(-1, *a.shape[2:]) for a in parts])
     n = len(next(iter(x.values())))
     return flat[own_slots(n, first_index)]

@@ -36,6 +36,15 @@ def as_shape(shape: int | tuple[int | float, ...] | list[int]) -> Shape:
     return tuple(int(d) for d in dims)
 
 
+def check_declared(module: eqx.Module, *names: str) -> None:
+    """Raises `DataError` unless `module` has an attribute (a field or a property) of every name."""
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise DataError(
+            f"{type(module).__name__} has no {' and no '.join(missing)}: declare a field or a property"
+        )
+
+
 def traced(function: Callable[[Array], Any], in_shape: Shape, what: str) -> jax.ShapeDtypeStruct:
     """The shape and type of what `function` gives of an array of `in_shape`, by tracing it.
 
@@ -69,13 +78,27 @@ def broadcasts(got: Shape, shape: Shape) -> bool:
     return rows in (0, 1) and all(g in (1, d) for g, d in zip(got[rows:], shape, strict=True))
 
 
-class Operator(eqx.Module):
-    """A linear map; subclasses define `in_shape`, `out_shape` and `mv`."""
+class _Shapes:
+    """Declared apart from the fields of an operator, which are the arguments of its constructor.
 
-    in_shape: eqx.AbstractVar[Shape]
-    out_shape: eqx.AbstractVar[Shape]
+    A subclass has a field or a property of each name; pyright does not allow a property in place of a
+    variable, though nothing is ever assigned to it.
+    """
+
+    in_shape: Shape
+    out_shape: Shape
+
+
+class Operator(_Shapes, eqx.Module):
+    """A linear map; subclasses define `in_shape`, `out_shape` and `mv`.
+
+    Raises `DataError` where a subclass leaves one of the shapes out.
+    """
 
     __array_ufunc__ = None  # so that `numpy_array * operator` is left to `__rmul__`
+
+    def __check_init__(self):
+        check_declared(self, "in_shape", "out_shape")
 
     @abstractmethod
     def mv(self, x: Array) -> Array:

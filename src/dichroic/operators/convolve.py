@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dichroic.errors import ShapeError
-from dichroic.numerics.batching import as_float, param
+from dichroic.numerics.batching import as_float, observation_axes
 from dichroic.operators.base import Shape, as_shape
 from dichroic.operators.elementary import Square
 
@@ -115,7 +115,9 @@ class Convolve(Square):
     shape: Shape = eqx.field(static=True)
     axes: Axes = eqx.field(static=True)
     centre: tuple[int, ...] = eqx.field(static=True)
-    kernel: Float[Array, "..."] = param(lambda op: op.axes.one)
+    kernel: Float[Array, "..."] = eqx.field(
+        converter=as_float, metadata=observation_axes(lambda op: op.axes.one)
+    )
 
     def __init__(
         self,

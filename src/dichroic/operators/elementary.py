@@ -7,29 +7,28 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from dichroic.errors import ShapeError
-from dichroic.numerics.batching import as_float, as_jax, flagged, param
+from dichroic.numerics.batching import as_float, as_jax, observation_axes, per_observation_if
 from dichroic.operators.base import Operator, Shape, as_shape, broadcasts, traced
 
 
-def shape_field() -> Any:
-    """A static field that holds a shape."""
-    return eqx.field(static=True, converter=as_shape)
+class _Shape:
+    """Declared apart from the fields of an operator."""
+
+    shape: Shape
 
 
-class Square(Operator):
-    """An operator whose output has the shape of its input."""
-
-    shape: eqx.AbstractVar[Shape]
+class Square(_Shape, Operator):
+    """An operator whose output has the shape of its input, which is its field `shape`."""
 
     @property
-    def in_shape(self) -> Shape:
+    def in_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.shape
 
     @property
-    def out_shape(self) -> Shape:
+    def out_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.shape
 
 
@@ -40,7 +39,7 @@ class Identity(Square):
     (6, 6)
     """
 
-    shape: Shape = shape_field()
+    shape: Shape = eqx.field(static=True, converter=as_shape)
 
     def mv(self, x: Array) -> Array:
         return x
@@ -58,8 +57,8 @@ class Identity(Square):
 class Zero(Operator):
     """`A x = 0`: a view of shape `out_shape` that does not see a source of shape `in_shape`."""
 
-    in_shape: Shape = shape_field()
-    out_shape: Shape = shape_field()
+    in_shape: Shape = eqx.field(static=True, converter=as_shape)
+    out_shape: Shape = eqx.field(static=True, converter=as_shape)
 
     def mv(self, x: Array) -> Array:
         return jnp.zeros(self.out_shape, x.dtype)
@@ -74,8 +73,8 @@ class Zero(Operator):
 class Scale(Square):
     """`A x = factor · x`; `factor` is a scalar, or `(n,)` for one per observation (an amplitude)."""
 
-    shape: Shape = shape_field()
-    factor: Float[Array, "*n"] = param(0)
+    shape: Shape = eqx.field(static=True, converter=as_shape)
+    factor: Float[Array, "*n"] = eqx.field(converter=as_float, metadata=observation_axes(0))
 
     def __check_init__(self):
         if np.ndim(self.factor) > 1:
@@ -102,7 +101,9 @@ class Diagonal(Square):
     """
 
     shape: Shape = eqx.field(static=True)
-    diagonal: Float[Array, "..."] = param(lambda op: len(op.shape))
+    diagonal: Float[Array, "..."] = eqx.field(
+        converter=as_float, metadata=observation_axes(lambda op: len(op.shape))
+    )
 
     def __init__(self, diagonal: Any, *, shape: int | tuple[int, ...] | None = None):
         array = as_float(diagonal)
@@ -128,7 +129,7 @@ class Diagonal(Square):
 
 def matrix_shapes(
     kind: str,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     in_shape: int | tuple[int, ...] | None,
     out_shape: int | tuple[int, ...] | None,
 ) -> tuple[Shape, Shape]:
@@ -150,7 +151,7 @@ class Dense(Operator):
     `in_shape` and `out_shape` default to `(D,)` and `(M,)`.
     """
 
-    matrix: Float[Array, "*n out in"] = param(2)
+    matrix: Float[Array, "*n out in"] = eqx.field(converter=as_float, metadata=observation_axes(2))
     in_shape: Shape = eqx.field(static=True)
     out_shape: Shape = eqx.field(static=True)
 
@@ -190,7 +191,7 @@ class FunctionOperator(Operator):
     fn: Callable[..., Array] = eqx.field(static=True)
     in_shape: Shape = eqx.field(static=True)
     out_shape: Shape = eqx.field(static=True)
-    params: PyTree = flagged("per_observation")
+    params: Any = eqx.field(metadata=per_observation_if("per_observation"))
     per_observation: bool = eqx.field(static=True)
 
     def __init__(
@@ -198,7 +199,7 @@ class FunctionOperator(Operator):
         fn: Callable[..., Array],
         *,
         in_shape: int | tuple[int, ...],
-        params: PyTree = None,
+        params: Any = None,
         per_observation: bool = False,
     ):
         self.fn, self.in_shape, self.per_observation = fn, as_shape(in_shape), per_observation
@@ -212,7 +213,7 @@ class FunctionOperator(Operator):
         """The name of the function."""
         return getattr(self.fn, "__name__", type(self.fn).__name__)
 
-    def _call(self, x: Array, params: PyTree) -> Array:
+    def _call(self, x: Array, params: Any) -> Array:
         return self.fn(x) if params is None else self.fn(x, params)
 
     def mv(self, x: Array) -> Array:

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
@@ -142,7 +143,7 @@ def _transposed(cotangent: Any, x: Any, *, products: Products, transposed: bool)
 
 
 def _abstract(x: Any, *, products: Products, transposed: bool) -> Any:
-    return jax.core.ShapedArray(_shape_out(x, products, transposed), x.dtype)
+    return ShapedArray(_shape_out(x, products, transposed), x.dtype)
 
 
 _external.def_impl(jax.jit(_called, static_argnames=("products", "transposed")))

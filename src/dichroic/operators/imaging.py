@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dichroic.errors import ShapeError
-from dichroic.numerics.batching import as_float, param
+from dichroic.numerics.batching import as_float, observation_axes
 from dichroic.operators.base import Operator, Shape, as_shape
 
 
@@ -50,7 +50,7 @@ class BlockAverage(Operator):
             )
 
     @property
-    def out_shape(self) -> Shape:
+    def out_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         dims = enumerate(self.in_shape)
         return tuple(d // self.factor if a in self.axes else d for a, d in dims)
 
@@ -87,11 +87,11 @@ class BlockProject(Operator):
         self.average = BlockAverage(shape, factor, axes=axes)
 
     @property
-    def in_shape(self) -> Shape:
+    def in_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.average.in_shape
 
     @property
-    def out_shape(self) -> Shape:
+    def out_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.average.in_shape
 
     def mv(self, x: Array) -> Array:
@@ -116,7 +116,7 @@ class PatchPlacement(Operator):
 
     in_shape: Shape = eqx.field(static=True)
     out_shape: Shape = eqx.field(static=True)
-    offset: Float[Array, "..."] = param(1)
+    offset: Float[Array, "..."] = eqx.field(converter=as_float, metadata=observation_axes(1))
 
     def __init__(
         self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...], offset: Any

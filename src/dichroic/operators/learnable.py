@@ -45,11 +45,11 @@ class Learnable(Operator):
             raise DataError(f"{label} holds another Learned operator; name them side by side")
 
     @property
-    def in_shape(self) -> Shape:
+    def in_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.operator.in_shape
 
     @property
-    def out_shape(self) -> Shape:
+    def out_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.operator.out_shape
 
     def mv(self, x: Array) -> Array:

@@ -143,7 +143,8 @@ def _fault(op: Operator, adjoint: bool) -> Fault | None:
     dtype = np.dtype(jnp.zeros(()).dtype)
     x = _vectors(op.in_shape, dtype)
     h = np.random.default_rng(1).normal(size=op.out_shape).astype(dtype)
-    y, back = (None if a is None else np.asarray(a) for a in _products(op, x, h, adjoint))
+    found = _products(op, jnp.asarray(x), jnp.asarray(h), adjoint)
+    y, back = (None if a is None else np.asarray(a) for a in found)
     assert y is not None
     if y.dtype != dtype:
         raise TypeError(f"{y.dtype} of {dtype}")

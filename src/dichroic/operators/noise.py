@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.errors import ShapeError
-from dichroic.numerics.batching import as_float, as_float_or_nan, param, split
+from dichroic.numerics.batching import as_float, as_float_or_nan, observation_axes, split
 from dichroic.numerics.cholesky import psd_factor
 
 
@@ -44,7 +44,7 @@ class Noise(eqx.Module):
 class IsotropicNoise(Noise):
     """`Σ = std² I`; `std` is a scalar, or `(n,)` for one per observation (per channel: `DiagonalNoise`)."""
 
-    std: Float[Array, "*n"] = param(0, converter=as_float_or_nan)
+    std: Float[Array, "*n"] = eqx.field(converter=as_float_or_nan, metadata=observation_axes(0))
 
     def mv(self, v: Array) -> Array:
         return self.std**2 * v
@@ -63,7 +63,9 @@ class DiagonalNoise(Noise):
     `(C, 1, 1)` for one variance per channel of observations `(C, H, W)`, `(n, C, 1, 1)` per observation, too.
     """
 
-    variance: Float[Array, "*n obs"] = param(1, converter=as_float_or_nan)
+    variance: Float[Array, "*n obs"] = eqx.field(
+        converter=as_float_or_nan, metadata=observation_axes(1)
+    )
 
     def mv(self, v: Array) -> Array:
         return self.variance * v
@@ -78,8 +80,12 @@ class DiagonalNoise(Noise):
 class LowRankNoise(Noise):
     """`Σ = U Uᵀ + diag(variance)`; `factor` `U` is `(M, R)` or `(n, M, R)`, `variance` as above."""
 
-    factor: Float[Array, "... obs rank"] = param(2, converter=as_float_or_nan)
-    variance: Float[Array, "... obs"] = param(1, converter=as_float_or_nan)
+    factor: Float[Array, "... obs rank"] = eqx.field(
+        converter=as_float_or_nan, metadata=observation_axes(2)
+    )
+    variance: Float[Array, "... obs"] = eqx.field(
+        converter=as_float_or_nan, metadata=observation_axes(1)
+    )
 
     def mv(self, v: Array) -> Array:
         return self.factor @ (self.factor.T @ v) + self.variance * v
@@ -96,7 +102,9 @@ class LowRankNoise(Noise):
 class DenseNoise(Noise):
     """`Σ = covariance`, `(M, M)`, or `(n, M, M)` for one per observation."""
 
-    covariance: Float[Array, "*n obs obs"] = param(2, converter=as_float_or_nan)
+    covariance: Float[Array, "*n obs obs"] = eqx.field(
+        converter=as_float_or_nan, metadata=observation_axes(2)
+    )
 
     def mv(self, v: Array) -> Array:
         return self.covariance @ v
@@ -118,7 +126,9 @@ class StationaryNoise(Noise):
     or observation.
     """
 
-    covariance: Float[Array, "..."] = param(lambda noise: noise.ndim)
+    covariance: Float[Array, "..."] = eqx.field(
+        converter=as_float, metadata=observation_axes(lambda noise: noise.ndim)
+    )
     shape: tuple[int, ...] = eqx.field(static=True)
     ndim: int = eqx.field(static=True)
     stated: bool = eqx.field(static=True)  # is `ndim`?
@@ -224,7 +234,7 @@ class Masked(Noise):
     """
 
     noise: Noise
-    mask: Float[Array, "*n obs"] = param(1)
+    mask: Float[Array, "*n obs"] = eqx.field(converter=as_float, metadata=observation_axes(1))
 
     def mv(self, v: Array) -> Array:
         return self.mask * self.noise.mv(self.mask * v) + (1 - self.mask) * v

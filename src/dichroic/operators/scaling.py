@@ -30,6 +30,9 @@ _SCALE, _OFFSET = "scale:", "offset:"  # which no name of an operator has
 class EntryScales(Diagonal):
     """`diag(s)`, as the last factor of the operators of a source."""
 
+    def __init__(self, scales: Any):
+        super().__init__(scales)
+
 
 def scale_parameters(units: Mapping[str, Any]) -> Parameters:
     """The units of each source, `(*shape)`, among what is learned of operators."""

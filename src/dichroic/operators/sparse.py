@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dichroic.errors import ShapeError
-from dichroic.numerics.batching import param
+from dichroic.numerics.batching import as_float, observation_axes
 from dichroic.operators.base import Operator, Shape
 from dichroic.operators.elementary import matrix_shapes
 
@@ -20,7 +20,7 @@ class Sparse(Operator):
     `in_shape` and `out_shape` default to `(D,)` and `(M,)`. Only entries that are stored take memory and time.
     """
 
-    values: Float[Array, "*n entries"] = param(1)
+    values: Float[Array, "*n entries"] = eqx.field(converter=as_float, metadata=observation_axes(1))
     rows: Int[Array, " entries"]
     columns: Int[Array, " entries"]
     in_shape: Shape = eqx.field(static=True)

@@ -25,11 +25,11 @@ class Compose(Operator):
                 )
 
     @property
-    def in_shape(self) -> Shape:
+    def in_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.operators[-1].in_shape
 
     @property
-    def out_shape(self) -> Shape:
+    def out_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.operators[0].out_shape
 
     def mv(self, x: Array) -> Array:
@@ -72,11 +72,11 @@ class Sum(Operator):
             raise ShapeError(f"Sum: operators of different shapes (in, out): {sorted(shapes)}")
 
     @property
-    def in_shape(self) -> Shape:
+    def in_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.operators[0].in_shape
 
     @property
-    def out_shape(self) -> Shape:
+    def out_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.operators[0].out_shape
 
     def mv(self, x: Array) -> Array:
@@ -97,7 +97,7 @@ class Stack(Operator):
             raise ShapeError(f"Stack: operators of sources of different shapes: {sorted(shapes)}")
 
     @property
-    def in_shape(self) -> Shape:
+    def in_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.operators[0].in_shape
 
     @property
@@ -105,7 +105,7 @@ class Stack(Operator):
         return tuple(int(np.prod(op.out_shape)) for op in self.operators)
 
     @property
-    def out_shape(self) -> Shape:
+    def out_shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return (sum(self.sizes),)
 
     def mv(self, x: Array) -> Array:

@@ -34,6 +34,13 @@ class Moments(NamedTuple):
     columns: Array
 
 
+def _interpolated(
+    function: Callable[[np.ndarray], np.ndarray], degree: int
+) -> Float[np.ndarray, " coefficients"]:
+    """Coefficients of the polynomial that takes the values of `function` at the Chebyshev points."""
+    return chebyshev.chebinterpolate(function, degree)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
 def root(
     product: LinearMap, z: Float[Array, " dim"], degree: int = ROOT_DEGREE
 ) -> Float[Array, " dim"]:
@@ -43,7 +50,7 @@ def root(
     about `0.6 / degree`, and falls as `1 / degree²` elsewhere; low degrees stay tame where a learned `J` has
     eigenvalues outside.
     """
-    lowest, *middle, highest = chebyshev.chebinterpolate(lambda t: np.sqrt(0.5 * (t + 1)), degree)
+    lowest, *middle, highest = _interpolated(lambda t: np.sqrt(0.5 * (t + 1)), degree)
     twice = lambda v: 4 * product(v) - 2 * v
     b, before = highest * z, jnp.zeros_like(z)
     for c in reversed(middle):

@@ -17,16 +17,23 @@ from dichroic.errors import ShapeError
 from dichroic.numerics.batching import as_float
 from dichroic.numerics.cholesky import psd_projection
 from dichroic.operators import Shape
-from dichroic.operators.elementary import shape_field
+from dichroic.operators.base import as_shape, check_declared
 from dichroic.priors.components import Components
 from dichroic.priors.covariance import Moments, root
 from dichroic.priors.spectrum import spectral_moments
 
 
-class Denoiser(eqx.Module):
+class _Shape:
+    """Declared apart from the fields of a denoiser, which are the arguments of its constructor."""
+
+    shape: Shape
+
+
+class Denoiser(_Shape, eqx.Module):
     """A prior over arrays of shape `shape`, as a function of a noised sample and its noise level."""
 
-    shape: eqx.AbstractVar[Shape]
+    def __check_init__(self):
+        check_declared(self, "shape")
 
     @abstractmethod
     def __call__(self, x_t: Float[Array, "*shape"], sigma: Float[Array, ""]) -> Array:
@@ -82,7 +89,7 @@ class CustomDenoiser(Denoiser):
     """
 
     fn: Callable[..., Array] = eqx.field(static=True)
-    shape: Shape = shape_field()
+    shape: Shape = eqx.field(static=True, converter=as_shape)
     params: PyTree = None
     mean: Float[Array, ""] = eqx.field(converter=as_float, default=0.0)
     std: Float[Array, ""] = eqx.field(converter=as_float, default=1.0)

@@ -9,6 +9,7 @@ mixture as the base, the network only learns what a mixture cannot express, and 
 denoiser is exact for the mixture.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import equinox as eqx
@@ -36,11 +37,11 @@ class DiffusionPrior(Denoiser):
     """
 
     base: GaussianMixture
-    network: eqx.Module
+    network: Callable[[Array, Array], Array]
     covariance: CovarianceModel = eqx.field(static=True, default="jacobian")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.shape
 
     @property
@@ -112,5 +113,5 @@ def _questions(denoiser: DiffusionPrior, x_t: Array, sigma: Array) -> tuple[Arra
 
 
 @eqx.filter_jit
-def _answers(network: eqx.Module, x: Array, c_noise: Array) -> Array:
+def _answers(network: Callable[[Array, Array], Array], x: Array, c_noise: Array) -> Array:
     return jax.vmap(network)(x, c_noise)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ class GaussianMixture(Denoiser):
             np.asarray(unmasked(a, f"GaussianMixture: {what}"), float)
             for what, a in (("weights", weights), ("means", means))
         )
-        shape = means.shape[1:] if shape is None else shape
+        dims: Shape = means.shape[1:] if shape is None else tuple(shape)
         covariances = np.asarray(unmasked(covariances, "GaussianMixture: covariances"), float)
         for what, a in (("weight", weights), ("mean", means), ("covariance", covariances)):
             if not np.all(np.isfinite(a)):
@@ -75,7 +75,7 @@ class GaussianMixture(Denoiser):
             raise DataError(
                 f"GaussianMixture: weights must be positive numbers or zero, not all zero; got {weights}"
             )
-        k, dim = weights.size, int(np.prod(shape))
+        k, dim = weights.size, int(np.prod(dims))
         if means.size != k * dim or covariances.shape != (k, dim, dim):
             raise ShapeError(
                 f"GaussianMixture: {k} components of {dim} entries need covariances {(k, dim, dim)}, "
@@ -97,7 +97,7 @@ class GaussianMixture(Denoiser):
             basis=vectors[:, :, dim - rank :],
             variances=np.maximum(values[:, dim - rank :] - floor[:, None], 0),
             floor=floor,
-            shape=tuple(shape),
+            shape=dims,
             stationary=stationary,
         )
 

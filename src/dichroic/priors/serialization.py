@@ -30,18 +30,16 @@ def pack(denoiser: Denoiser) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays = {k: np.asarray(getattr(denoiser, k)) for k in MIXTURE_FIELDS}
         meta = {"kind": "mixture", "shape": list(denoiser.shape)}
         return arrays, meta | ({"stationary": axes} if (axes := denoiser.stationary) else {})
-    if isinstance(denoiser, DiffusionPrior) and isinstance(
-        denoiser.network, tuple(NETWORKS.values())
-    ):
+    network = denoiser.network if isinstance(denoiser, DiffusionPrior) else None
+    if isinstance(denoiser, DiffusionPrior) and isinstance(network, Mlp | UNet):
         arrays, meta = pack(denoiser.base)
-        leaves = jax.tree.leaves(eqx.filter(denoiser.network, eqx.is_array))
+        leaves = jax.tree.leaves(eqx.filter(network, eqx.is_array))
         arrays |= {f"network.{i:04d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
-        kind = next(k for k, c in NETWORKS.items() if isinstance(denoiser.network, c))
-        network = {"kind": kind, **denoiser.network.settings}
+        kind = "mlp" if isinstance(network, Mlp) else "unet"
         return arrays, {
             **meta,
             "kind": "preconditioned",
-            "network": network,
+            "network": {"kind": kind, **network.settings},
             "covariance": denoiser.covariance,
         }
     raise FormatError(
@@ -127,7 +125,7 @@ def _check_numbers(name: str, a: np.ndarray) -> None:
         raise FormatError(f"{name} has a variance below zero")
 
 
-def _network(weights: list[np.ndarray], about: Any, shape: Shape) -> eqx.Module:
+def _network(weights: list[np.ndarray], about: Any, shape: Shape) -> Mlp | UNet:
     """The network that `about` describes, with `weights`; its sizes are bounded by those of `weights`."""
     settings = dict(about) if isinstance(about, Mapping) else {}
     kind = settings.pop("kind", None)

@@ -46,7 +46,7 @@ class Torus:
         """Which lag each pair of positions has, `(P, P)`."""
         at = np.indices(self.grid).reshape(len(self.grid), -1)
         apart = at[:, :, None] - at[:, None, :]
-        return np.ravel_multi_index(tuple(apart), self.size, mode="wrap")
+        return np.asarray(np.ravel_multi_index(tuple(apart), self.size, mode="wrap"))
 
     @cached_property
     def pairs(self) -> np.ndarray:

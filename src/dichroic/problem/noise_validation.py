@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dichroic.errors import DataError, DichroicError, ShapeError
 from dichroic.numerics.arrays import check_real, entry_at
@@ -170,7 +171,7 @@ def without_masked(noise: Noise, seen: np.ndarray) -> Noise:
 
 def _of(seen: np.ndarray, rows: int) -> np.ndarray:
     """`seen` for a parameter with `rows` (0 or 1) axes of observations; for a shared one, what any has."""
-    return seen.any(axis=0) if seen.ndim == 2 and not rows else seen
+    return np.any(seen, axis=0) if seen.ndim == 2 and not rows else seen
 
 
 # Checks.
@@ -256,7 +257,7 @@ def _place(index: Any, axes: int, shape: Shape) -> str:
 
 
 def _check_factor(factor: np.ndarray, shape: Shape, label: str) -> None:
-    fine = np.isfinite(factor).all(-1)
+    fine = np.asarray(np.isfinite(factor).all(-1))
     sums = np.where(fine, 0, np.nan)
     _check_each(sums, fine, 1, shape, f"{label}: the noise factor", _WITH_MASK.split(":")[0])
 
@@ -303,7 +304,7 @@ def _check_stationary(noise: StationaryNoise, label: str) -> None:
             "be even, with lag 0 in the middle"
         )
     rows, shared = split(noise)
-    one: Callable = lambda r: eqx.combine(r, shared).spectrum()
+    one: Callable[[StationaryNoise], Array] = lambda r: eqx.combine(r, shared).spectrum()
     spectrum = np.asarray(jax.vmap(one)(rows) if jax.tree.leaves(rows) else noise.spectrum())
     if spectrum.min() <= 0:
         raise DataError(

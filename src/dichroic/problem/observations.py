@@ -4,11 +4,10 @@ Everything that computes takes this, not a `View`: it is an argument of the jitt
 data of the same shapes never recompile. Views of the same draws are already stacked here.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dichroic.numerics.batching import param, split, take
+from dichroic.numerics.batching import as_float, observation_axes, split, take
 from dichroic.operators import Operator
 from dichroic.operators.learnable import Parameters, with_parameters
 from dichroic.operators.noise import Noise
@@ -25,69 +24,10 @@ from dichroic.operators.scaling import scaled_operators
 Tree = TypeVar("Tree")
 
 
-@runtime_checkable
-class ObservationBatches(Protocol):
-    """What sources are learned from: `Observations`, or those that processes share (`data.Dataset`)."""
-
-    @property
-    def count(self) -> int:
-        """The number of observations, of all processes."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """The number of entries of one observation."""
-        ...
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names of the sources seen."""
-        ...
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """The number of entries of each source."""
-        ...
-
-    @property
-    def operators(self) -> Mapping[str, Operator]:
-        """The operators, of all or of some of the observations."""
-        ...
-
-    @property
-    def first(self) -> int:
-        """The number of the first observation of this process."""
-        ...
-
-    def blocks(self) -> "Iterator[Observations]":
-        """The observations of this process, as many at a time as there is room for."""
-        ...
-
-    def head(self, count: int) -> "Observations":
-        """The first `count` of all, or all."""
-        ...
-
-    def some(self, count: int) -> "Observations":
-        """`count` of all, evenly spread, or all."""
-        ...
-
-    def total(self, work: Callable[[], Tree]) -> Tree:
-        """The sum of what `work` finds in every process."""
-        ...
-
-    def gathered(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
-        """The rows that all processes have."""
-        ...
-
-    def at(self, operators: Parameters) -> "ObservationBatches":
-        """With the parameters of operators that are learned replaced by `operators`."""
-        ...
-
-
 class Observations(eqx.Module):
     """`y = Σ_β A_β x_β + η`: `y` is `(n, M)` flattened (or `(M,)`, one of them), 0 where missing."""
 
-    y: Float[Array, "*n obs"] = param(1)
+    y: Float[Array, "*n obs"] = eqx.field(converter=as_float, metadata=observation_axes(1))
     operators: dict[str, Operator]
     noise: Noise
 
@@ -111,14 +51,20 @@ class Observations(eqx.Module):
         """The number of entries of each source."""
         return {name: math.prod(op.in_shape) for name, op in self.operators.items()}
 
+    # All observations, in the one process that there is: what `batches.AnyObservations` has too.
+
     @property
     def first(self) -> int:
-        """The number of the first of them: there are no others."""
+        """The index of the first of them: there are no others."""
         return 0
 
-    def blocks(self) -> "Iterator[Observations]":
+    def blocks(self) -> Iterator["Observations"]:
         """All of them at once."""
         yield self
+
+    def between(self, start: int, stop: int) -> "Observations":
+        """The observations from `start` up to `stop`."""
+        return take(self, slice(start, stop))
 
     def head(self, count: int) -> "Observations":
         """The first `count`, or all."""
@@ -176,19 +122,6 @@ class Observations(eqx.Module):
         """The same observation with `y` drawn anew from the sources `x`."""
         noise = self.noise.observed(self.size) * self.noise.sample(key, self.size)
         return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
-
-
-def every_block(views: Iterable[ObservationBatches]) -> Iterator[Observations]:
-    """The blocks of all `views`."""
-    return itertools.chain.from_iterable(obs.blocks() for obs in views)
-
-
-def numbered(obs: ObservationBatches) -> Iterator[tuple[int, Observations]]:
-    """The blocks of this process, each with the number of its first observation."""
-    start = obs.first
-    for block in obs.blocks():
-        yield start, block
-        start += block.count
 
 
 def is_shared(obs: Observations) -> bool:

@@ -25,9 +25,10 @@ from dichroic.operators.double_precision import Values, adjoints, images, roundi
 from dichroic.operators.learnable import Parameters, from_lists, parameters, to_lists
 from dichroic.operators.noise import seen_and_variances
 from dichroic.operators.scaling import offset_parameters, offsets_of
+from dichroic.problem.lazy_view import RUNS, SOME, SOME_BYTES, AnyView, spread
 from dichroic.problem.observations import Observations
 from dichroic.problem.problem import Problem, joint_observations
-from dichroic.problem.view import RUNS, SOME, SOME_BYTES, AnyView, View, bytes_each, spread
+from dichroic.problem.view import View, bytes_each
 from dichroic.runtime import distributed
 from dichroic.runtime.tracking import warn
 
@@ -180,7 +181,8 @@ def _solved(samples: Sequence[_Sample], names: Collection[str]) -> dict[str, np.
         return np.concatenate([a.ravel() for a in total.values()])
 
     target = np.concatenate([(w * y).ravel() for _, y, w in rows])
-    system = LinearOperator((target.size, int(ends[-1])), forward, back, dtype=np.float64)
+    size = (target.size, int(ends[-1]))
+    system = LinearOperator(size, forward, back, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     enough = 1 / max(float(np.linalg.norm(target)), 1.0)  # as much as the noise
     x = lsmr(system, target, atol=1e-10, btol=enough, conlim=0, maxiter=_STEPS)[0]
     return {k: np.asarray(a, np.float32).astype(np.float64) for k, a in parts(x).items()}

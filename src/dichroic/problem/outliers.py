@@ -114,17 +114,24 @@ def learn(rows: Rows) -> Judge | None:
     spread = np.maximum(1.4826 * _median(np.abs(rows.y - center), rows.seen), noise)
     r, size = _residuals(rows, center, spread, noise)
     scores: Scores = {"size": _log(size)}
-    for _ in range(_ROUNDS):
-        kept = np.all([s <= _reference(s, TRIM) for s in scores.values()], axis=0)
-        odd = rows.number % 2 == 1
-        parts = _components(r[kept & odd]), _components(r[kept & ~odd])
+    parts = _halves(r, rows, scores)
+    for _ in range(_ROUNDS - 1):
         scores, _ = _scores(r, size, rows, parts)
+        parts = _halves(r, rows, scores)
+    scores, _ = _scores(r, size, rows, parts)
     usual = {k: float(np.median(s)) for k, s in scores.items()}
     return Judge(
         *(center, spread, noise, parts, usual),
         {k: _limit(s, TRIM, _APART) for k, s in scores.items()},
         {k: _limit(s, *_MANY) for k, s in scores.items()},
     )
+
+
+def _halves(r: np.ndarray, rows: Rows, scores: Scores) -> tuple[Components, Components]:
+    """The components of observations with odd and with even numbers, without those of the largest scores."""
+    kept = np.all([s <= _reference(s, TRIM) for s in scores.values()], axis=0)
+    odd = rows.number % 2 == 1
+    return _components(r[kept & odd]), _components(r[kept & ~odd])
 
 
 def _median(values: np.ndarray, seen: np.ndarray) -> np.ndarray:

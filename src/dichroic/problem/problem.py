@@ -14,35 +14,35 @@ import numpy as np
 
 from dichroic.errors import DataError, ShapeError
 from dichroic.numerics.batching import row_counts, take
-from dichroic.operators import Shape, Stack, Zero
+from dichroic.operators import Operator, Shape, Stack, Zero
 from dichroic.operators.base import as_shape
 from dichroic.operators.learnable import Parameters, is_known, parameters
 from dichroic.operators.noise import JointNoise
 from dichroic.operators.parameter_gradients import check_slopes, fixed_entries
 from dichroic.operators.scaling import offsets_of
+from dichroic.problem.lazy_view import AnyView
 from dichroic.problem.observations import Observations
-from dichroic.problem.view import AnyView, bytes_each, check_seen, numbering, with_operators
 from dichroic.problem.view import View as View
-from dichroic.problem.view import check_view as check_view
+from dichroic.problem.view import bytes_each, numbering
 from dichroic.problem.view import missing_fraction as missing_fraction
-from dichroic.problem.view import sees as sees
+from dichroic.problem.view_validation import check_seen, check_view, sees, with_operators
 from dichroic.runtime import distributed
 from dichroic.runtime.fingerprint import fingerprint
 
-SHUFFLED = 2**24  # observations that are held out by shuffling them; a multiple of 8
 SETTLING = 8  # observations whose own operators are asked whether they settle the scale of a source
 BLOCK_BYTES = 16 * 2**20  # of the observations that `check_values` reads at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Source:
     """A kind of signal that is to be learned: its name, and the shape of one draw of it."""
 
     name: str
-    shape: Shape | int
+    shape: Shape
 
-    def __post_init__(self):
-        object.__setattr__(self, "shape", as_shape(self.shape))
+    def __init__(self, name: str, shape: Shape | int):
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "shape", as_shape(shape))
         if fault := name_fault(self.name):
             raise ShapeError(fault)
 
@@ -100,7 +100,7 @@ class Problem:
     @property
     def shapes(self) -> dict[str, Shape]:
         """The shape of each source."""
-        return {s.name: as_shape(s.shape) for s in self.sources}
+        return {s.name: s.shape for s in self.sources}
 
     def view(self, name: str) -> AnyView:
         """The view called `name`."""
@@ -124,9 +124,9 @@ class Problem:
     def fingerprint(self) -> str:
         """A hash of everything stated that a fit depends on: all but the truth.
 
-        Of a view that stays in its files, 256 observations stand for all (see `StoredView.stated`).
+        Of a view that stays in its files, 256 observations stand for all (see `LazyView.fingerprint_payload`).
         """
-        return fingerprint((self.sources, [v.stated for v in self.views]))
+        return fingerprint((self.sources, [v.fingerprint_payload for v in self.views]))
 
 
 def named_views(
@@ -196,7 +196,7 @@ def joint_observations(
 def _stacked(views: Sequence[AnyView], parts: Sequence[Observations]) -> Observations:
     _check_group(views)
     shapes = {k: op.in_shape for part in parts for k, op in part.operators.items()}
-    operators = {
+    operators: dict[str, Operator] = {
         name: Stack(
             tuple(p.operators.get(name, Zero(in_shape=shape, out_shape=(p.size,))) for p in parts)
         )
@@ -213,7 +213,7 @@ def _check_group(views: Sequence[AnyView]) -> None:
             f"co-observed views (group {views[0].group!r}) need the same number of observations, "
             f"got {counts}"
         )
-    chosen = [v.chosen for v in views if v.chosen is not None]
+    chosen = [v.held_out_mask for v in views if v.held_out_mask is not None]
     if any(not np.array_equal(chosen[0], other) for other in chosen[1:]):
         raise DataError(f"co-observed views (group {views[0].group!r}) differ in held_out")
 
@@ -266,43 +266,3 @@ def check_values(
     for view, span in zip(stored, own, strict=True):
         if not distributed.all_reduce_sum(distributed.run_on_all(partial(observed, view, *span))):
             raise _nothing_observed(view)
-
-
-def holdout(
-    views: Sequence[AnyView], fraction: float, seed: int, without: Sequence[int] | np.ndarray = ()
-) -> tuple[list[View], list[View]]:
-    """Split the observations of (co-observed) `views`: `(training, held out)`, alike, by `held_out`.
-
-    The observations `without`, by their numbers, are in neither.
-    """
-    mask = held_out(views, fraction, seed)
-    kept = np.ones(len(mask), bool)
-    kept[np.asarray(without, int)] = False
-    train, test = np.flatnonzero(~mask & kept), np.flatnonzero(mask & kept)
-    return [v.select(train) for v in views], [v.select(test) for v in views]
-
-
-def held_out(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray:
-    """`(n,)`, true for the observations of (co-observed) `views` that are to be kept from training."""
-    bits = held_out_bits(views, fraction, seed)
-    return np.unpackbits(bits, count=views[0].count).astype(bool)
-
-
-def held_out_bits(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray:
-    """The same in an eighth of the memory, as `np.packbits` has them.
-
-    By the `held_out` of a view that has one, else at random: `fraction` of them, at least one, and
-    all but one at most. Where there are more than 16,777,216, each by itself, to be shuffled in no memory.
-    """
-    n = views[0].count
-    chosen = [v.chosen for v in views if v.chosen is not None]
-    if chosen:
-        return np.packbits(chosen[0])
-    rng = np.random.default_rng(seed)
-    if n <= SHUFFLED:
-        return np.packbits(rng.permutation(n) < min(max(1, round(fraction * n)), n - 1))
-    sizes = [min(SHUFFLED, n - start) for start in range(0, n, SHUFFLED)]
-    bits = np.concatenate([np.packbits(rng.random(k, np.float32) < fraction) for k in sizes])
-    byte, bit = divmod(int(rng.integers(n)), 8)
-    bits[byte] |= 128 >> bit
-    return bits

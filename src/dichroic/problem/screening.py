@@ -18,9 +18,10 @@ from jaxtyping import Float
 from dichroic.numerics.arrays import shown_entry
 from dichroic.numerics.batching import take
 from dichroic.operators.noise import Noise, seen_and_variances
+from dichroic.problem.lazy_view import RUNS, SOME, AnyView, spread
 from dichroic.problem.outliers import LEAST, Judge, Rows, learn
 from dichroic.problem.problem import Problem, joint_observations
-from dichroic.problem.view import RUNS, SOME, AnyView, View, numbering, spread
+from dichroic.problem.view import View, numbering
 from dichroic.runtime import distributed
 from dichroic.runtime.hardware import in_threads
 
@@ -200,11 +201,10 @@ def _named(found: Screened, i: int) -> str:
     number, entry = int(found.far.number[i]), int(found.far.entry[i])
     if not found.far.alone[i]:
         return str(number)
-    for view in found.views:
-        size = math.prod(view.shape)
-        if entry < size:
-            break
-        entry -= size
+    ends = np.cumsum([math.prod(view.shape) for view in found.views])
+    which = int(np.searchsorted(ends, entry, side="right"))
+    view = found.views[which]
+    entry -= int(ends[which]) - math.prod(view.shape)
     where = shown_entry(entry, view.shape)
     of = f" of view {view.name!r}" if len(found.views) > 1 else ""
     return f"{number} (at entry {where} alone{of})"

@@ -7,8 +7,10 @@ from dichroic import operators
 from dichroic.numerics.batching import row_counts
 from dichroic.operators import Shape
 from dichroic.operators.noise import Masked
-from dichroic.problem.problem import Problem, Source, sees
-from dichroic.problem.view import AnyView, missing_fraction, some_of
+from dichroic.problem.lazy_view import AnyView, some_of
+from dichroic.problem.problem import Problem, Source
+from dichroic.problem.view import missing_fraction
+from dichroic.problem.view_validation import sees
 
 ops: Any = operators  # type checkers do not see the constructors that equinox derives
 

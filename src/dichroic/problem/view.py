@@ -1,25 +1,20 @@
-"""A view as a user states it: observations of mixtures, with operators, noise, masks and truth, checked by itself.
-
-A view is in memory (`View`) or stays in its files (`io.StoredView`); `AnyView` is what both can do. What
-all observations share (shapes, kinds of operators) is read off `head`, and what is to be estimated off `some_of`.
-"""
+"""A view in memory, as a user states it: observations of mixtures, with operators, noise, masks and truth."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from dichroic.errors import DataError, DichroicError
-from dichroic.numerics.arrays import as_booleans, check_real, unmasked
+from dichroic.numerics.arrays import unmasked
 from dichroic.numerics.batching import row_counts, split, take
 from dichroic.operators import Operator, Shape, Zero, as_operator
 from dichroic.operators.double_precision import images
-from dichroic.operators.linearity import is_zero
 from dichroic.operators.noise import Masked, Noise, observed_entries
 from dichroic.problem.noise_validation import checked_noise, flat_noise, own_mask
 from dichroic.problem.observations import Observations
@@ -31,82 +26,6 @@ from dichroic.problem.validation import (
     plain_observations,
     values_and_mask,
 )
-
-SOME = 4096  # observations that are looked at where not all are in memory,
-RUNS = 64  # in runs of neighbours, evenly spread,
-SOME_BYTES = 64 * 2**20  # and fewer of them where they are large
-
-
-class AnyView(Protocol):
-    """A view, in memory or in its files."""
-
-    @property
-    def name(self) -> str:
-        """How reports call the view."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """How messages call the view."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """The number of observations."""
-        ...
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of one observation."""
-        ...
-
-    @property
-    def group(self) -> str | None:
-        """Views of one group are co-observed."""
-        ...
-
-    @property
-    def operators(self) -> Mapping[str, Operator]:
-        """One operator per source that the view sees; of each observation, those of `head` have theirs."""
-        ...
-
-    @property
-    def noise_model(self) -> Noise:
-        """The noise model, over the flattened observation; of each observation, as that of `head`."""
-        ...
-
-    @property
-    def probe(self) -> bool:
-        """Whether operators are probed: whether they are linear, with their adjoint, and other than zero."""
-        ...
-
-    @property
-    def held_out(self) -> Any:
-        """`(n,)`, true for the observations that are kept from training, where that is stated."""
-        ...
-
-    @property
-    def chosen(self) -> np.ndarray | None:
-        """`held_out` as booleans, where it is given."""
-        ...
-
-    @property
-    def head(self) -> "View":
-        """The first observations, in memory: all of them, where the view is."""
-        ...
-
-    @property
-    def stated(self) -> Any:
-        """What a fit depends on, to be hashed."""
-        ...
-
-    def select(self, index: Any) -> "View":
-        """Some observations, in memory."""
-        ...
-
-    def prepare(self, offsets: Mapping[str, np.ndarray] | None = None) -> Observations:
-        """All observations, in memory, less what sources of the values `offsets` look like."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,28 +96,28 @@ class View:
         return self
 
     @property
-    def stated(self) -> tuple[Any, ...]:
+    def fingerprint_payload(self) -> tuple[Any, ...]:
         """Everything that a fit depends on: all but the truth."""
         return (
             *(self.name, self.group, self.observations, self.operators),
-            *(self.noise, self.mask, self.chosen),
+            *(self.noise, self.mask, self.held_out_mask),
         )
 
     @property
-    def chosen(self) -> np.ndarray | None:
+    def held_out_mask(self) -> np.ndarray | None:
         """`held_out` as booleans, where it is given."""
         return None if self.held_out is None else np.asarray(self.held_out, bool)
 
     def observed(self) -> np.ndarray:
         """True where an entry was observed: `(n, *shape)`, or `(1, *shape)` if shared by all."""
-        y, mask, _, noise = self._checked
+        y, mask, _, noise = self.checked
         seen = np.asarray(observed_entries(noise, y.shape[1])) > 0
         return (seen if mask is None else seen & mask).reshape(-1, *self.shape)
 
     @property
     def nothing_observed(self) -> bool:
         """Whether the mask leaves no entry, from which nothing can be learned."""
-        mask = self._checked[1]
+        mask = self.checked[1]
         return mask is not None and not mask.any()
 
     def select(self, index: Any) -> "View":
@@ -218,13 +137,13 @@ class View:
             self.group,
             {k: _rows(x, index) for k, x in self.truth.items()},
             None,
-            self.probe and "_checked" not in self.__dict__,  # what was found good as a whole
+            self.probe and "checked" not in self.__dict__,  # what was found good as a whole
         )
 
     @property
     def values(self) -> np.ndarray:
         """The observations as they are given, not rounded to float32: `(n, M)`, 0 where missing."""
-        y, mask = np.asarray(self.observations).reshape(self.count, -1), self._checked[1]
+        y, mask = np.asarray(self.observations).reshape(self.count, -1), self.checked[1]
         return y if mask is None else np.where(mask, y, y.dtype.type(0))
 
     def prepare(self, offsets: Mapping[str, np.ndarray] | None = None) -> Observations:
@@ -233,7 +152,7 @@ class View:
         What sources of the values `offsets`, by name, look like is subtracted in float64, before observations are
         rounded to float32.
         """
-        y, mask, operators, noise = self._checked
+        y, mask, operators, noise = self.checked
         known = {k: offsets[k] for k in operators if k in offsets} if offsets else {}
         if known:
             rest = self.values - images(operators, known)
@@ -241,7 +160,7 @@ class View:
         return Observations(y, operators, noise if mask is None else Masked(noise, mask))
 
     @cached_property
-    def _checked(self) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
+    def checked(self) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
         """Values, mask, operators and noise for `prepare`: checked and copied once per view."""
         return _check_alone(self)
 
@@ -252,17 +171,10 @@ def _rows(array: Any, index: Any) -> np.ndarray:
     return np.asarray(array[index]) if lazy else np.asarray(array)[index]
 
 
-def with_operators(view: AnyView, shapes: Mapping[str, Shape]) -> AnyView:
-    """`view`, with the operators that its matrices and functions stand for, on sources of the given `shapes`."""
-    if not isinstance(view, View) or all(
-        isinstance(op, Operator) for op in view.operators.values()
-    ):
-        return view
-    made = lambda k, op: _operator(op, view.label, k, shapes.get(k), view.shape)
-    return replace(view, operators={k: made(k, op) for k, op in view.operators.items()})
-
-
-def _operator(given: Any, label: str, name: str, in_shape: Shape | None, shape: Shape) -> Operator:
+def operator_of(
+    given: Any, label: str, name: str, in_shape: Shape | None, shape: Shape
+) -> Operator:
+    """The operator that `given` stands for (see `as_operator`), of source `name` in the view called `label`."""
     if isinstance(given, Operator):
         return given
     try:
@@ -271,40 +183,9 @@ def _operator(given: Any, label: str, name: str, in_shape: Shape | None, shape: 
         raise type(error)(f"{label}, source {name!r}: {error}") from error
 
 
-def check_view(view: AnyView, shapes: Mapping[str, Shape]) -> None:
-    """Raise a `DichroicError` unless `view`, as far as it is in memory, fits sources of the given `shapes`."""
-    head = view.head
-    check_some(np.shape(head.observations), view.label, head.observations)
-    for name, op in head.operators.items():
-        if name not in shapes:
-            raise DataError(
-                f"{view.label} has an operator for {name!r}, which is no source; "
-                f"the sources are {', '.join(shapes)}"
-            )
-        op = _operator(op, view.label, name, shapes[name], head.shape)
-        check_same_shape(
-            op.in_shape,
-            shapes[name],
-            f"{view.label}, source {name!r}: the operator takes arrays of",
-        )
-    for name, x in head.truth.items():
-        if name not in shapes:
-            raise DataError(f"{view.label} has a truth for {name!r}, which is no source")
-        want = (head.count, *shapes[name])
-        check_same_shape(np.shape(x), want, f"{view.label}, source {name!r}: the truth has")
-        check_real(x, f"{view.label}, source {name!r}: a truth")
-    if view.held_out is not None:
-        check_real(view.held_out, f"{view.label}: held_out")
-        check_same_shape(np.shape(view.held_out), (view.count,), f"{view.label}: held_out has")
-        as_booleans(view.held_out, f"{view.label}: held_out", "1 for what is held out, else 0")
-        if np.all(view.held_out):
-            raise DataError(f"{view.label}: held_out leaves no observation to learn from")
-    _ = head._checked
-
-
 def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, Operator], Noise]:
     known = {k: op for k, op in view.operators.items() if not isinstance(op, Zero)}
-    operators = {k: _operator(op, view.label, k, None, view.shape) for k, op in known.items()}
+    operators = {k: operator_of(op, view.label, k, None, view.shape) for k, op in known.items()}
     if not operators:
         raise DataError(f"{view.label} sees no source; give it an operator for at least one")
     check_some(np.shape(view.observations), view.label, view.observations)
@@ -329,27 +210,6 @@ def _check_alone(view: View) -> tuple[np.ndarray, np.ndarray | None, dict[str, O
     return y, mask, operators, checked_noise(noise, seen, view.shape, view.label)
 
 
-def sees(view: AnyView, source: str) -> bool:
-    """Whether `view` has an operator other than zero for `source`."""
-    return source in view.operators and not isinstance(view.operators[source], Zero)
-
-
-def check_seen(view: AnyView) -> None:
-    """Raise a `DataError` where an operator is zero for all observations of `view`, if these are in memory.
-
-    `Zero`, which says so, may be; so may operators that are to be learned, where they start.
-    """
-    for name, op in view.operators.items() if view.probe else ():
-        counts = row_counts(op)
-        if isinstance(op, Zero) or (counts and view.head.count < view.count) or not is_zero(op):
-            continue
-        of_all = f" for all {view.count:,} observations: offsets outside of the scene?"
-        raise DataError(
-            f"{view.label}: the operator of {name!r} is zero{of_all if counts else ''}; give Zero, or none, "
-            "where a view does not see a source"
-        )
-
-
 def check_some(shape: Shape, label: str, stated: Any) -> None:
     """Raise a `DataError` unless an array of observations, of `shape` and as `stated`, holds any."""
     if not shape:
@@ -365,7 +225,7 @@ def check_some(shape: Shape, label: str, stated: Any) -> None:
 
 
 @contextmanager
-def numbering(start: int, stop: int, count: int | None = None) -> Iterator[None]:
+def numbering(start: int, stop: int, count: int | None = None) -> Generator[None, None, None]:
     """Let errors raised inside say of which observations they are: `start` up to `stop`, or `count` of these."""
     try:
         yield
@@ -375,35 +235,10 @@ def numbering(start: int, stop: int, count: int | None = None) -> Iterator[None]
         raise type(error)(f"{error}; {where}") from error
 
 
-# A part that stands for all.
-
-
-def some_of(views: Sequence[AnyView]) -> list[View]:
-    """Co-observed views, as they are where they are in memory; else the same few observations of each.
-
-    Of those in files at most 4,096, evenly spread in 64 runs, that take some 64 MiB together.
-    """
-    heads = [view.head for view in views]
-    if all(head is view for head, view in zip(heads, views, strict=True)):
-        return heads
-    each = sum(bytes_each(head) for head in heads)
-    most = min(max(SOME_BYTES // each, RUNS), SOME)
-    index = spread(views[0].count, RUNS, most // RUNS)
-    return [view.select(index) for view in views]
-
-
 def bytes_each(view: View) -> int:
     """The bytes of what each observation of `view` has of its own: values, masks, operators, noise."""
     rows = jax.tree.leaves(split(view.prepare())[0])
     return max(sum(leaf.nbytes for leaf in rows) // view.count, 1)
-
-
-def spread(count: int, runs: int, each: int) -> np.ndarray:
-    """The numbers of `runs` times `each` neighbouring observations, evenly spread over `count`; all, if few."""
-    if count <= runs * each:
-        return np.arange(count)
-    starts = np.linspace(0, count - each, runs).astype(int)
-    return (starts[:, None] + np.arange(each)).ravel()
 
 
 def missing_fraction(view: View) -> float:

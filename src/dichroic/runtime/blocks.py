@@ -19,9 +19,13 @@ WORKSPACE = (
 GRAIN = 64  # observations are computed in batches of as many
 MOST = 16384  # so that a kill costs little
 
-_SCALE = {"": 1, "B": 1}
-_SCALE |= {f"{c}iB": 2 ** (10 * i) for i, c in enumerate("KMGT", 1)}
-_SCALE |= {f"{c}B": 10 ** (3 * i) for i, c in enumerate("KMGT", 1)} | {"kB": 1000}
+_SCALE = {
+    "": 1,
+    "B": 1,
+    "kB": 1000,
+    **{f"{c}iB": 2 ** (10 * i) for i, c in enumerate("KMGT", 1)},
+    **{f"{c}B": 10 ** (3 * i) for i, c in enumerate("KMGT", 1)},
+}
 
 
 def parse_bytes(text: str) -> int:

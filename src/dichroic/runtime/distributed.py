@@ -9,7 +9,7 @@ as bytes: every number arrives as it was, and everybody adds in the same order, 
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -72,7 +72,7 @@ def _initialize(**how: Any) -> None:
 
 
 @contextmanager
-def detect_lost_process() -> Iterator[None]:
+def detect_lost_process() -> Generator[None, None, None]:
     """Say where other processes are lost inside: `LostError`, after which `abort` does not wait for them."""
     try:
         yield
@@ -119,7 +119,7 @@ def all_reduce_sum(tree: Tree) -> Tree:
         found.append(_unpacked(content, arrays))
     sums = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
     kinds = zip(sums, leaves, strict=True)
-    return jax.tree.unflatten(structure, [_as(kind, value) for value, kind in kinds])
+    return jax.tree.unflatten(structure, [_as(kind, np.asarray(value)) for value, kind in kinds])
 
 
 def _unpacked(content: bytes, like: list[np.ndarray]) -> list[np.ndarray]:

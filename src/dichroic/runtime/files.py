@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO
 
@@ -50,7 +50,7 @@ def write_atomic(
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
+def writing(path: str | Path) -> Generator[None, None, None]:
     """Let a failed write to `path` be a `WriteError` that says what to do."""
     try:
         yield
@@ -72,7 +72,7 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Generator[None, None, None]:
     """Hold `folder` for this process; raises `RunError` while another one does.
 
     The system lets go of it when the process ends, however that happens. Where files cannot be locked
@@ -86,7 +86,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def taking_turns(path: Path) -> Iterator[None]:
+def taking_turns(path: Path) -> Generator[None, None, None]:
     """Hold the file `path`, which is made and stays, for this process, after waiting for others that hold it."""
     with writing(path):
         file = open(path, "a+")  # noqa: SIM115 (it is closed below)

@@ -73,11 +73,17 @@ def _contents(value: Any) -> tuple[str, Iterable[Any]]:
             return name, (value.__code__, value.__defaults__, value.__kwdefaults__, closed)
         case functools.partial():
             return "partial", (value.func, value.args, value.keywords)
+        case _:
+            return _other_contents(value)
+
+
+def _other_contents(value: Any) -> tuple[str, Iterable[Any]]:
     if hasattr(type(value), "fingerprint_parts"):  # what its fields do not tell
         return type(value).__qualname__, value.fingerprint_parts()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = f"{type(value).__module__}.{type(value).__qualname__}"
         return name, [getattr(value, f.name) for f in dataclasses.fields(value)]
-    if hasattr(value, "__wrapped__"):  # jax.jit
-        return type(value).__qualname__, (value.__wrapped__,)
+    wrapped = getattr(value, "__wrapped__", None)  # of jax.jit
+    if wrapped is not None:
+        return type(value).__qualname__, (wrapped,)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)), ()

@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def in_threads() -> Iterator[Callable[..., Iterable[Any]]]:
+def in_threads() -> Generator[Callable[..., Iterable[Any]], None, None]:
     """A `map` with as many threads as NumPy's products of matrices would take, each of which then takes one.
 
     How many threads a product takes changes its last bits; how many products there are at once changes nothing.

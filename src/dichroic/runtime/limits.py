@@ -6,7 +6,7 @@ there is a bound. `within` an amount of memory, nothing is read at once that tak
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -49,7 +49,7 @@ def check_array(shape: Sequence[Any], itemsize: int, what: str, *, held: int = 0
 
 
 @contextmanager
-def within(memory: int | None) -> Iterator[None]:
+def within(memory: int | None) -> Generator[None, None, None]:
     """Let `check_room` and `check_chunk`, inside, allow for so many bytes of memory; `None` is no bound."""
     before = _memory.set(memory)
     try:

@@ -7,7 +7,7 @@ byte is noticed. Version 1 had no hash and is still read.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def understanding(path: str | Path) -> Iterator[None]:
+def understanding(path: str | Path) -> Generator[None, None, None]:
     """Let what goes wrong inside, at contents of another form than expected, be a `FormatError`."""
     try:
         yield

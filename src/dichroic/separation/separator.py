@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,9 +24,11 @@ from dichroic.operators.learnable import Parameters, from_lists, to_lists
 from dichroic.operators.scaling import check_scaling, renamed_scaling, unscaled, without_scaling
 from dichroic.priors import Denoiser, GaussianMixture
 from dichroic.problem.identifiability import advice, zero_operators
+from dichroic.problem.lazy_view import AnyView
 from dichroic.problem.offsets import prepared
-from dichroic.problem.problem import Problem, check_view, named_views
-from dichroic.problem.view import AnyView, View, check_seen, numbering, with_operators
+from dichroic.problem.problem import Problem, named_views
+from dichroic.problem.view import View, numbering
+from dichroic.problem.view_validation import check_seen, check_view, with_operators
 from dichroic.runtime.blocks import spans
 from dichroic.runtime.tracking import Tracker, as_tracker, warn
 from dichroic.separation.result import Separation
@@ -34,22 +36,7 @@ from dichroic.separation.result import Separation
 MEMORY = 4 * 2**30  # to read observations in files by, where nothing else is said
 
 
-class Selectable(Protocol):
-    """Observations that can be had in parts: a `View`, or a `io.ViewFile`, which stays on disk."""
-
-    @property
-    def count(self) -> int:
-        """The number of observations."""
-        ...
-
-    def select(self, index: slice) -> View:
-        """Consecutive observations, in memory."""
-        ...
-
-
-def selectable(
-    view: Selectable | str | Sequence[Selectable], separator: "Separator"
-) -> list[Selectable]:
+def selectable(view: AnyView | str | Sequence[AnyView], separator: "Separator") -> list[AnyView]:
     """The co-observed views that `view` stands for, as in `named_views`; those in memory as `stated` has them."""
     if isinstance(view, str):
         return list(named_views(view, separator.problem))
@@ -57,7 +44,7 @@ def selectable(
     return [separator.stated(v) if isinstance(v, View) else v for v in views]
 
 
-def common_count(views: Sequence[Selectable]) -> int:
+def common_count(views: Sequence[AnyView]) -> int:
     """The number of observations of co-observed `views`; raises `ShapeError` where they differ."""
     counts = sorted({v.count for v in views})
     if len(counts) != 1:
@@ -134,7 +121,7 @@ class Separator:
         options["at_end"] = self._at_end
         self._checks = None
         state, self.metrics = fit(self.problem, self.config, **options)
-        self.denoisers, self.operators = state.best, state.best_operators
+        self.denoisers, self.operators = dict(state.best), state.best_operators
         return self
 
     def predictive_checks(self) -> PredictiveChecks:
@@ -224,7 +211,7 @@ class Separator:
 
     def stream(
         self,
-        view: Selectable | str | Sequence[Selectable],
+        view: AnyView | str | Sequence[AnyView],
         *,
         n_draws: int = 1,
         seed: int = 0,
@@ -254,7 +241,7 @@ class Separator:
 
     def separate_part(
         self,
-        views: Sequence[Selectable],
+        views: Sequence[AnyView],
         start: int,
         stop: int,
         *,
@@ -314,7 +301,9 @@ class Separator:
                 f"{path} has no model yet: its fit has not learned every source; resume it"
             )
         denoisers, info = load_model(folder)
-        separator = cls(problem, FitConfig.from_dict(info.get("config"), where=f"{folder}: config"))
+        separator = cls(
+            problem, FitConfig.from_dict(info.get("config", {}), where=f"{folder}: config")
+        )
         separator.denoisers = denoisers
         separator.operators = from_lists(info.get("operators", {}), f"{folder}: operators")
         shapes = {k: d.shape for k, d in denoisers.items()}

@@ -25,14 +25,15 @@ from dichroic.io.zarr_store import (
     write_block,
 )
 from dichroic.operators.scaling import offsets_of
-from dichroic.problem.dataset import observations_within
+from dichroic.problem.batches import observations_within
+from dichroic.problem.lazy_view import AnyView
 from dichroic.problem.problem import joint_observations
 from dichroic.runtime.blocks import shard_blocks
 from dichroic.runtime.fingerprint import fingerprint
 from dichroic.runtime.limits import within
 from dichroic.runtime.tracking import warn
 from dichroic.separation.result import Separation
-from dichroic.separation.separator import MEMORY, Selectable, Separator, common_count, selectable
+from dichroic.separation.separator import MEMORY, Separator, common_count, selectable
 
 _SAMPLED = 16  # observations that tell one view from another
 Progress = Callable[[int, int], None]
@@ -41,7 +42,7 @@ Progress = Callable[[int, int], None]
 def separate_to_zarr(
     path: str | Path,
     separator: Separator,
-    view: Selectable | str | Sequence[Selectable],
+    view: AnyView | str | Sequence[AnyView],
     *,
     n_draws: int = 32,
     seed: int = 0,
@@ -142,7 +143,7 @@ def arrays_of(part: Separation) -> dict[str, np.ndarray]:
 
 def job_of(
     separator: Separator,
-    views: Sequence[Selectable],
+    views: Sequence[AnyView],
     *,
     n_draws: int,
     seed: int,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, minimize
+from scipy.optimize import Bounds, OptimizeResult, minimize
 
 _RIDGE = 1e-8  # of the mean eigenvalue: what no observation sees
 
@@ -59,7 +59,7 @@ def monotone_em(
         pairs = zip(gradient, inverses, strict=True)
         return -value, -pack([d if inverse is None else inverse @ d for d, inverse in pairs])
 
-    def follow(intermediate_result) -> None:
+    def follow(intermediate_result: OptimizeResult) -> None:
         history.append(-float(intermediate_result.fun))
 
     begin = [a if r is None else r.T @ a for a, r in zip(start, rooted, strict=True)]

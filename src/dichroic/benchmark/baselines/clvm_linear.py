@@ -31,6 +31,7 @@ from dichroic.benchmark.baselines.ascent import monotone_em, root
 from dichroic.benchmark.baselines.fitted import Fitted, candidate_ranks
 from dichroic.learning.data import Data
 from dichroic.priors import Denoiser, gaussian
+from dichroic.problem.batches import in_memory
 from dichroic.problem.problem import Problem
 from dichroic.runtime.tracking import Tracker
 
@@ -75,11 +76,9 @@ class ClvmLinear(Fitted):
     def _learn(self, data: Data, tracker: Tracker) -> dict[str, Denoiser]:
         assert self.problem is not None
         began = time.perf_counter()
-        some, train = (
-            [g.gather(g.few(obs)) for obs in data.train],
-            [g.gather(o) for o in data.train],
-        )
-        held = [g.gather(obs) for obs in data.test]
+        views = [in_memory(obs) for obs in data.train]
+        some, train = [g.gather(g.few(obs)) for obs in views], [g.gather(obs) for obs in views]
+        held = [g.gather(in_memory(obs)) for obs in data.test]
         dims = {k: d for v in train for k, d in v.dims.items()}
         ranks = candidate_ranks(self.settings["rank"], dims)
 

@@ -39,11 +39,13 @@ from dichroic.inference.sampling import predictive_chi2
 from dichroic.io.model_files import read_tensors, write_tensors
 from dichroic.learning.data import prepare
 from dichroic.numerics.deterministic_map import BATCH_WIDTH, chunk_size, chunks, own_slots
+from dichroic.problem.batches import in_memory
 from dichroic.problem.identifiability import advice
 from dichroic.problem.observations import Observations
 from dichroic.problem.offsets import check_no_offset, prepared
-from dichroic.problem.problem import Problem, check_known, check_view, named_views
-from dichroic.problem.view import View, with_operators
+from dichroic.problem.problem import Problem, check_known, named_views
+from dichroic.problem.view import View
+from dichroic.problem.view_validation import check_view, with_operators
 from dichroic.runtime.records import understanding
 from dichroic.runtime.tracking import Tracker, as_tracker, warn
 from dichroic.separation.result import Separation
@@ -223,7 +225,14 @@ class ClvmVae:
         with understanding(path):
             return self._take(path, arrays, meta, problem, settings)
 
-    def _take(self, path: Path, arrays, meta, problem, settings) -> "ClvmVae":
+    def _take(
+        self,
+        path: Path,
+        arrays: Mapping[str, np.ndarray],
+        meta: Mapping[str, Any],
+        problem: Problem | None,
+        settings: Settings | None,
+    ) -> "ClvmVae":
         found = Settings(**meta["settings"])
         if settings is not None and found != settings:
             raise RunError(f"{path} was fitted with other settings: {found}, not {settings}")
@@ -240,8 +249,8 @@ class ClvmVae:
     def _train(self, problem: Problem, tracker: Tracker) -> None:
         warn(*advice(problem))
         data, began = prepare(problem, FitConfig(seed=self.settings.seed)), time.perf_counter()
-        views = dict(zip(data.names, data.train, strict=True))
-        held_out = dict(zip(data.names, data.test, strict=True))
+        views = dict(zip(data.names, map(in_memory, data.train), strict=True))
+        held_out = dict(zip(data.names, map(in_memory, data.test), strict=True))
         self.metrics, sources = [], "+".join(problem.names)
 
         def follow(done: int, steps: int, bound: float) -> None:

@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.errors import FormatError
 from dichroic.inference.samplers import noise_like
-from dichroic.numerics.batching import param, row_counts, split, take
+from dichroic.numerics.batching import as_float, observation_axes, row_counts, split, take
 from dichroic.numerics.cholesky import inverse_cholesky
-from dichroic.operators import Dense, Shape
+from dichroic.operators import Dense, Operator, Shape
 from dichroic.operators.noise import IsotropicNoise
 from dichroic.problem.observations import Observations, whitened_chi2
 
@@ -59,8 +59,8 @@ class Datum(eqx.Module):
     """Observation(s), the inputs of their encoder, and, where whitened, `−½ log det 2πΣ` (else 0)."""
 
     obs: Observations
-    inputs: Float[Array, "*n inputs"] = param(1)
-    constant: Float[Array, "*n"] = param(0)
+    inputs: Float[Array, "*n inputs"] = eqx.field(converter=as_float, metadata=observation_axes(1))
+    constant: Float[Array, "*n"] = eqx.field(converter=as_float, metadata=observation_axes(0))
     white: bool = eqx.field(static=True)
 
 
@@ -101,7 +101,9 @@ def white_inputs(
         inputs["p"] = jnp.broadcast_to(p, (*n, p.shape[-1]))
     parts = jnp.split(a, np.cumsum([obs.dims[k] for k in names])[:-1], axis=-1)
     shapes = {k: op.in_shape for k, op in obs.operators.items()}
-    white = {k: Dense(m, in_shape=shapes[k]) for k, m in zip(names, parts, strict=True)}
+    white: dict[str, Operator] = {
+        k: Dense(m, in_shape=shapes[k]) for k, m in zip(names, parts, strict=True)
+    }
     return Observations(y, white, IsotropicNoise(1.0)), jnp.broadcast_to(constant, n), inputs
 
 

@@ -31,6 +31,8 @@ from dichroic.errors import RunError
 from dichroic.numerics.batching import split, take
 from dichroic.problem.observations import Observations, whitened_chi2
 
+Carry = tuple[Array, Array, optax.OptState]  # weights, their average, the state of the optimiser
+
 BLOCKS = 40  # of steps, with a held-out bound after each
 TEMPERED = 0.6
 
@@ -96,7 +98,9 @@ def total(values: Mapping[str, Array], counts: Mapping[str, int]) -> Array:
 
 
 @eqx.filter_jit
-def evaluate(vae: Vae, data: Mapping[str, Datum], counts: tuple, key: PRNGKeyArray) -> Array:
+def evaluate(
+    vae: Vae, data: Mapping[str, Datum], counts: tuple[tuple[str, int], ...], key: PRNGKeyArray
+) -> Array:
     """The evidence bound at `T = 1`, over all observations of all views."""
     n = max(d.inputs.shape[0] for d in data.values())
     e = jax.random.normal(key, (n, most_latents(vae)))
@@ -113,7 +117,15 @@ def optimiser(settings: Settings) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def train_block(carry, vae, data, counts, key, steps, settings):
+def train_block(
+    carry: Carry,
+    vae: Vae,
+    data: Mapping[str, Datum],
+    counts: tuple[tuple[str, int], ...],
+    key: PRNGKeyArray,
+    steps: Array,
+    settings: Settings,
+):
     """Gradient steps number `steps` on fresh batches of every view; the tempered bound of each.
 
     `carry` is the weights, their average and the state of the optimiser, all weights as one vector.
@@ -121,7 +133,7 @@ def train_block(carry, vae, data, counts, key, steps, settings):
     opt = optimiser(settings)
     size = sum(d.obs.size for d in data.values()) / len(data)
 
-    def loss_of(weights, key, step):
+    def loss_of(weights: Array, key: PRNGKeyArray, step: Array):
         a, b = jax.random.split(key)
         pick = jax.random.uniform(a, (len(data), settings.batch_size))
         e = jax.random.normal(b, (*pick.shape, most_latents(vae)))
@@ -133,11 +145,11 @@ def train_block(carry, vae, data, counts, key, steps, settings):
             values[name] = mean_elbo(now, name, batch, e[i], temperature)
         return -total(values, dict(counts)) / size
 
-    def body(carry, step):
+    def body(carry: Carry, step: Array):
         weights, average, state = carry
         loss, grads = jax.value_and_grad(loss_of)(weights, jax.random.fold_in(key, step), step)
         updates, state = opt.update(grads, state, weights)
-        weights = optax.apply_updates(weights, updates)
+        weights = jnp.asarray(optax.apply_updates(weights, updates))
         decay = jnp.minimum(settings.ema, (1 + step) / (10 + step))
         return (weights, decay * average + (1 - decay) * weights, state), loss
 

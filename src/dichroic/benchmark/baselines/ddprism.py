@@ -41,19 +41,14 @@ from dichroic.inference.samplers import sample_prior
 from dichroic.inference.sampling import Denoisers, predictive_chi2
 from dichroic.io.model_files import pack, read_tensors, unpack, write_tensors
 from dichroic.learning.data import learning_order
-from dichroic.priors import Denoiser, GaussianMixture
+from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.problem.identifiability import advice
 from dichroic.problem.observations import Observations
 from dichroic.problem.offsets import check_no_offset, prepared
-from dichroic.problem.problem import (
-    Problem,
-    check_known,
-    check_view,
-    holdout,
-    joint_observations,
-    named_views,
-)
-from dichroic.problem.view import View, with_operators
+from dichroic.problem.problem import Problem, check_known, joint_observations, named_views
+from dichroic.problem.splits import holdout
+from dichroic.problem.view import View
+from dichroic.problem.view_validation import check_view, with_operators
 from dichroic.runtime.files import writing
 from dichroic.runtime.records import understanding
 from dichroic.runtime.tracking import Tracker, as_tracker, warn
@@ -154,7 +149,7 @@ class Ddprism:
 
 def training_observations(problem: Problem) -> list[Observations]:
     """The observations of each (joint) view, all but those that the view itself holds out."""
-    chosen = lambda views: any(v.chosen is not None for v in views)
+    chosen = lambda views: any(v.held_out_mask is not None for v in views)
     split = lambda views: holdout(views, 0.0, 0)[0] if chosen(views) else views
     return [joint_observations(split(views)) for views in problem.joint_views()]
 
@@ -216,7 +211,7 @@ def _state(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> State:
         if label.startswith("samples:"):
             _, i, name = label.split(":")
             samples.setdefault(int(i), {})[name] = a
-    plain = {**meta["state"], "metrics": tuple(meta["state"]["metrics"])}
+    plain: dict[str, Any] = {**meta["state"], "metrics": tuple(meta["state"]["metrics"])}
     return State(**plain, denoisers=denoisers, samples=samples)
 
 
@@ -224,6 +219,7 @@ def _pack(denoiser: Denoiser) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if isinstance(denoiser, GaussianMixture):
         arrays, about = pack(denoiser)
         return about, arrays
+    assert isinstance(denoiser, DiffusionPrior)
     leaves = jax.tree.leaves(eqx.filter(denoiser.network, eqx.is_array))
     about = {"kind": "network", "shape": list(denoiser.shape)}
     return about, {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}

@@ -115,8 +115,9 @@ class DdprismConfig:
     ) -> "DdprismConfig":
         """The published settings of one-dimensional manifolds: days on one processor."""
         if kind == "contrastive":
-            gibbs = {"steps": 256, "gaussian_steps": 256, "tau": 0.08}
-            return cls(sampling=sampling, **(gibbs if sampling == "gibbs" else {}))
+            if sampling == "gibbs":
+                return cls(sampling=sampling, steps=256, gaussian_steps=256, tau=0.08)
+            return cls(sampling=sampling)
         if kind != "mixed":
             raise ConfigError(f"published: {kind!r} is none of 'contrastive', 'mixed'")
         mixed = cls(
@@ -225,7 +226,7 @@ def draw(
 
     Observations of a single source are drawn with as many steps as all rounds together have.
     """
-    known = {k: Absolute(denoisers[k], config.unit) for k in obs.sources}
+    known: dict[str, Denoiser] = {k: Absolute(denoisers[k], config.unit) for k in obs.sources}
     sampler: Any = make_sampler(config, alone_steps(config, steps))
     if in_turn(obs, config):
         sampler = PublishedGibbs(make_sampler(config, steps), config.rounds)
@@ -319,15 +320,25 @@ def views_of_group(
     return {i: o for i, o in enumerate(data) if names & set(o.sources) and set(o.sources) <= usable}
 
 
-def _start(names, views: Mapping[int, Observations], config: DdprismConfig) -> Denoisers:
+def _start(
+    names: Sequence[str], views: Mapping[int, Observations], config: DdprismConfig
+) -> Denoisers:
     shapes = {k: op.in_shape for o in views.values() for k, op in o.operators.items()}
     return {k: wide_gaussian(shapes[k], rank=config.rank, unit=config.unit) for k in names}
 
 
-def _draw_views(state: State, views, key, config: DdprismConfig, tracker: Tracker, label: str):
+def _draw_views(
+    state: State,
+    views: Mapping[int, Observations],
+    key: PRNGKeyArray,
+    config: DdprismConfig,
+    tracker: Tracker,
+    label: str,
+) -> tuple[dict[int, Samples], list[np.ndarray]]:
     """The draws of every view, and which were in range."""
     steps = config.gaussian_steps if state.phase == "gaussian" else config.steps
-    samples, good = {}, []
+    samples: dict[int, Samples] = {}
+    good: list[np.ndarray] = []
     for i, obs in views.items():
         samples[i], ok = expectation(
             state.denoisers,
@@ -342,9 +353,19 @@ def _draw_views(state: State, views, key, config: DdprismConfig, tracker: Tracke
     return samples, good
 
 
-def _learn(state: State, names, samples, views, key, config: DdprismConfig, tracker, label):
+def _learn(
+    state: State,
+    names: Sequence[str],
+    samples: Mapping[int, Samples],
+    views: Mapping[int, Observations],
+    key: PRNGKeyArray,
+    config: DdprismConfig,
+    tracker: Tracker,
+    label: str,
+) -> tuple[dict[str, Denoiser], dict[str, float]]:
     """The new denoisers of the group, and the losses of their training."""
-    learned, losses = {}, {}
+    learned: dict[str, Denoiser] = {}
+    losses: dict[str, float] = {}
     for j, name in enumerate(names):
         x = _pool(samples, name, config)
         if state.phase == "gaussian":

@@ -21,9 +21,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from dichroic.inference.posterior import Estimate, MatrixFreePosterior, SolverStats, Sources
+from dichroic.inference.posterior import (
+    Denoise,
+    Estimate,
+    MatrixFreePosterior,
+    SolverStats,
+    Sources,
+)
 from dichroic.inference.samplers import DDIM, Draw, GibbsSampler, Sampler, noise_like, walk
-from dichroic.numerics.batching import flagged
+from dichroic.numerics.batching import per_observation_if
 from dichroic.numerics.conjugate_gradient import conjugate_gradient
 from dichroic.priors import Denoiser
 from dichroic.problem.observations import Observations
@@ -36,7 +42,7 @@ class Absolute(Denoiser):
     unit: float = eqx.field(static=True, default=1.0)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """That of `inner`."""
         return self.inner.shape
 
@@ -109,7 +115,15 @@ class PublishedPredictorCorrector(Sampler):
     cg_steps: int = eqx.field(static=True, default=1)
     ridge: float = eqx.field(static=True, default=0.0)
 
-    def step(self, denoise, x, key, here, there, guess):
+    def step(
+        self,
+        denoise: Denoise,
+        x: Sources,
+        key: PRNGKeyArray,
+        here: Sources,
+        there: Sources,
+        guess: Array | None,
+    ):
         """A prediction at the next level and its corrections."""
         x, e = DDIM.step(self, denoise, x, key, here, there, guess)  # type: ignore[arg-type]
         for i in range(self.corrections):
@@ -132,7 +146,7 @@ class PublishedPredictorCorrector(Sampler):
 class Started(Observations):
     """Observations with the draws of their sources where Gibbs sampling starts, `{name: (n, *shape)}`."""
 
-    start: dict[str, Array] = flagged("many")
+    start: dict[str, Array] = eqx.field(metadata=per_observation_if("many"))
 
     @property
     def many(self) -> bool:

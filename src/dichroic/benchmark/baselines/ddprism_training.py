@@ -11,6 +11,7 @@ no average, and no held-out observations. `D` is preconditioned as by EDM about 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,6 +24,9 @@ from dichroic.errors import DataError
 from dichroic.operators import Shape
 from dichroic.priors import DiffusionPrior, GaussianMixture, gaussian
 from dichroic.priors.schedule import Geometric
+
+Weights = Any  # a network, or None where it has no such arrays
+Carry = tuple[Weights, optax.OptState]  # weights, and the state of the optimiser
 
 _BLOCK = 100
 _SLOWEST = 1e-4
@@ -171,16 +175,25 @@ def _optimiser(config: Training) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def _train_block(carry, frozen, denoiser, data, count, key, steps, config):
+def _train_block(
+    carry: Carry,
+    frozen: Weights,
+    denoiser: DiffusionPrior,
+    data: Array,
+    count: Array,
+    key: PRNGKeyArray,
+    steps: Array,
+    config: Training,
+):
     optimiser = _optimiser(config)
 
-    def loss_of(weights, batch, k):
+    def loss_of(weights: Weights, batch: Array, k: PRNGKeyArray):
         d = eqx.tree_at(lambda d: d.network, denoiser, eqx.combine(weights, frozen))
         return score_matching_loss(
             d, batch, k, sigma_min=config.sigma_min, sigma_max=config.sigma_max
         )
 
-    def body(carry, step):
+    def body(carry: Carry, step: Array):
         weights, state = carry
         key_batch, key_loss = jax.random.split(jax.random.fold_in(key, step))
         index = jax.random.randint(key_batch, (config.batch,), 0, count)

@@ -5,7 +5,7 @@ loading are those of `Separator`. With `out`, the finished model is kept in that
 to go on with before it is finished.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -51,13 +51,19 @@ class Fitted(Separator):
         out: str | Path | None = None,
         *,
         resume: bool = False,
-        progress: bool | Tracker = True,
+        progress: bool | Tracker | Sequence[bool | Tracker] = True,
+        memory: int | None = None,
+        start: Separator | str | Path | None = None,
     ) -> Self:
         """Learn the priors; with `out`, keep the model in that folder, with `resume`, load it if it is there.
 
         Raises `RunError` if the folder holds a model and `resume` is not given, or if its model is of
-        another problem or other settings.
+        another problem or other settings; also for a `memory` or a `start`, which baselines do not have.
         """
+        if memory is not None or start is not None:
+            raise RunError(
+                f"{self.name} takes no memory and no start: all observations are in memory"
+            )
         if self.problem is None:
             raise RunError("this baseline was loaded without a problem; give it one to fit")
         check_known(self.problem, self.name)

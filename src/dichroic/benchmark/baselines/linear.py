@@ -57,7 +57,7 @@ def second_moments(samples: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndar
     return {k: (x.mean(axis=0), np.cov(x.T)) for k, x in flat.items()}
 
 
-def _map(one: Callable, obs: Observations) -> Estimates:
+def _map(one: Callable[..., dict[str, Array]], obs: Observations) -> Estimates:
     rows, shared = split(obs)
     batched = jax.jit(jax.vmap(lambda row: one(*eqx.combine(row, shared).system())))(rows)
     shapes = {k: op.in_shape for k, op in obs.operators.items()}

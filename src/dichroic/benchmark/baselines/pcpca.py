@@ -45,10 +45,12 @@ from dichroic.numerics.batching import split, take
 from dichroic.operators import Operator
 from dichroic.operators.noise import IsotropicNoise, Masked, observed_entries
 from dichroic.priors import Denoiser, gaussian
+from dichroic.problem.batches import in_memory
 from dichroic.problem.observations import Observations
 from dichroic.problem.offsets import prepared
-from dichroic.problem.problem import Problem, check_view, named_views
-from dichroic.problem.view import View, with_operators
+from dichroic.problem.problem import Problem, named_views
+from dichroic.problem.view import View
+from dichroic.problem.view_validation import check_view, with_operators
 from dichroic.runtime.tracking import Tracker
 from dichroic.separation.result import Separation
 
@@ -218,10 +220,16 @@ class Pcpca(Fitted):
         return Separation(x, predictive_chi2(obs, draws, first_index), residual, converged, steps)
 
 
-def _within(progress: Callable[[int, int], None] | None, part: int, parts: int):
+def _within(
+    progress: Callable[[int, int], None] | None, part: int, parts: int
+) -> Callable[[int, int], None] | None:
     if progress is None:
         return None
-    return lambda done, total: progress(part * total + done, parts * total)
+
+    def say(done: int, total: int) -> None:
+        progress(part * total + done, parts * total)
+
+    return say
 
 
 def _falling(scores: Sequence[float]) -> bool:
@@ -234,7 +242,8 @@ class _Search:
 
     def __init__(self, data: Data, gamma: float | None, rank: int | None):
         self.data, self.gamma, self.rank = data, gamma, rank
-        views = [g.gather(obs) for obs in data.train]
+        self.train = [in_memory(obs) for obs in data.train]
+        views = [g.gather(obs) for obs in self.train]
         self.dims = {k: d for v in views for k, d in v.dims.items()}
         candidate_ranks(rank, self.dims)
         self.means = g.least_squares_means(views)
@@ -244,9 +253,9 @@ class _Search:
 
     def learn(self, name: str) -> dict[str, Any]:
         """Fit the source `name`; returns what was chosen."""
-        role = assign(name, self.data.train, self.shares)
+        role = assign(name, self.train, self.shares)
         used = role.foreground, role.foreground if role.background is None else role.background
-        counts = [self.data.train[i].count for i in used]
+        counts = [self.train[i].count for i in used]
         contrasts = self._contrasts(name, role, counts)
         size = self.dims[name]
         ranks = candidate_ranks(self.rank and min(self.rank, size), {name: size})
@@ -282,10 +291,12 @@ class _Search:
             )
         return (self.gamma / most,)
 
-    def _try(self, name, role, contrasts, ranks) -> list[tuple[float, float, Solution]]:
+    def _try(
+        self, name: str, role: Role, contrasts: Sequence[float], ranks: Sequence[int]
+    ) -> list[tuple[float, float, Solution]]:
         """`(held-out evidence, contrast, solution)` of the candidates that have a maximum."""
         pair = self._pair(name, role, search=True)
-        held = g.gather(self.data.test[role.foreground])
+        held = g.gather(in_memory(self.data.test[role.foreground]))
         others = {k: self._stand_in(k) for k in held.dims if k != name}
         out, scores = [], {contrast: [] for contrast in contrasts}
         for rank in ranks:
@@ -305,17 +316,17 @@ class _Search:
         if name in self.factors:
             return self.factors[name]
         if name not in self._plain:
-            role = Role(assign(name, self.data.train, self.shares).foreground)
+            role = Role(assign(name, self.train, self.shares).foreground)
             rank = min(self.rank or self.dims[name], self.dims[name])
             self._plain[name] = self._pair(name, role, search=True).best(0.0, rank).factor
         return self._plain[name]
 
     def _pair(self, name: str, role: Role, *, search: bool = False) -> Pair:
         def part(i: int, operator: str) -> g.Data:
-            obs = g.few(self.data.train[i]) if search else self.data.train[i]
+            obs = g.few(self.train[i]) if search else self.train[i]
             y = centred(obs, self.means)
             return g.gather(alone(obs, y, name, obs.operators[operator], 1.0))
 
         background = None if role.background is None else part(role.background, role.operator)
-        floor = noise_level(self.data.train[role.foreground])
+        floor = noise_level(self.train[role.foreground])
         return Pair(name, part(role.foreground, name), background, floor)

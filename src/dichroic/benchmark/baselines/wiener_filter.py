@@ -85,7 +85,10 @@ def _observations(problem: Problem) -> list[Observations]:
     """What there is to learn from, for each (joint) view."""
     found = []
     for views in problem.joint_views():
-        held = next((v.chosen for v in views if v.chosen is not None), np.zeros(views[0].count))
+        held = next(
+            (v.held_out_mask for v in views if v.held_out_mask is not None),
+            np.zeros(views[0].count),
+        )
         index = np.flatnonzero(np.logical_not(held))
         found.append(joint_observations([v.select(index) for v in views]))
     return found
@@ -156,9 +159,9 @@ def _solved(left: Callable[[g.Arrays], g.Arrays], right: g.Arrays) -> g.Arrays:
 
     packed = lambda x: np.concatenate([x[k].ravel() for k in right])
     flat = packed(right)
-    equations = LinearOperator(
-        (flat.size, flat.size), matvec=lambda x: packed(left(unpacked(x))), dtype=float
-    )
+    times = lambda x: packed(left(unpacked(x)))
+    size = (flat.size, flat.size)
+    equations = LinearOperator(size, times, dtype=float)  # pyright: ignore[reportCallIssue]
     return unpacked(cg(equations, flat, rtol=_TOLERANCE, maxiter=_ITERATIONS)[0])
 
 

@@ -17,7 +17,8 @@ from dichroic.benchmark.problems.digit_features import train_classifier
 from dichroic.benchmark.problems.manifolds import manifold_problem
 from dichroic.config import Bounds, FitConfig
 from dichroic.io import load_problem
-from dichroic.problem.problem import Problem, holdout
+from dichroic.problem.problem import Problem
+from dichroic.problem.splits import holdout
 from dichroic.problem.view import View
 from dichroic.runtime.fingerprint import fingerprint
 
@@ -98,7 +99,7 @@ def manifolds(name: ProblemName, seed: int, *, count: int, observe: int = 0) -> 
 def fresh_sources(name: ProblemName, seed: int, n: int, *, observe: int) -> Arrays:
     """`n` new points of every manifold of a built-in problem, `(n, dim)`."""
     contrastive = ProblemName(name.label, sources=name.sources)
-    return dict(manifolds(contrastive, seed, count=n, observe=observe).views[-1].truth)
+    return dict(manifolds(contrastive, seed, count=n, observe=observe).views[-1].head.truth)
 
 
 def _manifolds(name: ProblemName, seed: int, config: BenchConfig) -> Case:
@@ -108,7 +109,7 @@ def _manifolds(name: ProblemName, seed: int, config: BenchConfig) -> Case:
         name,
         seed,
         manifolds(name, seed, count=config.count),
-        tuple(Held(v.name, (v,)) for v in views),
+        tuple(Held(v.name, (v.head,)) for v in views),
         dict.fromkeys(test.names, 4.0),  # each dimension is scaled to [−2, 2]
         fresh_sources(name, seed, config.points, observe=FRESH_SEED),
     )
@@ -199,4 +200,6 @@ def check_problem(name: ProblemName) -> str:
         return ""
     problem, section = load_problem(name.path)
     FitConfig.from_dict(section, where=f"{name.path}: fit")
-    return fingerprint((problem.fingerprint(), section, [dict(v.truth) for v in problem.views]))
+    return fingerprint(
+        (problem.fingerprint(), section, [dict(v.head.truth) for v in problem.views])
+    )

@@ -54,7 +54,9 @@ def x_count(draws: dict[str, np.ndarray]) -> int:
     return next(iter(draws.values())).shape[1]
 
 
-def _fit_and_separate(spec: JobSpec, case: Case, folder: Path):
+def _fit_and_separate(
+    spec: JobSpec, case: Case, folder: Path
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any], Any]:
     method = make_method(spec.method, case, spec.config)
     spent, peak = _read_spent(folder)
     options, before = _start(spec, folder)
@@ -116,7 +118,9 @@ def _limit(spec: JobSpec, case: Case, folder: Path):
     return draws, {**measured, "evidence": evidence}, None
 
 
-def _scores(spec: JobSpec, case: Case, draws: list, method: Any) -> list[dict[str, Any]]:
+def _scores(
+    spec: JobSpec, case: Case, draws: list[dict[str, np.ndarray]], method: Any
+) -> list[dict[str, Any]]:
     """Rows of scores: one per held-out view and source; distances once per source."""
     rows = []
     for held, d in zip(case.held, draws, strict=True):

@@ -24,8 +24,10 @@ METHODS = {
     "wiener": "Wiener filter with means and covariances of the data",
     LIMIT: "the exact posterior, where it is known",
 }
-PROBLEMS = ("contrastive-2", "contrastive-3", "mixed-0.1", "mixed-0.5", "mixed-0.9")
-PROBLEMS += ("grassy-14", "grassy-14-down", "grassy-28", "grassy-28-down")
+PROBLEMS = (
+    *("contrastive-2", "contrastive-3", "mixed-0.1", "mixed-0.5", "mixed-0.9"),
+    *("grassy-14", "grassy-14-down", "grassy-28", "grassy-28-down"),
+)
 _CONTRASTIVE = re.compile(r"contrastive-([23])")
 _GRASSY = re.compile(r"grassy-(14|28)(-down)?")
 _MIXED = re.compile(r"mixed-(\d*\.?\d+)(-per-source)?")
@@ -116,7 +118,7 @@ class JobSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "JobSpec":
         """What `to_dict` wrote."""
-        parts = {
+        parts: dict[str, Any] = {
             "problem": ProblemName(**values["problem"]),
             "config": BenchConfig(**values["config"]),
         }

@@ -47,7 +47,9 @@ def corner(centre: np.ndarray) -> np.ndarray:
     return np.round(np.asarray(centre) - (SIZE - 1) / 2).astype(int)
 
 
-def see(psf: np.ndarray, shape: tuple[int, int], offset: np.ndarray, amplitude) -> Operator:
+def see(
+    psf: np.ndarray, shape: tuple[int, int], offset: np.ndarray, amplitude: float | np.ndarray
+) -> Operator:
     """`P S E G a`; per observation where its parts are."""
     blur = Convolve(psf, shape=shape)
     return (

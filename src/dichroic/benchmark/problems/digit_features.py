@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from dichroic.benchmark.problems.grassy import load_mnist, shrink
+
+Carry = tuple["DigitClassifier", optax.OptState]
 
 _NOISE, _BATCH, _STEPS, _RATE = 0.05, 256, 1500, 2e-3
 
@@ -60,7 +62,7 @@ def train_classifier(
     model = DigitClassifier(size, key=key_model)
     optimiser = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
 
-    def step(carry, key):
+    def step(carry: Carry, key: PRNGKeyArray) -> tuple[Carry, None]:
         model, state = carry
         key_batch, key_noise = jax.random.split(key)
         index = jax.random.randint(key_batch, (_BATCH,), 0, len(x))
@@ -69,7 +71,7 @@ def train_classifier(
             optax.softmax_cross_entropy_with_integer_labels(jax.vmap(m)(noised), y[index])
         )
         updates, state = optimiser.update(jax.grad(loss)(model), state)
-        return (optax.apply_updates(model, updates), state), None
+        return (eqx.apply_updates(model, updates), state), None
 
     train = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0])
     model, _ = train((model, optimiser.init(model)), jax.random.split(key, _STEPS))

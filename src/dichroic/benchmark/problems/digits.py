@@ -21,7 +21,8 @@ def load_digit_images() -> np.ndarray:
     """The digits, `(1797, 8, 8)` in [0, 1]."""
     from sklearn.datasets import load_digits
 
-    return load_digits().images / 16.0
+    pixels, _ = load_digits(return_X_y=True)
+    return np.asarray(pixels).reshape(-1, SIZE, SIZE) / 16.0
 
 
 def load_photographs() -> list[np.ndarray]:

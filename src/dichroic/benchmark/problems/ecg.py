@@ -121,7 +121,8 @@ def r_peaks(ecg: np.ndarray) -> np.ndarray:
     found, _ = signal.find_peaks(energy, height=least, distance=round(_REFRACTORY * RATE))
     near = found[:, None] + np.arange(-8, 9)
     highest = np.argmax(ecg[np.clip(near, 0, ecg.size - 1)], axis=1)
-    return np.unique(np.clip(near[np.arange(len(near)), highest], 0, ecg.size - 1))
+    peaks = np.take_along_axis(near, highest[:, None], axis=1)[:, 0]
+    return np.unique(np.clip(peaks, 0, ecg.size - 1))
 
 
 def cut(ecg: np.ndarray, peaks: np.ndarray) -> np.ndarray:

@@ -146,12 +146,13 @@ def psf_of(images: Sequence[np.ndarray], radius: int = 7) -> np.ndarray:
     is the light of 2 × 2 pixels of the file about its middle: of one, of half of its neighbours, of a quarter of
     the corners.
     """
-    mean = np.mean([p / p.sum() for p in images], axis=0)
+    mean = np.mean(np.stack([p / p.sum() for p in images]), axis=0)
     size = max(mean.shape) + 4 * radius
     square = np.zeros((size + 1 - size % 2,) * 2)
     square[: mean.shape[0], : mean.shape[1]] = mean
     middle = len(square) // 2
-    centred = shift(square, [middle - c for c in center_of_mass(square)], order=3)
+    offset = middle - np.asarray(center_of_mass(square))
+    centred = shift(square, offset, order=3)
     light = convolve(centred, np.outer([0.5, 1, 0.5], [0.5, 1, 0.5]))
     at = middle + BLOCK * np.arange(-radius, radius + 1)
     out = np.mean([turned(light[np.ix_(at, at)], way) for way in range(8)], axis=0)
@@ -222,9 +223,9 @@ def neighbours(rng: np.random.Generator, donors: Galaxies, count: int) -> np.nda
     for field, image in zip(out, images, strict=True):
         if rng.uniform() < NEIGHBOURS:
             at = np.zeros(2)
-            while np.hypot(*at) < NEAREST:
+            while np.hypot(at[0], at[1]) < NEAREST:
                 at = rng.integers(-SIZE // 2, SIZE // 2, size=2)
-            padded = np.pad(turned(image, rng.integers(8)), SIZE)
+            padded = np.pad(turned(image, int(rng.integers(8))), SIZE)
             y, x = SIZE - at
             field[:] = padded[y : y + SIZE, x : x + SIZE]
     return out

@@ -93,7 +93,7 @@ def grass_patches(
         across = rng.uniform(SIZE, min(LARGEST, high - low, image.height))
         x, y = rng.uniform(low, high - across), rng.uniform(0, image.height - across)
         cut = image.resize((size, size), Image.Resampling.BOX, (x, y, x + across, y + across))
-        turned = np.rot90(np.asarray(cut), rng.integers(4))
+        turned = np.rot90(np.asarray(cut), int(rng.integers(4)))
         patch[:] = turned[:, ::-1] if rng.integers(2) else turned
     return out
 

@@ -16,6 +16,8 @@ from dichroic.diagnostics.plots.canvas import (
     tidy,
 )
 
+Metrics = Sequence[Mapping[str, Any]]
+
 
 def learning(
     metrics: Sequence[Mapping[str, Any]], sources: Sequence[str], views: Sequence[str]
@@ -56,7 +58,9 @@ def _tint(group: str, sources: Sequence[str]) -> str:
     return colour(sources.index(group)) if group in sources else DARK
 
 
-def _evidence_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]]:
+def _evidence_curves(
+    metrics: Metrics, sources: Sequence[str], views: Sequence[str]
+) -> list[tuple[Any, dict[str, Any]]]:
     out = []
     for group in dict.fromkeys((row.get("phase"), row.get("sources", "")) for row in metrics):
         rows = [row for row in metrics if (row.get("phase"), row.get("sources", "")) == group]
@@ -69,7 +73,9 @@ def _evidence_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]
     return out
 
 
-def _gain_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]]:
+def _gain_curves(
+    metrics: Metrics, sources: Sequence[str], views: Sequence[str]
+) -> list[tuple[Any, dict[str, Any]]]:
     found = [(i, s, _series(metrics, f"evidence_gain_{s}")) for i, s in enumerate(sources)]
     out: list[tuple[Any, dict[str, Any]]] = [
         (points, {"color": colour(i), "marker": "o", "ms": 4, "label": label(source)})
@@ -83,7 +89,9 @@ def _gain_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]]:
     return out
 
 
-def _psnr_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]]:
+def _psnr_curves(
+    metrics: Metrics, sources: Sequence[str], views: Sequence[str]
+) -> list[tuple[Any, dict[str, Any]]]:
     out = []
     for i, source in enumerate(sources):
         for j, view in enumerate(views):
@@ -94,7 +102,9 @@ def _psnr_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]]:
     return out
 
 
-def _loss_curves(metrics, sources, views) -> list[tuple[Any, dict[str, Any]]]:
+def _loss_curves(
+    metrics: Metrics, sources: Sequence[str], views: Sequence[str]
+) -> list[tuple[Any, dict[str, Any]]]:
     found = [(i, source, _series(metrics, f"loss_{source}")) for i, source in enumerate(sources)]
     return [
         (points, {"color": colour(i), "marker": "o", "ms": 4, "label": label(source)})

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dichroic.metrics import coverage, mean_chi2, psnr
-from dichroic.problem.dataset import IndexSet, bits_of
-from dichroic.problem.problem import Problem, held_out_bits
+from dichroic.problem.problem import Problem
 from dichroic.problem.screening import left_out
+from dichroic.problem.splits import IndexSet, bits_of, held_out_bits
 from dichroic.problem.view import View
 from dichroic.separation.result import Separation
 from dichroic.separation.separator import Separator

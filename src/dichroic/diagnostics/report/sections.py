@@ -20,8 +20,8 @@ from dichroic.metrics import coverage, informed_chi2, mean_chi2, rank_histogram
 from dichroic.operators.learnable import parameters
 from dichroic.operators.scaling import without_scaling
 from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
-from dichroic.problem.problem import sees
 from dichroic.problem.view import View
+from dichroic.problem.view_validation import sees
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PRIOR_DRAWS = {"image": 24, "lines": 8, "points": 1000}
@@ -189,7 +189,9 @@ def _data_fit(page: Page) -> str:
 
 def _visible_entries(held: Held) -> int | None:
     """The number of observed entries, if it is the same for all observations of which there are any."""
-    counts = sum(np.isfinite(_visible(v)).reshape(v.count, -1).sum(axis=1) for v in held.views)
+    counts = np.sum(
+        [np.isfinite(_visible(v)).reshape(v.count, -1).sum(axis=1) for v in held.views], axis=0
+    )
     values = np.unique(counts[counts > 0])
     return int(values[0]) if len(values) == 1 else None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dichroic.errors import FormatError, RunError
 from dichroic.io.zarr_store import Job, damage, finished_blocks, open_store, read_draws, write_block
-from dichroic.problem.dataset import StoredDataset
+from dichroic.problem.batches import ObservationBatches
 from dichroic.problem.observations import Observations
 from dichroic.runtime import distributed
 from dichroic.runtime.files import writing
@@ -78,7 +78,7 @@ def windows(samples: np.ndarray | StoredDraws, count: int) -> Iterator[np.ndarra
 
 def draw_to_disk(
     folder: Path,
-    views: Sequence[StoredDataset],
+    views: Sequence[ObservationBatches],
     names: Sequence[str],
     draw: Sequence[Draw],
     *,
@@ -95,7 +95,9 @@ def draw_to_disk(
     stores: dict[str, list[tuple[Path, Job]]] = {}
     for i, (obs, name) in enumerate(zip(views, names, strict=True)):
         shapes = {k: tuple(op.in_shape) for k, op in obs.operators.items()}
-        job = Job(model, name, seed, 1, obs.count, obs.block, shapes, summaries=False)
+        job = Job(
+            model, name, seed, 1, obs.count, obs.batch_size or obs.count, shapes, summaries=False
+        )
         path = folder / f"{i}.zarr"
         distributed.broadcast_from_primary(partial(_begin, path, job))
         say = partial(progress, f"E-step {name}")
@@ -108,13 +110,13 @@ def draw_to_disk(
 
 
 def _fill(
-    path: Path, job: Job, obs: StoredDataset, draw: Draw, progress: Callable[[int, int], None]
+    path: Path, job: Job, obs: ObservationBatches, draw: Draw, progress: Callable[[int, int], None]
 ) -> None:
     """Draw and write the blocks of this process that are missing or damaged."""
     done, first, last = set(finished_blocks(path).finished), obs.first, obs.own[-1][2]
     for block, start, stop in obs.own:
         if block not in done or damage(path, job, block, read=True):
-            draws = draw(obs.read(start, stop), start)
+            draws = draw(obs.between(start, stop), start)
             write_block(path, job, block, {f"draws/{k}": x for k, x in draws.items()})
         progress(stop - first, last - first)
 

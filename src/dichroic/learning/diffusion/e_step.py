@@ -13,8 +13,8 @@ from dichroic.inference.sampling import Denoisers, draw
 from dichroic.learning.data import Data
 from dichroic.learning.diffusion.draw_cache import StoredDraws, draw_to_disk
 from dichroic.learning.safeguards import check_draws
-from dichroic.problem.dataset import StoredDataset
-from dichroic.problem.observations import ObservationBatches, Observations, numbered
+from dichroic.problem.batches import AnyObservations, ObservationBatches, numbered
+from dichroic.problem.observations import Observations
 from dichroic.runtime import distributed
 from dichroic.runtime.fingerprint import fingerprint
 from dichroic.runtime.tracking import Clock
@@ -24,7 +24,7 @@ Samples = Mapping[str, np.ndarray | StoredDraws]
 
 def expectation(
     current: Denoisers,
-    views: Sequence[ObservationBatches],
+    views: Sequence[AnyObservations],
     names: Sequence[str],
     key: PRNGKeyArray,
     config: FitConfig,
@@ -45,7 +45,7 @@ def expectation(
 
 def _own_draws(
     current: Denoisers,
-    obs: ObservationBatches,
+    obs: AnyObservations,
     name: str,
     key: PRNGKeyArray,
     config: FitConfig,
@@ -80,7 +80,7 @@ def training_draws(
     current: Denoisers, data: Data, key: PRNGKeyArray, config: FitConfig, clock: Clock
 ) -> Samples:
     """One posterior draw of every training observation, per source; on disk where the observations are."""
-    views = [obs for obs in data.train if isinstance(obs, StoredDataset)]
+    views = [obs for obs in data.train if isinstance(obs, ObservationBatches) and obs.batch_size]
     if not views:
         drawn = expectation(current, data.train, data.names, key, config, 1, clock)
         return {source: x[0] for source, x in drawn.items()}
@@ -89,7 +89,7 @@ def training_draws(
         at = jax.random.fold_in(key, i)
         return _checked_draws(current, obs, data.names[i], at, config, first_index=first)
 
-    about = (current, [obs.parameters for obs in views], config.to_dict(), jax.random.key_data(key))
+    about = (current, [data.operators] * len(views), config.to_dict(), jax.random.key_data(key))
     return draw_to_disk(
         data.scratch,
         views,

@@ -16,6 +16,7 @@ Both denoisers get the same noise, so the difference is known far better than ei
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -33,6 +34,11 @@ from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.priors.diffusion import NETWORK_BATCH, denoised
 from dichroic.priors.networks import Mlp, UNet
 from dichroic.runtime import distributed
+
+Weights = Any  # a network, or None where it has no such arrays
+Carry = tuple[
+    Weights, Weights, optax.OptState
+]  # weights, their average, the state of the optimiser
 
 _BLOCK = 100  # training steps between reports
 _TOP = 5.0  # above a few standard deviations of the source there is nothing to correct
@@ -52,7 +58,9 @@ def score_matching_loss(
     return _loss(denoiser.network, *_examples(denoiser, x, key, sigma_min))
 
 
-def _loss(network: eqx.Module, x: Array, c_noise: Array, wanted: Array) -> Array:
+def _loss(
+    network: Callable[[Array, Array], Array], x: Array, c_noise: Array, wanted: Array
+) -> Array:
     """`‖D − x‖² / c_out²` is the error of the network alone."""
     return jnp.mean((jax.vmap(network)(x, c_noise) - wanted) ** 2)  # type: ignore[arg-type]
 
@@ -137,7 +145,7 @@ def train_denoiser(
     weights, frozen = eqx.partition(denoiser.network, eqx.is_inexact_array)
     carry = (weights, weights, _optimiser(config).init(weights))
     carry, frozen, fixed = distributed.replicated((carry, frozen, denoiser))
-    loss, data, before = float("nan"), None, None
+    loss, data, before = float("nan"), jnp.zeros(0), None
     block = _train_in_turn if isinstance(denoiser.network, UNet) else _train_block
     starts = range(0, config.steps, _BLOCK)
     for start, window in zip(starts, windows(samples, len(starts)), strict=True):
@@ -160,16 +168,34 @@ def _optimiser(config: DiffusionConfig) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def _train_block(carry, frozen, denoiser, data, key, steps, config, sigma_min):
+def _train_block(
+    carry: Carry,
+    frozen: Weights,
+    denoiser: DiffusionPrior,
+    data: Array,
+    key: PRNGKeyArray,
+    steps: Array | np.ndarray,
+    config: DiffusionConfig,
+    sigma_min: float,
+) -> tuple[Carry, Float[Array, " steps"]]:
     """The gradient steps number `steps`, and their losses."""
 
-    def step(carry, i):
+    def step(carry: Carry, i: Array) -> tuple[Carry, Array]:
         return _update(carry, frozen, *_batch(denoiser, data, key, i, config, sigma_min), i, config)
 
-    return jax.lax.scan(step, carry, steps)
+    return jax.lax.scan(step, carry, jnp.asarray(steps))
 
 
-def _train_in_turn(carry, frozen, denoiser, data, key, steps, config, sigma_min):
+def _train_in_turn(
+    carry: Carry,
+    frozen: Weights,
+    denoiser: DiffusionPrior,
+    data: Array,
+    key: PRNGKeyArray,
+    steps: Array | np.ndarray,
+    config: DiffusionConfig,
+    sigma_min: float,
+) -> tuple[Carry, Float[np.ndarray, " steps"]]:
     """The same, of which the network's part is compiled once for all sources with one of its kind.
 
     And without a loop of XLA, where convolutions on a CPU take five times as long.
@@ -182,14 +208,29 @@ def _train_in_turn(carry, frozen, denoiser, data, key, steps, config, sigma_min)
     return carry, np.stack(losses)
 
 
-def _batch(denoiser, data, key, step, config, sigma_min):
+def _batch(
+    denoiser: DiffusionPrior,
+    data: Array,
+    key: PRNGKeyArray,
+    step: Array | np.integer,
+    config: DiffusionConfig,
+    sigma_min: float,
+) -> tuple[Array, Array, Array]:
     """The examples of a step."""
     key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
     index = jax.random.randint(key_batch, (config.batch_size,), 0, data.shape[0])
     return _examples(denoiser, distributed.shard_rows(data[index]), key_noise, sigma_min)
 
 
-def _update(carry, frozen, x, c_noise, wanted, step, config):
+def _update(
+    carry: Carry,
+    frozen: Weights,
+    x: Array,
+    c_noise: Array,
+    wanted: Array,
+    step: Array | np.integer,
+    config: DiffusionConfig,
+) -> tuple[Carry, Float[Array, ""]]:
     """A step of gradient descent on examples."""
     weights, average, state = carry
     loss_of = lambda w: _loss(eqx.combine(w, frozen), x, c_noise, wanted)

@@ -23,17 +23,23 @@ from dichroic.inference.evidence import DEFAULT_BEAM_WIDTH, best_assignments, lo
 from dichroic.inference.low_rank_background import low_rank_log_evidence
 from dichroic.inference.posterior import is_large
 from dichroic.learning.mixture.low_rank_em import low_rank_iteration
-from dichroic.learning.mixture.m_step import MOST_MEANS, joint_shifts, maximise, monotone_em
+from dichroic.learning.mixture.m_step import (
+    MOST_MEANS,
+    Mixtures,
+    joint_shifts,
+    maximise,
+    monotone_em,
+)
 from dichroic.learning.mixture.statistics import Statistics, chunks, pairs, view_statistics
 from dichroic.learning.mixture.statistics_shared import shared_log_evidence, shared_statistics
 from dichroic.numerics.batching import split
 from dichroic.priors import GaussianMixture
 from dichroic.priors.components import Components
-from dichroic.problem.observations import ObservationBatches, Observations, every_block, is_shared
+from dichroic.problem.batches import AnyObservations, every_block
+from dichroic.problem.observations import Observations, is_shared
 from dichroic.runtime import distributed
 from dichroic.runtime.tracking import Clock
 
-Mixtures = Mapping[str, GaussianMixture]
 # Assignments (n, T, sources) of each observation; None where a view is one mixture, see
 # `dichroic.learning.mixture.statistics_shared`.
 Chosen = Integer[Array | np.ndarray, "_ _ _"] | None
@@ -42,7 +48,7 @@ _MOST_SHARED = 4096  # assignments of a mixture that all observations share, all
 
 def em_iteration(
     mixtures: Mixtures,
-    views: Sequence[ObservationBatches],
+    views: Sequence[AnyObservations],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
@@ -71,20 +77,27 @@ def em_iteration(
     def update(mixtures: Mixtures, found: Statistics, standard: bool) -> Mixtures:
         together = found.cross and not standard
         shifts = joint_shifts(mixtures, found, free, shrinkage) if together else {}
-        step = partial(maximise, damping=1 / share, standard=standard)
 
         def new(name: str) -> GaussianMixture:
             floor = config.floor * float(mixtures[name].scale) ** 2
-            options = {"shrinkage": shrinkage.get(name, 0.0), "shift": shifts.get(name)}
-            return step(mixtures[name], found.sums[name], floor=floor, **options)
+            return maximise(
+                mixtures[name],
+                found.sums[name],
+                floor=floor,
+                shrinkage=shrinkage.get(name, 0.0),
+                shift=shifts.get(name),
+                damping=1 / share,
+                standard=standard,
+            )
 
         return {**mixtures, **{n: new(n) for n in names}}
 
     # With a prior on components a step raises the evidence and that prior together, not the evidence alone.
     pulled = any(shrinkage.get(n) and mixtures[n].log_weights.size > 1 for n in names)
     tolerance = math.inf if pulled else 1e-6
-    options = {"steps": config.steps, "tolerance": tolerance, "clock": clock}
-    mixtures, value = monotone_em(mixtures, evaluate, update, **options)
+    mixtures, value = monotone_em(
+        mixtures, evaluate, update, steps=config.steps, tolerance=tolerance, clock=clock
+    )
     return mixtures, value / sum(obs.count for obs in views)
 
 
@@ -133,7 +146,7 @@ def statistics(
 
 
 def mean_log_evidence(
-    mixtures: Mixtures, views: Sequence[ObservationBatches], *, beam_width: int = DEFAULT_BEAM_WIDTH
+    mixtures: Mixtures, views: Sequence[AnyObservations], *, beam_width: int = DEFAULT_BEAM_WIDTH
 ) -> float:
     """The mean of `log p(y)` over all observations of `views`."""
     own = lambda: sum(
@@ -145,7 +158,7 @@ def mean_log_evidence(
 def gain_in_evidence(
     old: Mixtures,
     new: Mixtures,
-    views: Sequence[ObservationBatches],
+    views: Sequence[AnyObservations],
     *,
     beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> tuple[float, float]:
@@ -176,7 +189,7 @@ def log_evidences(
     return np.asarray(_view_log_evidence(priors, obs, beam_width), np.float64)
 
 
-def is_low_rank(mixtures: Mixtures, obs: ObservationBatches) -> bool:
+def is_low_rank(mixtures: Mixtures, obs: AnyObservations) -> bool:
     """Whether `dichroic.inference.low_rank` is for this view."""
     return is_large([obs]) or any(not mixtures[k].full_rank for k in obs.sources)
 
@@ -191,7 +204,9 @@ def _count(priors: dict[str, Components]) -> int:
 
 
 @eqx.filter_jit
-def _view_assignments(priors, obs, beam_width, active) -> Int[Array, "n T sources"]:
+def _view_assignments(
+    priors: dict[str, Components], obs: Observations, beam_width: int, active: int
+) -> Int[Array, "n T sources"]:
     rows, shared = split(obs)
 
     def one(row: Observations) -> Array:
@@ -203,7 +218,9 @@ def _view_assignments(priors, obs, beam_width, active) -> Int[Array, "n T source
 
 
 @eqx.filter_jit
-def _view_log_evidence(priors, obs, beam_width) -> Float[Array, " n"]:
+def _view_log_evidence(
+    priors: dict[str, Components], obs: Observations, beam_width: int
+) -> Float[Array, " n"]:
     rows, shared = split(obs)
 
     def one(row: Observations) -> Array:

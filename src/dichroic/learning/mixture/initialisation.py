@@ -8,11 +8,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dichroic.learning.mixture.em import Mixtures
 from dichroic.learning.mixture.low_rank_initialisation import initial_low_rank, mean_gain
+from dichroic.learning.mixture.m_step import Mixtures
 from dichroic.priors import Denoiser, GaussianMixture, gaussian
 from dichroic.priors.stationary import split_stationary
-from dichroic.problem.observations import ObservationBatches
+from dichroic.problem.batches import AnyObservations
 
 MIN_SCALE = 1e-3  # of an entry of a source, relative to the root mean square of all
 
@@ -22,7 +22,7 @@ _EVEN = 0.5  # geometric mean of variances over their mean; digits have 0.26, gr
 
 def initial_gaussians(
     names: Sequence[str],
-    views: Sequence[ObservationBatches],
+    views: Sequence[AnyObservations],
     known: Mapping[str, Denoiser],
     rank: int | None,
     stationary: Mapping[str, int] = MappingProxyType({}),
@@ -35,7 +35,7 @@ def initial_gaussians(
 
 def initial_gaussian(
     name: str,
-    views: Sequence[ObservationBatches],
+    views: Sequence[AnyObservations],
     group: Sequence[str],
     *,
     known: Mixtures | None = None,

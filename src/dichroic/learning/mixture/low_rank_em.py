@@ -25,7 +25,7 @@ observations of a diagonal bound of `Aᵀ B⁻¹ A` (itself for diagonal operato
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -34,20 +34,16 @@ import jax
 import numpy as np
 
 from dichroic.config import MixtureConfig
-from dichroic.inference.low_rank import moments
+from dichroic.inference.low_rank import LowRankView, moments
 from dichroic.inference.low_rank_background import Backgrounds, every_assignment
 from dichroic.inference.matrix_free import OperatorCache
 from dichroic.learning.mixture.low_rank_statistics import Totals, background_statistics
-from dichroic.learning.mixture.m_step import maximise, monotone_em
+from dichroic.learning.mixture.m_step import Mixtures, maximise, monotone_em
 from dichroic.learning.mixture.statistics import SufficientStatistics, merged
+from dichroic.operators import Shape
 from dichroic.priors import GaussianMixture
-from dichroic.problem.observations import (
-    ObservationBatches,
-    Observations,
-    every_block,
-    groups,
-    is_shared,
-)
+from dichroic.problem.batches import AnyObservations, every_block
+from dichroic.problem.observations import Observations, groups, is_shared
 from dichroic.runtime.tracking import Clock
 
 _FEW = 4  # assignments, or observations: for them components are picked only beyond, or only up to, as many
@@ -76,12 +72,12 @@ AnySums = LatentSums | SufficientStatistics
 
 
 def low_rank_iteration(
-    mixtures: Mapping[str, GaussianMixture],
-    views: Sequence[ObservationBatches],
+    mixtures: Mixtures,
+    views: Sequence[AnyObservations],
     names: Sequence[str],
     config: MixtureConfig,
     clock: Clock | None = None,
-) -> tuple[dict[str, GaussianMixture], float]:
+) -> tuple[Mixtures, float]:
     """`config.steps` EM steps of the sources `names`; all mixtures, and the mean log evidence before the last.
 
     Assignments of components that a step finds negligible for an observation are left out for it in the few after.
@@ -89,35 +85,43 @@ def low_rank_iteration(
 
     share = max(len(set(names) & set(obs.sources)) for obs in views)
 
-    def update(mixtures, found, standard: bool) -> dict[str, GaussianMixture]:
-        options = {"least": config.floor, "damping": 1 / share, "standard": standard}
-        step = lambda m: _maximise_stationary if m.stationary else maximise_low_rank
-        new = lambda n: step(mixtures[n])(mixtures[n], found[n], **options)
+    def update(mixtures: Mixtures, found: dict[str, AnySums], standard: bool) -> Mixtures:
+        def new(name: str) -> GaussianMixture:
+            mixture, sums = mixtures[name], found[name]
+            if isinstance(sums, LatentSums):
+                return maximise_low_rank(
+                    mixture, sums, least=config.floor, damping=1 / share, standard=standard
+                )
+            floor = config.floor * float(mixture.scale) ** 2
+            return maximise(mixture, sums, floor=floor, standard=standard)
+
         return {**mixtures, **{n: new(n) for n in names}}
 
-    counter, near = itertools.count(), {}
+    counter = itertools.count()
+    near: dict[int, np.ndarray | None] = {}
 
-    def of_block(mixtures, i: int, obs: Observations) -> tuple[float, dict[str, AnySums]]:
+    def of_block(mixtures: Mixtures, i: int, obs: Observations) -> tuple[float, dict[str, AnySums]]:
         if i not in near:
             room = _NOTED - sum(a.size for a in near.values() if a is not None)
             near[i] = every_assignment(mixtures, obs, room)
         return low_rank_statistics(mixtures, obs, names, near[i])
 
-    def own(mixtures: Mapping[str, GaussianMixture]) -> tuple[float, dict[str, AnySums]]:
+    def own(mixtures: Mixtures) -> tuple[float, dict[str, AnySums]]:
         return _added(of_block(mixtures, i, obs) for i, obs in enumerate(every_block(views)))
 
-    def evaluate(mixtures: Mapping[str, GaussianMixture]) -> tuple[float, dict[str, AnySums]]:
+    def evaluate(mixtures: Mixtures) -> tuple[float, dict[str, AnySums]]:
         if next(counter) % _RENEWED == 0:
             near.clear()
         return views[0].total(partial(own, mixtures))
 
-    options = {"steps": config.steps, "tolerance": 1e-9, "clock": clock}
-    mixtures, value = monotone_em(dict(mixtures), evaluate, update, **options)
+    mixtures, value = monotone_em(
+        mixtures, evaluate, update, steps=config.steps, tolerance=1e-9, clock=clock
+    )
     return mixtures, value / sum(obs.count for obs in views)
 
 
 def low_rank_statistics(
-    mixtures: Mapping[str, GaussianMixture],
+    mixtures: Mixtures,
     obs: Observations,
     names: Collection[str] | None = None,
     near: np.ndarray | None = None,
@@ -136,7 +140,7 @@ def low_rank_statistics(
 
 
 def _statistics_of_few(
-    mixtures: Mapping[str, GaussianMixture],
+    mixtures: Mixtures,
     obs: Observations,
     names: Collection[str],
     common: OperatorCache,
@@ -173,7 +177,7 @@ def _added(parts: Iterable[tuple[float, dict[str, AnySums]]]) -> tuple[float, di
 
 
 def _shared_statistics(
-    mixtures: Mapping[str, GaussianMixture],
+    mixtures: Mixtures,
     obs: Observations,
     names: Collection[str],
     common: OperatorCache | None = None,
@@ -194,7 +198,7 @@ def _shared_statistics(
     return value, sums
 
 
-def _sums_of(mixtures: Mapping[str, GaussianMixture], totals: Totals) -> dict[str, AnySums]:
+def _sums_of(mixtures: Mixtures, totals: Totals) -> dict[str, AnySums]:
     """The sums of every source before one background."""
     view, inner = totals.view, totals.assignments + totals.uncertain
     found: dict[str, AnySums] = {}
@@ -211,7 +215,16 @@ def _sums_of(mixtures: Mapping[str, GaussianMixture], totals: Totals) -> dict[st
     return found | {k: background_statistics(k, mixtures[k], totals) for k in behind}
 
 
-def _sums(view, name, mixture, own, left, norm, lost, count) -> LatentSums:
+def _sums(
+    view: LowRankView,
+    name: str,
+    mixture: GaussianMixture,
+    own: np.ndarray,
+    left: np.ndarray,
+    norm: float,
+    lost: float,
+    count: float,
+) -> LatentSums:
     """The sums of one source: `x = (μ, U) z̄ + √τ ε`, `E[√τ ε | y, z] = τ Aᵀ B⁻¹ e`."""
     k, width, _ = own.shape
     columns, floor = moments(mixture)
@@ -220,9 +233,10 @@ def _sums(view, name, mixture, own, left, norm, lost, count) -> LatentSums:
     spread = floor**2 * (norm - information) + count * floor * mixture.dim
     along = np.sum((columns.swapaxes(1, 2) @ columns) * own)
     square = along + 2 * floor * np.sum(columns * force) + spread
-    told = norm - lost, information - lost
     bound = count * view.information_bound(name)
-    return LatentSums(own, force, bound, float(square), *map(float, told), count)
+    return LatentSums(
+        own, force, bound, float(square), float(norm - lost), float(information - lost), count
+    )
 
 
 def maximise_low_rank(
@@ -261,19 +275,9 @@ def maximise_low_rank(
     return from_columns(np.maximum(n, 1e-6 * n.sum()), new, floor, mixture.shape)
 
 
-def _maximise_stationary(
-    mixture: GaussianMixture,
-    sums: SufficientStatistics,
-    *,
-    least: float,
-    damping: float,
-    standard: bool = False,
+def from_columns(
+    weights: np.ndarray, columns: np.ndarray, floor: float, shape: Shape
 ) -> GaussianMixture:
-    floor = least * float(mixture.scale) ** 2
-    return maximise(mixture, sums, floor=floor, standard=standard)
-
-
-def from_columns(weights: np.ndarray, columns: np.ndarray, floor: float, shape) -> GaussianMixture:
     """The mixture with `(μ_k, U_k)` `(K, D, 1 + R)` and the floor `τ`."""
     basis, values, _ = np.linalg.svd(columns[:, :, 1:], full_matrices=False)
     return GaussianMixture(

@@ -16,7 +16,8 @@ from dichroic.learning.mixture.low_rank_em import from_columns
 from dichroic.numerics.batching import split
 from dichroic.operators.noise import Noise
 from dichroic.priors import GaussianMixture
-from dichroic.problem.observations import ObservationBatches, Observations, is_shared
+from dichroic.problem.batches import AnyObservations
+from dichroic.problem.observations import Observations, is_shared
 
 _SAMPLE = 4000  # observations that a first basis is computed from
 _OPERATORS = 16  # of different ones, that a first covariance is computed from
@@ -26,7 +27,7 @@ _PRODUCTS, _EXTRA = 6, 8  # blocks of a Krylov space, and vectors of each beyond
 
 def initial_low_rank(
     name: str,
-    views: Sequence[ObservationBatches],
+    views: Sequence[AnyObservations],
     rank: int,
     variance: float,
     known: Mapping[str, GaussianMixture],
@@ -43,7 +44,13 @@ def initial_low_rank(
     weights = counts / counts.sum()
     shape = parts[0].operator.in_shape
     d = math.prod(shape)
-    product = lambda v: sum(w * p.product(v) for w, p in zip(weights, parts, strict=True)) / share
+
+    def product(v: np.ndarray) -> np.ndarray:
+        total = np.zeros_like(v)
+        for w, p in zip(weights, parts, strict=True):
+            total = total + w * p.product(v)
+        return total / share
+
     values, vectors = largest_eigenpairs(product, d, min(rank, d - 1))
     values = np.maximum(values, 1e-6 * max(values.max(), 1e-3 * variance))
     probes = np.random.default_rng(1).normal(size=(d, _PROBES))
@@ -77,7 +84,7 @@ class _Moments:
     that is missing says nothing: sums are divided by what is seen of each entry, and the mean is taken off before.
     """
 
-    def __init__(self, name: str, obs: ObservationBatches, known: Mapping[str, GaussianMixture]):
+    def __init__(self, name: str, obs: AnyObservations, known: Mapping[str, GaussianMixture]):
         some = obs.some(_SAMPLE)
         self.count, self.operator = obs.count, some.one(0).operators[name]
         few = 1 if is_shared(some) else min(some.count, _OPERATORS)
@@ -136,7 +143,7 @@ def mean_gain(obs: Observations, name: str) -> float:
     """`tr(A Aᵀ)`, the mean over observations; for large ones from random vectors."""
     rows, shared = split(obs)
 
-    def norm(r) -> Array:
+    def norm(r: Observations) -> Array:
         one = eqx.combine(r, shared)
         if max(one.size, one.dims[name]) <= EXACT_LIMIT:
             return jnp.sum(one.system()[1][name] ** 2)

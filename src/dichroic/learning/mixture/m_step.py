@@ -35,7 +35,7 @@ between components of two sources in X. Source by source, views that mix two sou
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ from dichroic.priors.stationary import stationary_step, symmetric_power
 from dichroic.runtime.tracking import Clock, warn
 
 Found = TypeVar("Found")
+Mixtures = Mapping[str, GaussianMixture]
 Result = TypeVar("Result")
 # What is counted in an iteration: steps whose numbers were not finite, for which a standard step was taken; and
 # those for which that was no better.
@@ -60,14 +61,14 @@ _OF_MEANS = 0.3  # κ / ν
 
 
 def monotone_em(
-    mixtures: dict[str, GaussianMixture],
-    evaluate: Callable[[dict[str, GaussianMixture]], tuple[float, Found]],
-    update: Callable[[dict[str, GaussianMixture], Found, bool], dict[str, GaussianMixture]],
+    mixtures: Mixtures,
+    evaluate: Callable[[Mixtures], tuple[float, Found]],
+    update: Callable[[Mixtures, Found, bool], Mixtures],
     *,
     steps: int,
     tolerance: float,
     clock: Clock | None = None,
-) -> tuple[dict[str, GaussianMixture], float]:
+) -> tuple[Mixtures, float]:
     """`steps` EM steps, and the evidence before the last.
 
     `evaluate` is the E-step, which finds the evidence and what `update`, the M-step, needs. A step that lowers
@@ -78,12 +79,13 @@ def monotone_em(
     known, standard, clock = None, False, clock or Clock()
     for _ in range(steps):
         with clock.during("e_step"):
-            evidence, found = _finite_or_not(partial(evaluate, mixtures)) or (math.nan, None)
+            result = _finite_or_not(partial(evaluate, mixtures))
+        evidence = math.nan if result is None else result[0]
         least = -math.inf
         if known is not None and not standard and math.isfinite(tolerance):
             least = known[1] - tolerance * abs(known[1])
-        if math.isfinite(evidence) and evidence >= least:
-            known, standard = (mixtures, evidence, found), False
+        if result is not None and math.isfinite(evidence) and evidence >= least:
+            known, standard = (mixtures, *result), False
         elif known is None or standard:
             break
         else:
@@ -178,8 +180,9 @@ def maximise(
     g, pull, s, w = g[..., None] / share, pull[..., None] / share, s / share, w / share
     pooled = np.einsum("k,kij->ij", n / n.sum(), cov)
     if mixture.stationary:
-        options: Any = {"floor": floor, "damping": damping, "standard": standard}
-        moved, new = stationary_step(mixture, g[..., 0], s, w, **options)
+        moved, new = stationary_step(
+            mixture, g[..., 0], s, w, floor=floor, damping=damping, standard=standard
+        )
         delta = (moved - mean)[..., None]
     elif standard:
         delta, new = _standard_step(cov, g, s, w, pull, stiffness)
@@ -205,19 +208,28 @@ def maximise(
     )
 
 
-def _standard_step(c, g, s, w, pull, stiffness):
+def _standard_step(
+    c: np.ndarray,
+    g: np.ndarray,
+    s: np.ndarray,
+    w: np.ndarray,
+    pull: np.ndarray,
+    stiffness: np.ndarray,
+):
     moved = c @ g
     delta = np.linalg.solve(np.eye(c.shape[-1]) + c @ stiffness, moved + c @ pull)
     return delta, c + c @ (s - w) @ c - moved @ _t(delta) - delta @ _t(moved) + delta @ _t(delta)
 
 
-def _mean_step(c, g, w):
+def _mean_step(c: np.ndarray, g: np.ndarray, w: np.ndarray):
     root = symmetric_power(c, 0.5)
     left = root @ symmetric_power(root @ w @ root + _UNSEEN * np.eye(c.shape[-1]), -0.5)
     return left @ (_t(left) @ g)
 
 
-def _covariance_step(c, s, w, weight, pooled):
+def _covariance_step(
+    c: np.ndarray, s: np.ndarray, w: np.ndarray, weight: np.ndarray, pooled: np.ndarray
+):
     """The next covariances, with the inverse Wishart prior about `pooled` of the `weight` `(K, 1, 1)`."""
     one = np.eye(c.shape[-1])
     root = symmetric_power(c, 0.5)

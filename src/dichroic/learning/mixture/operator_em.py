@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dichroic.config import MixtureConfig
 from dichroic.inference.evidence import assignment_log_evidence, project, simulate
@@ -31,7 +31,9 @@ from dichroic.learning.mixture.statistics import chunks
 from dichroic.numerics.batching import split
 from dichroic.numerics.finite import finite
 from dichroic.operators.learnable import Parameters, parameters, with_parameters
-from dichroic.problem.observations import ObservationBatches, Observations, numbered
+from dichroic.priors.components import Components
+from dichroic.problem.batches import AnyObservations, numbered
+from dichroic.problem.observations import Observations
 from dichroic.runtime import distributed
 from dichroic.runtime.tracking import warn
 
@@ -50,7 +52,7 @@ class Scores(eqx.Module):
 
 
 def operator_iteration(
-    mixtures: Mapping[str, Any], views: Sequence[ObservationBatches], config: MixtureConfig
+    mixtures: Mapping[str, Any], views: Sequence[AnyObservations], config: MixtureConfig
 ) -> tuple[Parameters, Parameters]:
     """The learned arrays of the operators in `views` after an M-step, and their standard errors.
 
@@ -98,7 +100,7 @@ def _added(parts: Iterable[Scores]) -> Scores:
     return reduce(partial(jax.tree.map, np.add), wide)
 
 
-def _inverse(information: np.ndarray) -> np.ndarray:
+def _inverse(information: Array | np.ndarray) -> np.ndarray:
     """The inverse of the information, where a number that no observation tells of has next to none."""
     scale = np.sqrt(np.maximum(np.diagonal(information), np.finfo(float).tiny))
     correlation = information / np.outer(scale, scale) + _RIDGE * np.eye(len(scale))
@@ -107,7 +109,11 @@ def _inverse(information: np.ndarray) -> np.ndarray:
 
 @eqx.filter_jit
 def observation_scores(
-    priors, obs: Observations, chosen, values: Parameters, first: Int[Array, ""]
+    priors: dict[str, Components],
+    obs: Observations,
+    chosen: Array,
+    values: Parameters,
+    first: Int[Array, ""],
 ) -> Scores:
     """Evidence and scores of `obs` on the assignments `chosen`, with its operators at `values`.
 
@@ -118,18 +124,18 @@ def observation_scores(
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(first + jnp.arange(obs.count))
     rows = (rows, keys)
 
-    def system(theta, row: Observations):
+    def system(theta: Array, row: Observations):
         at = with_parameters(eqx.combine(row, shared), unravel(theta))
         y, matrices, cov_noise, seen = at.parts()
         return y, [project(priors[k], a, seen) for k, a in matrices.items()], cov_noise
 
-    def evidence(theta, row: Observations, index) -> Array:
+    def evidence(theta: Array, row: Observations, index: Array) -> Array:
         return assignment_log_evidence(*system(theta, row), index)
 
-    def one(row, index):
-        row, key = row
-        both = jnp.stack([row.y, simulate(*system(theta, row), index, key)])
-        at = lambda y: eqx.tree_at(lambda o: o.y, row, y)
+    def one(row: tuple[Observations, PRNGKeyArray], index: Array):
+        obs, key = row
+        both = jnp.stack([obs.y, simulate(*system(theta, obs), index, key)])
+        at = lambda y: eqx.tree_at(lambda o: o.y, obs, y)
         scores = jax.value_and_grad(evidence)
         value, s = jax.vmap(lambda y: scores(theta, at(y), index))(both)
         return value[0], s[0], s[1]
@@ -138,8 +144,8 @@ def observation_scores(
     zero = Scores(jnp.zeros(()), jnp.zeros(theta.size), square, square)
     numbers = 2 * chosen.shape[1] * obs.size * (obs.size + sum(obs.dims.values())) + 2 * theta.size
 
-    def summed(rows, weights) -> Scores:
-        def body(total, chunk):
+    def summed(rows: tuple[tuple[Observations, Array], Array], weights: Array) -> Scores:
+        def body(total: Scores, chunk: tuple[Array, Array]):
             which, w = chunk
             value, s, drawn = jax.vmap(one)(*jax.tree.map(lambda a: a[which], rows))
             w = w * weights[which]

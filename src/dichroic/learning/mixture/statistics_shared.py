@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dichroic.learning.mixture.statistics import (
     Pair,
@@ -111,21 +112,21 @@ def _sandwich(a: np.ndarray, c: Components) -> np.ndarray:
     return half @ half.swapaxes(1, 2)
 
 
-def _whiten(y, root, shift, constant):
+def _whiten(y: Array, root: Array, shift: Array, constant: Array):
     z = jnp.einsum("tij,nj->tni", root, y) - shift[:, None]
     return z, constant[:, None] - 0.5 * jnp.sum(z * z, axis=-1)
 
 
 @jax.jit
-def _scores(y, root, shift, constant):
+def _scores(y: Array, root: Array, shift: Array, constant: Array):
     return distributed.map_by_device(
         lambda y: jax.nn.logsumexp(_whiten(y, root, shift, constant)[1], axis=0), y
     )
 
 
 @jax.jit
-def _sums(y, weight, root, shift, constant):
-    def summed(rows, filled):
+def _sums(y: Array, weight: Array, root: Array, shift: Array, constant: Array):
+    def summed(rows: tuple[Array, Array], filled: Array):
         y, weight = rows[0], rows[1] * filled
         z, s = _whiten(y, root, shift, constant)
         value = jax.nn.logsumexp(s, axis=0)

@@ -13,7 +13,7 @@ from dichroic.learning.mixture.operator_em import operator_iteration
 from dichroic.learning.state import Metrics, State
 from dichroic.operators.learnable import Parameters
 from dichroic.priors import GaussianMixture
-from dichroic.problem.observations import ObservationBatches
+from dichroic.problem.batches import AnyObservations
 from dichroic.runtime.tracking import Clock
 
 Order = Sequence[Sequence[str]]
@@ -85,7 +85,7 @@ def as_mixtures(priors: Denoisers) -> dict[str, GaussianMixture]:
 def learn_operators(
     state: State,
     current: Mapping[str, Any],
-    train: Sequence[ObservationBatches],
+    train: Sequence[AnyObservations],
     config: MixtureConfig,
 ) -> tuple[Parameters, Metrics]:
     """The operators after an M-step on `train`, and the values and errors of those that are one number."""

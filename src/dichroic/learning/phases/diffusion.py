@@ -13,7 +13,7 @@ from dichroic.learning.diffusion.score_matching import evidence_gain, is_gain
 from dichroic.learning.phases.base import Context, Order, ended, equal_costs, is_last, learned
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
-from dichroic.problem.dataset import shared_out
+from dichroic.problem.batches import shared_by_processes
 
 
 class DiffusionEM:
@@ -26,7 +26,7 @@ class DiffusionEM:
         config, clock = context.config, context.clock
         c, old = config.diffusion, state.current
         key = jax.random.fold_in(jax.random.key(config.seed), state.iteration + 1)
-        few = shared_out([obs.head(c.evidence_observations) for obs in data.test])
+        few = shared_by_processes([obs.head(c.evidence_observations) for obs in data.test])
         key_judge, sigma_min = jax.random.fold_in(key, 1), config.sampler.sigma_min
         with clock.during("scoring"):
             judges = expectation(old, few, data.names, key_judge, config, c.evidence_draws)

@@ -21,19 +21,19 @@ from dichroic.learning.growth import (
     iterations_of,
     next_model,
 )
-from dichroic.learning.mixture.em import Mixtures, em_iteration, gain_in_evidence, mean_log_evidence
+from dichroic.learning.mixture.em import em_iteration, gain_in_evidence, mean_log_evidence
 from dichroic.learning.mixture.initialisation import (
     chosen_scales,
     initial_gaussians,
     split_components,
 )
-from dichroic.learning.mixture.m_step import FAILED
+from dichroic.learning.mixture.m_step import FAILED, Mixtures
 from dichroic.learning.phases.base import Context, Order, as_mixtures, ended, learn_operators
 from dichroic.learning.safeguards import no_prior
 from dichroic.learning.scoring import scores
 from dichroic.learning.state import Metrics, State
 from dichroic.operators.scaling import scale_parameters, scales_of, without_scaling
-from dichroic.problem.observations import ObservationBatches
+from dichroic.problem.batches import AnyObservations
 
 SHRINKAGE = (10.0, 2.5, 0.6, 0.15, 0.0)  # pseudo-observations: what is tried, one after the other
 CLEAR = 0.2  # nats that the first step down this ladder has to gain for each held-out observation
@@ -45,8 +45,8 @@ class _Group:
     """Sources that are learned together, and the observations they are learned from and scored by."""
 
     names: tuple[str, ...]
-    train: list[ObservationBatches]
-    test: list[ObservationBatches]
+    train: list[AnyObservations]
+    test: list[AnyObservations]
     which: list[int]  # joint views that `test` are of
 
     @classmethod

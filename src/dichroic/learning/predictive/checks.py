@@ -29,7 +29,8 @@ from dichroic.learning.predictive.residuals import Estimate, LeftOut, examine
 from dichroic.learning.predictive.result import Prediction, PredictiveChecks, Shapes
 from dichroic.numerics.batching import take
 from dichroic.priors import Denoiser, GaussianMixture
-from dichroic.problem.observations import ObservationBatches, Observations
+from dichroic.problem.batches import AnyObservations
+from dichroic.problem.observations import Observations
 
 OBSERVATIONS, DRAWS = 255, 39  # of each view, and predictive draws of each
 FEW_OBSERVATIONS, FEW_DRAWS = 60, 19  # where networks draw
@@ -55,8 +56,8 @@ def predictive_checks(
 def _check(
     denoisers: Mapping[str, Denoiser],
     name: str,
-    train: ObservationBatches,
-    test: ObservationBatches,
+    train: AnyObservations,
+    test: AnyObservations,
     shapes: Shapes,
     config: FitConfig,
     number: int,
@@ -87,7 +88,7 @@ def _check(
     return Prediction(name, shapes, trained=train.count, residuals=found, **scores)
 
 
-def _fault(obs: Observations, test: ObservationBatches) -> str:
+def _fault(obs: Observations, test: AnyObservations) -> str:
     """Why nothing can be predicted; empty if it can."""
     if obs.size < 2 or (obs.count < LEAST <= test.count):
         return "observations of one entry, of which none can be left out"
@@ -102,7 +103,7 @@ def _lines(shapes: Shapes) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
-def _linear(train: ObservationBatches, obs: Observations, entries: np.ndarray) -> LinearPredictor:
+def _linear(train: AnyObservations, obs: Observations, entries: np.ndarray) -> LinearPredictor:
     """The linear filter of `train`, to predict `entries` of the observations `obs`."""
     some = train.some(min(TRAINING, max(LEAST, _NUMBERS // train.size)))
     patterns = len(np.unique(seen_of(obs)[:, entries], axis=0))

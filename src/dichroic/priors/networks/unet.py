@@ -5,7 +5,7 @@ Dhariwal and Nichol (arXiv 2105.05233).
 """
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from dichroic.errors import ConfigError
 from dichroic.operators import Shape
 from dichroic.priors.networks.embedding import noise_features
+
+Layer = TypeVar("Layer", bound=eqx.Module)
 
 Precision = Literal["float32", "bfloat16"]
 _HEAD = 32  # channels of an attention head
@@ -194,7 +196,7 @@ def _norm(channels: int) -> eqx.nn.GroupNorm:
     return eqx.nn.GroupNorm(groups, channels, channelwise_affine=False)
 
 
-def _zero(layer):
+def _zero(layer: Layer) -> Layer:
     """`layer` with weights and bias of zero."""
     return jax.tree.map(lambda a: jnp.zeros_like(a) if eqx.is_inexact_array(a) else a, layer)
 

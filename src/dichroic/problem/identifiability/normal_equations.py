@@ -20,9 +20,9 @@ import numpy as np
 from dichroic.numerics.batching import row_counts, split, take
 from dichroic.operators.noise import observed_entries
 from dichroic.problem.identifiability.probe import half
+from dichroic.problem.lazy_view import AnyView, some_of
 from dichroic.problem.observations import Observations
 from dichroic.problem.problem import Source, joint_observations
-from dichroic.problem.view import AnyView, some_of
 
 _Blocks = dict[tuple[str, str], np.ndarray]
 

@@ -14,8 +14,9 @@ import numpy as np
 from dichroic.problem.identifiability.kernel import Kernel, resolve
 from dichroic.problem.identifiability.normal_equations import Moments
 from dichroic.problem.identifiability.probe import directions_of, half
+from dichroic.problem.lazy_view import AnyView
 from dichroic.problem.problem import Problem
-from dichroic.problem.view import AnyView, sees
+from dichroic.problem.view_validation import sees
 
 ENOUGH = 10  # observations for each entry of a source
 UNKNOWNS = 1000  # covariance entries that are looked at, to find what depends on a view

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dichroic.numerics.batching import row_counts
 from dichroic.operators import Zero
 from dichroic.operators.linearity import zero_rows
-from dichroic.problem.view import AnyView, some_of
+from dichroic.problem.lazy_view import AnyView, some_of
 
 
 def zero_operators(views: Sequence[AnyView]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What follows a fit, and how several things do."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,7 +65,7 @@ def _nothing(*args: Any) -> None:
 
 
 @contextmanager
-def following(tracker: Tracker, about: dict[str, Any]) -> Iterator[None]:
+def following(tracker: Tracker, about: dict[str, Any]) -> Generator[None, None, None]:
     """`tracker` told of the start and the end of what happens inside."""
     all_of_it = Several([tracker])
     all_of_it.start(about)
@@ -88,7 +88,7 @@ class Clock:
         self._tracker.progress(what, done, total)
 
     @contextmanager
-    def during(self, part: str) -> Iterator[None]:
+    def during(self, part: str) -> Generator[None, None, None]:
         """Count the time inside as that of `part`."""
         began = time.perf_counter()
         try:

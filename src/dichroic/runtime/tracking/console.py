@@ -12,7 +12,7 @@ class Console:
     """One progress bar on standard error, and one line per finished iteration that measured something."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         self._what = ""
         self._left: float | None = None
 

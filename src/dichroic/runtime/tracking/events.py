@@ -5,11 +5,11 @@ One object per line: `time` (UTC), `level`, `event` and what belongs to it. Even
 at the line of the user's that led to it.
 """
 
+import inspect
 import json
 import logging
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,14 +36,15 @@ def warn(*texts: str, **fields: Any) -> None:
 
 def _frames_of_the_package() -> int:
     """The `stacklevel`, in `warn`, of the innermost frame outside of this package, if there is one."""
-    frame, level = sys._getframe(1), 1  # of `warn`
-    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+    here = inspect.currentframe()
+    frame, level = here.f_back if here else None, 1  # of `warn`
+    while frame and frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
     return level
 
 
 @contextmanager
-def quiet(*, when: bool = True) -> Iterator[None]:
+def quiet(*, when: bool = True) -> Generator[None, None, None]:
     """Nothing inside is warned of `when` another process does that."""
     with warnings.catch_warnings():
         if when:
@@ -74,7 +75,7 @@ class JsonLines(logging.Handler):
 
 
 @contextmanager
-def logged(path: Path) -> Iterator[None]:
+def logged(path: Path) -> Generator[None, None, None]:
     """Write all events inside to the file `path`, and how it ended."""
     before, handler = ROOT.level, JsonLines(path)
     ROOT.setLevel(min(ROOT.getEffectiveLevel(), logging.INFO))

@@ -22,8 +22,11 @@ _NUMBERS = (
     "heldout",
     "evidence",
     "loss",
+    "psnr",
+    "chi2",
+    "operator",
+    "peak_memory",
 )
-_NUMBERS += ("psnr", "chi2", "operator", "peak_memory")
 _MOST_LINE = 2**20
 
 
