@@ -18,10 +18,10 @@ demo: $(VENV)/.ready   ## fit and separate two problems; a table, and reports in
 	$(BIN)/dichroic demo
 
 test: $(VENV)/.ready   ## the tests, but for the slowest
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.ready   ## the slowest tests alone, before a release
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 check: $(VENV)/.ready  ## format, lint, types, import order, tests
 	$(BIN)/ruff format --check .

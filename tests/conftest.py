@@ -30,6 +30,13 @@ if os.environ.get("DICHROIC_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"dichroic.{m}" for m in CORE], "beartype.beartype")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with few, long tests come first, so that no worker is left with them alone at the end."""
+    first = ("system", "cli", "learning", "inference", "separation")
+    rank = {folder: i for i, folder in enumerate(first)}
+    items.sort(key=lambda item: rank.get(item.path.parent.name, len(first)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten():
     """Programs of earlier modules are let go of, and their memory, which tests of `--memory` count as in use."""

@@ -18,6 +18,7 @@ from dichroic.errors import DataError
 from dichroic.inference.low_rank import LowRankView, moments
 from dichroic.inference.low_rank_background import every_assignment, low_rank_log_evidence
 from dichroic.inference.low_rank_sampling import low_rank_draws
+from dichroic.inference.matrix_free import SharedObservations
 from dichroic.inference.samplers import AncestralSampler
 from dichroic.learning.mixture.low_rank_em import (
     from_columns,
@@ -112,8 +113,8 @@ def systems(mixtures, obs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_evidence_and_responsibilities_are_those_of_dense_gaussians(kind):
     mixtures, obs = case(kind)
-    view = LowRankView(mixtures, obs)
-    y = np.concatenate([y for _, y in view.chunks(obs)])
+    view = LowRankView(mixtures, SharedObservations(obs))
+    y = np.concatenate([y for _, y in view.chunks()])
     scores = [
         weight + multivariate_normal.logpdf(y, mean, cov)
         for _, weight, _, _, _, mean, cov in systems(mixtures, obs)
@@ -145,7 +146,7 @@ def test_sums_over_the_likely_assignments_are_those_over_all(names):
 def test_sums_are_those_of_conditioned_gaussians(kind):
     mixtures, obs = case(kind)
     value, sums = low_rank_statistics(mixtures, obs)
-    y = np.concatenate([y for _, y in LowRankView(mixtures, obs).chunks(obs)])
+    y = np.concatenate([y for _, y in LowRankView(mixtures, SharedObservations(obs)).chunks()])
     assert value == pytest.approx(low_rank_log_evidence(mixtures, obs).sum(), rel=1e-9)
     parts = list(systems(mixtures, obs))
     scores = [w + multivariate_normal.logpdf(y, m, c) for _, w, _, _, _, m, c in parts]
@@ -193,7 +194,7 @@ def test_draws_have_the_moments_of_the_posterior(kind, stationary, sampler):
     found = low_rank_draws(mixtures, often, jax.random.key(0), sampler=sampler).x
     x = np.concatenate([found["a"][0], found["b"][0]], axis=1).astype(float)
     x = x.reshape(n_draws, 3, -1)
-    y = np.concatenate([y for _, y in LowRankView(mixtures, obs).chunks(obs)])
+    y = np.concatenate([y for _, y in LowRankView(mixtures, SharedObservations(obs)).chunks()])
     parts = list(systems(mixtures, obs))
     scores = np.stack([w + multivariate_normal.logpdf(y, m, c) for _, w, _, _, _, m, c in parts])
     r = np.exp(scores - np.logaddexp.reduce(scores, axis=0))
@@ -383,7 +384,7 @@ def test_a_floor_that_should_be_zero_falls_faster_than_in_the_textbook():
 @pytest.mark.parametrize("kind", KINDS)
 def test_information_of_a_source_is_bounded_by_a_diagonal_matrix(kind):
     mixtures, obs = case(kind)
-    view = LowRankView(mixtures, obs)
+    view = LowRankView(mixtures, SharedObservations(obs))
     _, matrices, noise = obs.one(0).system()
     a = {k: np.asarray(m, float) for k, m in matrices.items()}
     floors = {k: moments(mixtures[k])[1] for k in a}
@@ -498,7 +499,7 @@ def test_what_is_too_large_is_said(monkeypatch):
     mixtures, obs = case("dense")
     monkeypatch.setattr("dichroic.inference.low_rank.MOST_DENSE", 5)
     with pytest.raises(DataError, match="not diagonal"):
-        LowRankView(mixtures, obs)
+        LowRankView(mixtures, SharedObservations(obs))
     monkeypatch.setattr("dichroic.inference.low_rank.MAX_ASSIGNMENTS", 5)
     with pytest.raises(DataError, match="3 × 2 components"):
-        LowRankView(mixtures, obs)
+        LowRankView(mixtures, SharedObservations(obs))

@@ -26,9 +26,8 @@ import numpy as np
 from scipy.linalg.lapack import dpotri  # pyright: ignore[reportAttributeAccessIssue]
 
 from dichroic.errors import DataError
-from dichroic.inference.matrix_free import Columns, OperatorCache, Seen, diagonal_of_noise, products
+from dichroic.inference.matrix_free import Columns, SharedObservations, products
 from dichroic.priors import GaussianMixture
-from dichroic.problem.observations import Observations
 
 MAX_ASSIGNMENTS = 4096
 MOST_DENSE = 4096  # entries of an observation, where B is not diagonal
@@ -100,24 +99,19 @@ class LowRankView:
     def __init__(
         self,
         mixtures: Mapping[str, GaussianMixture],
-        obs: Observations,
+        shared: SharedObservations,
         sigmas: Mapping[str, float] | None = None,
-        common: "OperatorCache | None" = None,
         behind: np.ndarray | None = None,
     ):
         """`sigmas` are noise levels of the sources, where components are to be those given noised values.
 
-        `common` is what other views of the same observations have worked out. `behind` `(M, M)` is added to `B`:
-        the covariance of what sources that are not among the `mixtures` give
+        `behind` `(M, M)` is added to `B`: the covariance of what sources that are not among the `mixtures` give
         (`dichroic.inference.low_rank_background`).
         """
-        one = obs.one(0)
-        self.seen = np.asarray(one.noise.observed(obs.size), np.float64)
-        self.size, names = obs.size, [k for k in obs.sources if k in mixtures]
+        self.shared, self.seen, self.size = shared, shared.seen, shared.size
+        names = [k for k in shared.sources if k in mixtures]
         level = lambda k: None if sigmas is None else sigmas[k]
-        common = common or OperatorCache()
-        operators = {k: common.operator(k, obs.operators[k], one.operators[k]) for k in names}
-        self.parts = {k: _part(mixtures[k], a, self.seen, level(k)) for k, a in operators.items()}
+        self.parts = {k: part_of(mixtures[k], shared, k, level(k)) for k in names}
         counts = [p.log_weights.size for p in self.parts.values()]
         if math.prod(counts) > MAX_ASSIGNMENTS:
             raise DataError(
@@ -126,7 +120,7 @@ class LowRankView:
                 "high-dimensional sources: choose fewer with mixture.components"
             )
         self.assignments = np.indices(counts).reshape(len(counts), math.prod(counts)).T
-        self.base = _base(one, self.parts, self.seen, operators, behind)
+        self.base = _base(shared, self.parts, behind)
         widths = [p.columns.shape[2] for p in self.parts.values()]
         sizes = [p.columns[0].size for p in self.parts.values()]
         self._spans = _slices(widths)  # of each source in the latents of an assignment
@@ -308,16 +302,16 @@ class LowRankView:
         np.put_along_axis(out, self.where[t], latents, axis=1)
         return out
 
-    def chunks(self, obs: Observations, views: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
+    def chunks(self, views: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
         """The observations, 0 where missing, as many at once as memory allows for so many `views` of them.
 
         And where they are among all.
         """
         each = 8 * views * (4 * self.where.size + 3 * self.size + self.columns.shape[1])
-        step = int(np.clip(_CHUNK_BYTES // each, 1, obs.count))
-        for start in range(0, obs.count, step):
+        step = int(np.clip(_CHUNK_BYTES // each, 1, self.shared.count))
+        for start in range(0, self.shared.count, step):
             rows = slice(start, start + step)
-            yield rows, self.seen * np.asarray(obs.y[rows], np.float64)
+            yield rows, self.shared.rows(rows)
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:
@@ -326,20 +320,10 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 
 def part_of(
-    mixture: GaussianMixture,
-    obs: Observations,
-    common: OperatorCache,
-    name: str,
-    sigma: float | None = None,
+    mixture: GaussianMixture, shared: SharedObservations, name: str, sigma: float | None = None
 ) -> Part:
     """The source `name` in a view, given a value with noise of the level `sigma` if there is one."""
-    one = obs.one(0)
-    seen = np.asarray(one.noise.observed(obs.size), np.float64)
-    operator = common.operator(name, obs.operators[name], one.operators[name])
-    return _part(mixture, operator, seen, sigma)
-
-
-def _part(mixture: GaussianMixture, operator: Seen, seen: np.ndarray, sigma: float | None) -> Part:
+    operator, seen = shared.operator(name), shared.seen
     forward, back = products(operator.op, seen, operator.gain)
     columns, floor = moments(mixture, sigma)
     k, d, r = columns.shape
@@ -372,15 +356,9 @@ def gains(mixture: GaussianMixture, sigma: float) -> tuple[np.ndarray, float]:
     return variances / (variances + rest) * (sigma**2 / rest), floor / rest
 
 
-def _base(
-    one: Observations,
-    parts: Mapping[str, Part],
-    seen: np.ndarray,
-    operators: Mapping[str, Seen],
-    behind: np.ndarray | None,
-) -> Base:
+def _base(shared: SharedObservations, parts: Mapping[str, Part], behind: np.ndarray | None) -> Base:
     """`B`, diagonal where all that is in it is."""
-    noise = diagonal_of_noise(one.noise, one.size)
+    noise, seen, size = shared.noise_variances, shared.seen, shared.size
     gains = {k: p.gain for k, p in parts.items()}
     if noise is not None and behind is None and all(g is not None for g in gains.values()):
         squares = {k: (seen * g) ** 2 for k, g in gains.items() if g is not None}
@@ -388,22 +366,20 @@ def _base(
         diagonals = {k: s / b for k, s in squares.items()}
         traces = {k: float(d.sum()) for k, d in diagonals.items()}
         return Base(lambda v: v / b[:, None], float(np.log(b).sum()), traces, diagonals)
-    if one.size > MOST_DENSE:
+    if size > MOST_DENSE:
         raise DataError(
-            f"observations of {one.size:,} entries whose operators or noise are not diagonal; at most "
+            f"observations of {size:,} entries whose operators or noise are not diagonal; at most "
             f"{MOST_DENSE:,} are supported"
         )
     rows = np.flatnonzero(seen)  # of missing entries, `y` and all columns are 0
     among = np.ix_(rows, rows)
-    squares = {k: operators[k].square[among] for k in parts}
-    known = (
-        np.asarray(one.noise.as_matrix(one.size), np.float64) if noise is None else np.diag(noise)
-    )
+    squares = {k: shared.operator(k).square[among] for k in parts}
+    known = shared.noise_covariance
     known = known if behind is None else known + behind
     b = sum((parts[k].floor * s for k, s in squares.items()), known[among])
     low = np.linalg.cholesky(0.5 * (b + b.T))
     half = dpotri(low, lower=1)[0] if rows.size else low  # its lower triangle
-    inverse = np.zeros((one.size,) * 2)
+    inverse = np.zeros((size,) * 2)
     inverse[among] = np.tril(half) + np.tril(half, -1).T
     traces = {k: float(np.sum(inverse[among] * s)) for k, s in squares.items()}
     return Base(lambda v: inverse @ v, 2 * float(np.log(np.diagonal(low)).sum()), traces, {})

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dichroic.inference.low_rank import Given, LowRankView, Part, part_of
-from dichroic.inference.matrix_free import OperatorCache
+from dichroic.inference.matrix_free import SharedObservations, shared_groups
 from dichroic.priors import GaussianMixture
 from dichroic.problem.batches import AnyObservations
-from dichroic.problem.observations import Observations, groups
+from dichroic.problem.observations import Observations
 
 NEGLIGIBLE = 1e-12  # probability of an assignment
 
@@ -91,17 +91,15 @@ class Backgrounds:
     def __init__(
         self,
         mixtures: Mapping[str, GaussianMixture],
-        obs: Observations,
-        common: OperatorCache | None = None,
+        shared: SharedObservations,
         sigmas: Mapping[str, float] | None = None,
     ):
         """`sigmas` are noise levels of the sources, where components are to be those given noised values."""
-        own = {k: mixtures[k] for k in obs.sources}
+        own = {k: mixtures[k] for k in shared.sources}
         wide = {k: m for k, m in own.items() if m.stationary}
         rest = {k: m for k, m in own.items() if not m.stationary}
-        common = common or OperatorCache()
         level = lambda k: None if sigmas is None else sigmas[k]
-        parts = {k: part_of(m, obs, common, k, level(k)) for k, m in wide.items()}
+        parts = {k: part_of(m, shared, k, level(k)) for k, m in wide.items()}
         self.each: list[Background] = []
         ends = np.cumsum([0, *(1 + m.variances.shape[1] for m in own.values())])
         spans = itertools.pairwise(map(int, ends))
@@ -110,9 +108,9 @@ class Backgrounds:
             index = dict(zip(parts, which, strict=True))
             seen = [parts[k].columns[:, j] for k, j in index.items()]
             spread = sum((a[:, 1:] @ a[:, 1:].T for a in seen), np.zeros(())) if seen else None
-            mean = sum((a[:, 0] for a in seen), np.zeros(obs.size))
+            mean = sum((a[:, 0] for a in seen), np.zeros(shared.size))
             weight = float(sum(parts[k].log_weights[j] for k, j in index.items()))
-            view = LowRankView(rest, obs, sigmas, common, spread)
+            view = LowRankView(rest, shared, sigmas, spread)
             self.each.append(Background(index, weight, mean, parts, view))
 
     @property
@@ -126,15 +124,13 @@ class Backgrounds:
         own = sum(p.columns.nbytes + p.source.nbytes for p in self.each[0].parts.values())
         return own + sum(b.view.nbytes + b.view.size**2 * bool(b.parts) * 8 for b in self.each)
 
-    def chunks(
-        self, obs: Observations, near: np.ndarray | None = None
-    ) -> Iterator[tuple[slice, np.ndarray]]:
+    def chunks(self, near: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """The observations, 0 where missing, as many at once as memory allows, and where they are among all.
 
         Each before all backgrounds, or those that it is `near` `(J, T, n)`.
         """
         most = len(self.each) if near is None else int(near.any(axis=1).sum(axis=0).max())
-        return self.each[0].view.chunks(obs, most)
+        return self.each[0].view.chunks(most)
 
     def given(self, y: np.ndarray, near: np.ndarray | None = None) -> "BackgroundPosteriors":
         """What observations `(n, M)` say before each background, or those that they are `near` `(J, T, n)`."""
@@ -153,9 +149,9 @@ class Backgrounds:
         log_evidence = top + np.log(np.exp(levels - top).sum(axis=0))
         return BackgroundPosteriors(log_evidence, rows, residuals, given)
 
-    def likely(self, obs: Observations) -> dict[str, np.ndarray]:
+    def likely(self) -> dict[str, np.ndarray]:
         """The components of every source that the first observations may be of."""
-        found = self.given(next(self.chunks(obs))[1])
+        found = self.given(next(self.chunks())[1])
         kept: dict[str, set[int]] = {}
         for j, b in enumerate(self.each):
             for which in b.view.assignments[found.likely(j).any(axis=1)]:
@@ -167,9 +163,9 @@ class Backgrounds:
 
 def low_rank_log_evidence(mixtures: Mapping[str, GaussianMixture], obs: Observations) -> np.ndarray:
     """`log p(y)` of each observation, `(n,)`."""
-    found, common = np.zeros(obs.count), OperatorCache()
-    for index, some in groups(obs):
-        behind = Backgrounds(mixtures, some, common)
-        for rows, y in behind.chunks(some):
+    found = np.zeros(obs.count)
+    for index, some in shared_groups(obs):
+        behind = Backgrounds(mixtures, some)
+        for rows, y in behind.chunks():
             found[index[rows]] = behind.given(y).log_evidence
     return found

@@ -23,6 +23,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from dichroic.inference.low_rank import Given, gains
 from dichroic.inference.low_rank_background import Background, Backgrounds
+from dichroic.inference.matrix_free import SharedObservations, shared_groups
 from dichroic.inference.posterior import EXACT_LIMIT
 from dichroic.inference.samplers import Draws, Progress, Sampler, observation_keys
 from dichroic.numerics.batching import in_batches, split, take
@@ -30,14 +31,14 @@ from dichroic.numerics.deterministic_map import BATCH_WIDTH
 from dichroic.operators.noise import Noise
 from dichroic.priors import Denoiser, DiffusionPrior, GaussianMixture
 from dichroic.priors.diffusion import NETWORK_BATCH, corrections
-from dichroic.problem.observations import Observations, groups, is_shared
+from dichroic.problem.observations import Observations, is_shared
 from dichroic.runtime.blocks import spans
 from dichroic.runtime.hardware import in_threads
 
 _CHUNK_BYTES = 256 * 2**20
 _KEPT_BYTES = 2 * 2**30  # of views, prepared once for all chunks
 Priors = Mapping[str, GaussianMixture | DiffusionPrior]
-Alike = list[tuple[np.ndarray, Observations]]
+Alike = list[tuple[np.ndarray, SharedObservations]]  # with their numbers
 Map = Callable[..., Iterable[Any]]  # of a function over batches
 
 
@@ -135,7 +136,7 @@ class _Walk:
     def draw(self, index: np.ndarray, keys: Array, each: Map) -> dict[str, np.ndarray]:
         """Draws of all sources `(S n, D)` of the observations `index` `(n,)`, one for each key."""
         some = take(self.obs, index)
-        alike = list(groups(some))
+        alike = list(shared_groups(some))
         normals = self._normals(some, keys, 0)
         if not self.sigmas:
             return self._draw(some, alike, 0, normals, None, each)
@@ -179,7 +180,7 @@ class _Walk:
                     out[k][at[:count]] = x[:count]
         return out
 
-    def _view(self, alike: Observations, level: int) -> Backgrounds:
+    def _view(self, alike: SharedObservations, level: int) -> Backgrounds:
         """The view of observations that share all; kept where all do and those of all levels are small."""
         if level in self._shared:
             return self._shared[level]

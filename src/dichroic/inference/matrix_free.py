@@ -1,7 +1,7 @@
 """Operators as products with columns of numbers, in float64; what observations that share them have in common."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -9,12 +9,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dichroic.numerics.batching import row_counts
 from dichroic.operators import Diagonal, Identity, Operator, Scale
 from dichroic.operators.noise import DiagonalNoise, IsotropicNoise, Masked, Noise
 from dichroic.operators.structure import factors
 from dichroic.priors import GaussianMixture
+from dichroic.problem.observations import Observations, groups
 
 Columns = Callable[[np.ndarray], np.ndarray]
 _LEAST_SCALE = 1e-6  # of an entry, relative to the largest
@@ -26,6 +28,10 @@ class Seen:
     def __init__(self, op: Operator):
         self.op, self.gain = op, diagonal_of(op)
         self._columns: tuple[Any, np.ndarray] | None = None
+
+    def forget(self) -> None:
+        """Let go of the columns that are kept."""
+        self._columns = None
 
     def columns(self, mixture: GaussianMixture, flat: np.ndarray) -> np.ndarray:
         """`A` times the columns `flat` of the prior `mixture`; of the first one, they are kept."""
@@ -66,6 +72,66 @@ class OperatorCache:
         if name not in self._found:
             self._found[name] = Seen(of_one)
         return self._found[name]
+
+    def forget(self) -> None:
+        """Let go of products with the columns of priors: there are new ones."""
+        for operator in self._found.values():
+            operator.forget()
+
+
+class SharedObservations:
+    """Observations with the same operators, noise and missing entries, and what follows from these.
+
+    That is worked out once: of few observations each, it costs more than what depends on the priors.
+    """
+
+    def __init__(self, obs: Observations, operators: OperatorCache | None = None):
+        """`operators` are those that other observations share with these."""
+        self.obs, self._cache = obs, operators or OperatorCache()
+        self.count, self.size, self.sources = obs.count, obs.size, obs.sources
+        self._operators: dict[str, Seen] = {}
+
+    @cached_property
+    def one(self) -> Observations:
+        """The first of them."""
+        return self.obs.one(0)
+
+    @cached_property
+    def seen(self) -> Float[np.ndarray, " obs"]:
+        """1 for the entries that are not missing, else 0."""
+        return np.asarray(self.one.noise.observed(self.size), np.float64)
+
+    @cached_property
+    def noise_variances(self) -> Float[np.ndarray, " obs"] | None:
+        """The variances of the noise, if its kind says that it is independent."""
+        return _diagonal_of_noise(self.one.noise, self.size)
+
+    @cached_property
+    def noise_covariance(self) -> Float[np.ndarray, "obs obs"]:
+        """The covariance of the noise."""
+        if self.noise_variances is not None:
+            return np.diag(self.noise_variances)
+        return np.asarray(self.one.noise.as_matrix(self.size), np.float64)
+
+    def operator(self, name: str) -> Seen:
+        """The operator of the source `name`."""
+        if name not in self._operators:
+            of_all, of_one = self.obs.operators[name], self.one.operators[name]
+            self._operators[name] = self._cache.operator(name, of_all, of_one)
+        return self._operators[name]
+
+    def rows(self, index: slice) -> Float[np.ndarray, "n obs"]:
+        """Some of the observations, 0 where missing."""
+        return self.seen * np.asarray(self.obs.y[index], np.float64)
+
+
+def shared_groups(
+    obs: Observations, operators: OperatorCache | None = None
+) -> Iterator[tuple[np.ndarray, SharedObservations]]:
+    """The observations that share everything, and their numbers among all of `obs`."""
+    operators = operators or OperatorCache()
+    for index, some in groups(obs):
+        yield index, SharedObservations(some, operators)
 
 
 def products(op: Operator, seen: np.ndarray, gain: np.ndarray | None) -> tuple[Columns, Columns]:
@@ -108,7 +174,7 @@ def diagonal_of(op: Operator) -> np.ndarray | None:
     return np.asarray(op.mv(jnp.ones(op.in_shape)), np.float64).ravel()
 
 
-def diagonal_of_noise(noise: Noise, size: int) -> np.ndarray | None:
+def _diagonal_of_noise(noise: Noise, size: int) -> np.ndarray | None:
     """The variances of `noise`, if its kind says that it is independent."""
     inner = noise
     while isinstance(inner, Masked):

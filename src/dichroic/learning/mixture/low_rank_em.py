@@ -36,18 +36,19 @@ import numpy as np
 from dichroic.config import MixtureConfig
 from dichroic.inference.low_rank import LowRankView, moments
 from dichroic.inference.low_rank_background import Backgrounds, every_assignment
-from dichroic.inference.matrix_free import OperatorCache
+from dichroic.inference.matrix_free import OperatorCache, SharedObservations, shared_groups
 from dichroic.learning.mixture.low_rank_statistics import Totals, background_statistics
 from dichroic.learning.mixture.m_step import Mixtures, maximise, monotone_em
 from dichroic.learning.mixture.statistics import SufficientStatistics, merged
 from dichroic.operators import Shape
 from dichroic.priors import GaussianMixture
 from dichroic.problem.batches import AnyObservations, every_block
-from dichroic.problem.observations import Observations, groups, is_shared
+from dichroic.problem.observations import Observations, is_shared
 from dichroic.runtime.tracking import Clock
 
 _FEW = 4  # assignments, or observations: for them components are picked only beyond, or only up to, as many
 _NOTED = 2**27  # assignments of all observations, of which it is noted whether they are likely
+_KEPT_BYTES = 128 * 2**20
 _RENEWED = 5  # steps after which all assignments are looked at again
 _ALIVE = 1e-2  # observations, below which a component stays as it is
 
@@ -99,12 +100,15 @@ def low_rank_iteration(
 
     counter = itertools.count()
     near: dict[int, np.ndarray | None] = {}
+    alike: dict[int, Groups] = {}  # of each block, where they take little memory
 
     def of_block(mixtures: Mixtures, i: int, obs: Observations) -> tuple[float, dict[str, AnySums]]:
         if i not in near:
             room = _NOTED - sum(a.size for a in near.values() if a is not None)
             near[i] = every_assignment(mixtures, obs, room)
-        return low_rank_statistics(mixtures, obs, names, near[i])
+        if i not in alike and sum(g.nbytes for g in alike.values()) <= _KEPT_BYTES:
+            alike[i] = Groups(obs)
+        return low_rank_statistics(mixtures, obs, names, near[i], alike.get(i))
 
     def own(mixtures: Mixtures) -> tuple[float, dict[str, AnySums]]:
         return _added(of_block(mixtures, i, obs) for i, obs in enumerate(every_block(views)))
@@ -120,38 +124,62 @@ def low_rank_iteration(
     return mixtures, value / sum(obs.count for obs in views)
 
 
+class Groups:
+    """Observations grouped by what they share; worked out once, where that takes little memory."""
+
+    def __init__(self, obs: Observations):
+        self.obs, self.operators = obs, OperatorCache()
+        self.one = SharedObservations(obs, self.operators) if is_shared(obs) else None
+        self._kept: list[SharedObservations] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that several groups take: copies of the observations, masks and variances of noise."""
+        return 0 if self.one else 24 * self.obs.count * self.obs.size
+
+    def several(self) -> Iterable[SharedObservations]:
+        """The groups."""
+        if self._kept is None:
+            found = (some for _, some in shared_groups(self.obs, self.operators))
+            if self.nbytes > _KEPT_BYTES:
+                return found
+            self._kept = list(found)
+        return self._kept
+
+
 def low_rank_statistics(
     mixtures: Mixtures,
     obs: Observations,
     names: Collection[str] | None = None,
     near: np.ndarray | None = None,
+    alike: Groups | None = None,
 ) -> tuple[float, dict[str, AnySums]]:
     """`Σ_i log p(y_i)`, and the sums of every source that the view sees, or of those among `names`.
 
-    `near` `(J, T, n)` says which assignments observations that are alike may be of, before which backgrounds; it
-    is narrowed to those that are not negligible.
+    `near` `(J, T, n)` says which assignments observations that share everything may be of, before which
+    backgrounds; it is narrowed to those that are not negligible. `alike` is `Groups(obs)`, where that is known.
     """
     names = obs.sources if names is None else names
-    if is_shared(obs):
-        return _shared_statistics(mixtures, obs, names, near=near)
+    alike = alike or Groups(obs)
+    alike.operators.forget()
+    if alike.one:
+        return _shared_statistics(mixtures, alike.one, names, near)
     mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
-    common = OperatorCache()
-    return _added(_statistics_of_few(mixtures, some, names, common) for _, some in groups(obs))
+    return _added(_statistics_of_few(mixtures, some, names) for some in alike.several())
 
 
 def _statistics_of_few(
     mixtures: Mixtures,
-    obs: Observations,
+    obs: SharedObservations,
     names: Collection[str],
-    common: OperatorCache,
 ) -> tuple[float, dict[str, AnySums]]:
     """The same of observations alike, if they are few by the components alone that they may be of."""
     assignments = math.prod(mixtures[k].log_weights.size for k in obs.sources)
     if obs.count > _FEW or assignments < _FEW:
-        return _shared_statistics(mixtures, obs, names, common)
-    kept = Backgrounds(mixtures, obs, common).likely(obs)
+        return _shared_statistics(mixtures, obs, names)
+    kept = Backgrounds(mixtures, obs).likely()
     picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
-    value, sums = _shared_statistics(picked, obs, names, common)
+    value, sums = _shared_statistics(picked, obs, names)
     return value, {k: _among(s, kept[k], mixtures[k]) for k, s in sums.items()}
 
 
@@ -178,15 +206,14 @@ def _added(parts: Iterable[tuple[float, dict[str, AnySums]]]) -> tuple[float, di
 
 def _shared_statistics(
     mixtures: Mixtures,
-    obs: Observations,
+    obs: SharedObservations,
     names: Collection[str],
-    common: OperatorCache | None = None,
     near: np.ndarray | None = None,
 ) -> tuple[float, dict[str, AnySums]]:
     """The same of observations that share their operators and noise."""
-    behind, value = Backgrounds(mixtures, obs, common), 0.0
+    behind, value = Backgrounds(mixtures, obs), 0.0
     totals = [Totals(b, names) for b in behind.each]
-    for rows, y in behind.chunks(obs, near):
+    for rows, y in behind.chunks(near):
         found = behind.given(y, None if near is None else near[:, :, rows])
         value += float(found.log_evidence.sum())
         each = zip(totals, found.rows, found.residuals, found.given, strict=True)
