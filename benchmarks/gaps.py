@@ -63,7 +63,11 @@ def masks_of(kind: str, seed: int, size: int) -> Masks:
 
 def run(kind: str, seed: int, size: int, count: int) -> list[float]:
     """Errors where observed, of the fit with gaps and of that without, in the gaps, of nothing; times of both."""
-    draw, masks, noise = spectra(seed, size), masks_of(kind, seed, size), np.random.default_rng(seed)
+    draw, masks, noise = (
+        spectra(seed, size),
+        masks_of(kind, seed, size),
+        np.random.default_rng(seed),
+    )
     noisy = lambda x: x + noise.normal(size=x.shape)
     (blank, _), (behind, before), (sky, new) = draw(count), draw(count), draw(NEW)
     alone, both, mixed = noisy(blank), noisy(behind + before), noisy(sky + new)
@@ -96,13 +100,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[1:])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    rows = [["gaps", "observed", "fit without", "in gaps", "nothing", "seconds", "without"]]
+    head = ["gaps", "observed", "fit without", "in gaps", "nothing", "seconds", "without"]
+    rows: list[list[str]] = []
     for kind in args.kinds:
         found = np.array([run(kind, seed, args.size, args.count) for seed in range(args.seeds)])
         cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(found.mean(0), found.std(0), strict=True)]
         rows.append([kind, *cells])
         print(" ".join(rows[-1]), flush=True)
-    print(text_table(rows))
+    print(text_table(head, rows))
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def on_disk(rng: np.random.Generator) -> Results:
         folder = Path(name)
         path = stated(folder, rng)
         problem, config = dichroic.load_problem(path, stored=True)
-        separator = Separator(problem, config).fit(progress=False, memory=2**26)
+        separator = Separator(problem, config).fit(progress=False, memory=2**33)
         view = dichroic.load_problem(path)[0].views[0]
         dichroic.separate_to_zarr(folder / "out.zarr", separator, view, n_draws=2, chunk=32)
         store: Any = zarr.open(str(folder / "out.zarr"), mode="r")
