@@ -1,11 +1,11 @@
-"""What gaps in the observations cost: error and time of a fit, beside those of the same observations without gaps.
+"""What gaps in the observations cost in error and time, beside a fit of the same observations without gaps.
 
-Spectra of `L` channels: a bright sky of four kinds of lines, alone and over an object (a continuum and one line). Of
-each observation some 15% of the channels are missing: in one of two patterns (`two`), a block anywhere (`blocks`),
-at one of the ends (`borders`), or channel by channel (`entries`). Errors are root mean squares of the object's
-posterior mean, of 500 new observations with gaps of the same kind: where it was observed, for the fit with gaps and
-for the one without; and in the gaps, beside those of the prior mean (`nothing`). Seconds are of the fit alone, with
-what it compiles. Means over seeds.
+Spectra of a bright sky of four kinds of lines, alone and over an object (a continuum and one line). Of each
+observation some 15% of the channels are missing: in one of two patterns (`two`), a block anywhere (`blocks`),
+at one of the ends (`borders`), or channel by channel (`entries`). Errors are root mean squares of the
+object's posterior mean, of 500 new observations with gaps of the same kind: where it was observed, for the
+fit with gaps and for the one without; and in the gaps, beside those of the prior mean (`nothing`). Seconds
+are of the fit alone, with what it compiles. Means over seeds.
 
 Run: python benchmarks/gaps.py [--size 400] [--count 150] [--kinds two blocks borders entries] [--seeds 3]
 """

@@ -116,7 +116,7 @@ def best_assignments(
     count: int,
     beam_width: int = DEFAULT_BEAM_WIDTH,
 ) -> Int[Array, "T sources"]:
-    """Of the assignments that `assignments` looks at, the `count` most probable (all if there are fewer)."""
+    """The `count` most probable of the assignments that `assignments` looks at (all if there are fewer)."""
     sizes = [v.log_weights.size for v in views]
     if y.size > SMALL or np.prod(sizes) > beam_width:
         index, scores = assignments(y, views, cov_noise, beam_width=beam_width)

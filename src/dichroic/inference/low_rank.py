@@ -195,7 +195,7 @@ class LowRankView:
         return Given(constant - 0.5 * (square - fit), latents, solved)
 
     def given_near(self, y: np.ndarray, near: np.ndarray) -> Given:
-        """The same, of those assignments alone that each observation is `near` `(T, n)`."""
+        """What observations say of those assignments alone that each is `near` `(T, n)`."""
         solved = self.base.solve(y.T).T
         square = np.sum(y * solved, axis=1)
         scores = np.full(near.T.shape, -np.inf)
@@ -214,7 +214,7 @@ class LowRankView:
         return Given(scores, latents, solved)
 
     def _of_assignments(self, columns: np.ndarray) -> np.ndarray:
-        """Of numbers `(n, C)` by column those of each assignment, `(T, n, S (1 + R))`."""
+        """The columns of each assignment among all columns `(n, C)`: `(T, n, S (1 + R))`."""
         out = np.empty((len(self.assignments), len(columns), self.where.shape[1]))
         for t, span, at in self._places():
             out[t, :, span] = columns[:, at]

@@ -52,7 +52,7 @@ class Normals:
     noise: np.ndarray
 
     def rows(self, index: np.ndarray) -> "Normals":
-        """Those of the rows `index`."""
+        """The entries of the rows `index`."""
         x = {k: v[index] for k, v in self.sources.items()}
         return Normals(self.uniform[index], self.latents[index], x, self.noise[index])
 
@@ -66,7 +66,7 @@ class Noised:
     offset: np.ndarray
 
     def rows(self, index: np.ndarray) -> "Noised":
-        """Those of the rows `index`."""
+        """The entries of the rows `index`."""
         return Noised(self.log_weights[index], self.coefficients[index], self.offset[index])
 
 
@@ -254,7 +254,7 @@ class _Before:
     def draw(
         self, t: np.ndarray, normals: Normals, slots: Mapping[str, slice]
     ) -> dict[str, np.ndarray]:
-        """Of all sources, given the assignments `t` `(n,)` of the view."""
+        """A draw of all sources, given the assignments `t` `(n,)` of the view."""
         background, view = self.background, self.background.view
         latents = {k: normals.latents[:, at] for k, at in slots.items()}
         z = np.concatenate([np.zeros((len(t), 0)), *(latents[k] for k in view.parts)], axis=1)

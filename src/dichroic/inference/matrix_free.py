@@ -66,7 +66,7 @@ class OperatorCache:
         self._found: dict[str, Seen] = {}
 
     def operator(self, name: str, of_all: Operator, of_one: Operator) -> Seen:
-        """That of the source `name`, given as it is for all of some observations and for one."""
+        """The operator of the source `name`, given as it is for all of some observations and for one."""
         if row_counts(of_all):
             return Seen(of_one)
         if name not in self._found:

@@ -29,7 +29,7 @@ class Rows:
     count: int
 
     def of(self, shape: Shape) -> slice | np.ndarray:
-        """Those rows of an array of `shape`, which has one per observation."""
+        """The rows of an array of `shape`, which has one per observation."""
         if shape[0] != self.count:
             raise ShapeError(
                 f"an array of shape {shape}, one row per observation, but there are {self.count} "

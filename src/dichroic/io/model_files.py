@@ -56,7 +56,7 @@ def file_of_tensors(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes
 
 
 def _ordered(data: bytes) -> bytes:
-    """The same file with the entries of its header in order, so that equal models are equal files."""
+    """The file with the entries of its header in order, so that equal models are equal files."""
     size = int.from_bytes(data[:8], "little")
     entries = json.loads(data[8 : 8 + size])
     header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()

@@ -81,12 +81,12 @@ class InitialPriors:
             )
 
     def offsets(self, problem: Problem) -> Parameters:
-        """Those of the sources of `problem`, which its priors are from."""
+        """The offsets of the sources of `problem`, which its priors are from."""
         known = offset_parameters(offsets_of(self.operators))
         return renamed_scaling(known, {name: name for name in problem.names})
 
     def state(self, problem: Problem, data: Data) -> State:
-        """That of a fit before its diffusion iterations."""
+        """The state of a fit before its diffusion iterations."""
         priors = {name: self.denoisers[name] for name in problem.names}
         own = parameters([view.operators for view in problem.views])
         units = renamed_scaling(self.operators, {name: name for name in problem.names})

@@ -138,7 +138,7 @@ class GaussianMixture(Denoiser):
         return jax.tree.map(lambda a: a[index], self)
 
     def ordered(self) -> "GaussianMixture":
-        """The same mixture with components that lie together next to each other.
+        """The mixture with components that lie together next to each other.
 
         The means are halved along their principal axis, each half along its own, and so on.
         """

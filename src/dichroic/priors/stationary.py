@@ -90,7 +90,7 @@ def symmetric_power(a: np.ndarray, exponent: float | int, floor: float = 1e-300)
 
 
 def torus_of(mixture: GaussianMixture) -> Torus:
-    """That of a source, whose last `mixture.stationary` axes are positions."""
+    """The torus of a source, whose last `mixture.stationary` axes are positions."""
     split = len(mixture.shape) - mixture.stationary
     return Torus(math.prod(mixture.shape[:split]), mixture.shape[split:])
 

@@ -98,11 +98,11 @@ class LazyView:
             return self.read_rows(index)
 
     def read(self) -> View:
-        """All of it."""
+        """All observations, in memory."""
         return self.read_rows(None)
 
     def prepare(self, offsets: Mapping[str, np.ndarray] | None = None) -> Observations:
-        """All of it, as `Observations`, less what sources of the values `offsets` look like."""
+        """All observations, as `Observations`, less what sources of the values `offsets` look like."""
         return self.read().prepare(offsets)
 
 

@@ -119,7 +119,7 @@ class Observations(eqx.Module):
         return {k: op.rmv(v.reshape(op.out_shape)) for k, op in self.operators.items()}
 
     def simulate(self, x: dict[str, Array], key: PRNGKeyArray) -> "Observations":
-        """The same observation with `y` drawn anew from the sources `x`."""
+        """The observation with `y` drawn anew from the sources `x`."""
         noise = self.noise.observed(self.size) * self.noise.sample(key, self.size)
         return eqx.tree_at(lambda o: o.y, self, self.apply(x) + noise)
 

@@ -89,7 +89,7 @@ def offsets(problem: Problem, bounded: Collection[str] = ()) -> Offsets:
 
 
 def agreed_offsets(problem: Problem, bounded: Collection[str]) -> Parameters:
-    """Those of the first process, in all of them: no rounding of theirs can set them apart."""
+    """The offsets of the first process, for all processes: no rounding of theirs can set them apart."""
     found = lambda: offsets(problem, bounded).parameters
     if distributed.processes() == 1:
         return found()
@@ -251,7 +251,7 @@ def _check_use(problem: Problem, values: Values, samples: Sequence[_Sample]) -> 
 
 @dataclass(frozen=True)
 class _Held:
-    """Of each observation, the largest spacing of numbers of a type in units of the noise, its entry and value."""
+    """The largest spacing of numbers of a type in each observation, relative to the noise, and its entry."""
 
     view: View
     dtype: np.dtype
@@ -327,7 +327,7 @@ def _losses(sample: _Sample, y: np.ndarray, dtype: np.dtype) -> _Held:
 
 
 def _samples(problem: Problem) -> list[_Sample]:
-    """One of each view, evenly spread."""
+    """A sample of each view, evenly spread."""
     return [_sample(_some(view)) for view in problem.views]
 
 

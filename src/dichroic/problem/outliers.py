@@ -169,7 +169,7 @@ def _scores(
 
 
 def _components(r: np.ndarray) -> Components:
-    """Those of residuals `r` `(n, M)` in units of the noise, whose variance is the least that there is."""
+    """The components of residuals `r` `(n, M)` in units of the noise, whose variance is the least."""
     mean = r.mean(axis=0)
     r = r - mean
     n, m = r.shape

@@ -32,7 +32,7 @@ def held_out(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray
 
 
 def held_out_bits(views: Sequence[AnyView], fraction: float, seed: int) -> np.ndarray:
-    """The same in an eighth of the memory, as `np.packbits` has them.
+    """`held_out` in an eighth of the memory, as `np.packbits` has booleans.
 
     By the `held_out` of a view that has one, else at random: `fraction` of them, at least one, and
     all but one at most. Where there are more than 16,777,216, each by itself, to be shuffled in no memory.
@@ -75,7 +75,7 @@ class IndexSet:
         return int(self._before[-1])
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """Those at the places from `start` up to `stop`."""
+        """The indices at the places from `start` up to `stop`."""
         first = int(np.searchsorted(self._before, start, side="right")) - 1
         last = int(np.searchsorted(self._before, stop - 1, side="right"))
         found = np.flatnonzero(self._marked(first, last)) + first * _PAGE

@@ -241,7 +241,7 @@ def _put(tree: Tree, device: Any) -> Tree:
 
 
 def map_by_device(function: Callable[..., Tree], rows: Any) -> Tree:
-    """The same of any number of rows."""
+    """`function` of any number of rows."""
     devices = own_mesh().size
     if devices == 1:
         return function(rows)

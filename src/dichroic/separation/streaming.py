@@ -113,7 +113,7 @@ def separate_to_zarr(
 def _unfinished(
     path: str | Path, job: Job, blocks: Sequence[int], progress: Callable[[int], None]
 ) -> tuple[list[int], dict[int, str]]:
-    """Those of `blocks` that are missing or damaged, and what is wrong with the latter: all others are read."""
+    """The `blocks` that are missing or damaged, and what is wrong with the latter: all others are read."""
     found = finished_blocks(path)
     finished, damaged = set(found.finished), dict(found.damaged)
     todo, done = [], 0

@@ -74,7 +74,7 @@ def whitening(obs: Observations) -> tuple[Array, Array]:
 
 
 def white_parts(obs: Observations, scale: Array) -> tuple[Array, Array, Array, Array]:
-    """Of one observation: `R`, the constant, `Ã = R A`, and the ridge matrix `G`."""
+    """The encoder's inputs of one observation: `R`, the constant, `Ã = R A`, and the ridge matrix `G`."""
     root, constant = whitening(obs)
     a = jnp.concatenate(
         [root @ obs.operators[k].as_matrix() for k in sorted(obs.operators)], axis=1

@@ -43,7 +43,7 @@ class Absolute(Denoiser):
 
     @property
     def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of `inner`."""
+        """The shape of the inner denoiser's arrays."""
         return self.inner.shape
 
     @property

@@ -51,7 +51,7 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(covariances: Sequence[np.ndarray], contrast: float) -> Spectrum:
-    """Of `C = (C_fg − g C_bg) / (1 − g)` from the covariances `(D, D)` of foreground and background.
+    """The spectrum of `C = (C_fg − g C_bg) / (1 − g)` from the covariances `(D, D)` of foreground and background.
 
     `contrast` is `g = γ m / n`, which needs a background unless it is 0.
     """
@@ -94,7 +94,7 @@ class Pair:
 
     @cached_property
     def covariances(self) -> list[np.ndarray]:
-        """Of foreground and background (if there is one), each by the evidence of a full Gaussian."""
+        """Covariances of foreground and background (if there is one), each by the evidence of a full Gaussian."""
         found = []
         for data in self._sets(1.0):
             size, alone = data.dims[self.name], Pair(self.name, data, None, self.floor)
@@ -175,7 +175,7 @@ class Pair:
         return [self.foreground, self.background]
 
     def _root(self, factor: np.ndarray, noise: float) -> np.ndarray:
-        """Of the information of the foreground on its source."""
+        """A root of the information of the foreground on its source."""
         zero = {self.name: np.zeros(len(factor))}
         curvature = self.foreground.curvature(zero, {self.name: factor}, noise)[self.name]
         return root(curvature.information / self.foreground.count)
@@ -198,7 +198,7 @@ def _back_projected(data: g.Data, name: str) -> np.ndarray:
 
 
 def _moving(factor: np.ndarray, noise: float) -> tuple[np.ndarray, float]:
-    """The same, without columns of zeros: they would stay."""
+    """The start without columns of zeros, which an ascent would leave as they are."""
     still = np.sum(factor**2, axis=0) < 1e-4 * noise
     return factor + still * 1e-2 * np.sqrt(noise) * np.eye(*factor.shape), noise
 

@@ -59,7 +59,7 @@ def _posterior(x: np.ndarray, truth: np.ndarray, span: float, first: int) -> dic
 
 
 def _psnr(x: np.ndarray, truth: np.ndarray, span: float) -> dict[str, float]:
-    """Of one draw and of the mean of all."""
+    """The PSNR of one draw and of the mean of all draws."""
     of = partial(psnr, truth=truth, data_range=span)
     return {"psnr": of(x[0]), "psnr_mean": of(x.mean(axis=0))}
 

@@ -35,7 +35,7 @@ def band_passed(traces: np.ndarray, band: tuple[float, float]) -> np.ndarray:
 
 
 def best_band(traces: Traces, snr: Sequence[float], seed: int) -> tuple[float, float]:
-    """Of all pairs of `LOW` and `HIGH`, the one of largest output for training signals injected at all `snr`."""
+    """The pair of `LOW` and `HIGH` of largest output for training signals injected at all `snr`."""
     made = injected(traces, snr, seed, per_signal=1)
     score = lambda band: sum(np.mean(output_snr(band_passed(y, band), x)) for y, x, _ in made)
     return max(itertools.product(LOW, HIGH), key=score)

@@ -52,7 +52,7 @@ def _own_draws(
     n_draws: int,
     clock: Clock,
 ) -> dict[str, np.ndarray]:
-    """Those of the observations of this process."""
+    """Draws for the observations of this process."""
     found: dict[str, list[np.ndarray]] = {}
     say = partial(clock.progress, f"E-step {name}")
     for first, block in numbered(obs):

@@ -196,7 +196,7 @@ def _train_in_turn(
     config: DiffusionConfig,
     sigma_min: float,
 ) -> tuple[Carry, Float[np.ndarray, " steps"]]:
-    """The same, of which the network's part is compiled once for all sources with one of its kind.
+    """`_train_block` with the network's part compiled once for all sources that have one of its kind.
 
     And without a loop of XLA, where convolutions on a CPU take five times as long.
     """

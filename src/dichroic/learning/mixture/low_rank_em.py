@@ -54,7 +54,9 @@ _ALIVE = 1e-2  # observations, below which a component stays as it is
 
 
 class LatentSums(eqx.Module):
-    """Of one source: per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[Aᵀ B⁻¹ e z̄ᵀ]`; in all `Σ r E‖x‖²` and `n`.
+    """Sufficient statistics of one source.
+
+    Per component `Σ r E[z̄ z̄ᵀ]` and `Σ r E[Aᵀ B⁻¹ e z̄ᵀ]`; in all `Σ r E‖x‖²` and `n`.
 
     And `scatter`, `Σ r ‖Aᵀ C_y⁻¹ (y − m)‖²`, with its expectation `information`, `Σ r tr(Aᵀ C_y⁻¹ A)`; and the
     `bound` `(D,)`, the sum of diagonal matrices that bound the `Aᵀ B⁻¹ A`.
@@ -173,7 +175,7 @@ def _statistics_of_few(
     obs: SharedObservations,
     names: Collection[str],
 ) -> tuple[float, dict[str, AnySums]]:
-    """The same of observations alike, if they are few by the components alone that they may be of."""
+    """Statistics of observations that share everything; of few, by the components alone that they may be of."""
     assignments = math.prod(mixtures[k].log_weights.size for k in obs.sources)
     if obs.count > _FEW or assignments < _FEW:
         return _shared_statistics(mixtures, obs, names)
@@ -210,7 +212,7 @@ def _shared_statistics(
     names: Collection[str],
     near: np.ndarray | None = None,
 ) -> tuple[float, dict[str, AnySums]]:
-    """The same of observations that share their operators and noise."""
+    """Statistics of observations that share their operators, noise and missing entries."""
     behind, value = Backgrounds(mixtures, obs), 0.0
     totals = [Totals(b, names) for b in behind.each]
     for rows, y in behind.chunks(near):

@@ -18,7 +18,7 @@ class Totals:
     """Sums over observations of what they say before one background."""
 
     def __init__(self, background: Background, names: Collection[str]):
-        """Of what the M-steps of the sources `names` need."""
+        """Zero sums of what the M-steps of the sources `names` need."""
         view = self.view = background.view
         self.background, self.names = background, names
         self.squares = {k: 0.0 for k in view.parts if k in names}
@@ -68,7 +68,7 @@ class Totals:
 def background_statistics(
     name: str, mixture: GaussianMixture, totals: Totals
 ) -> SufficientStatistics:
-    """Those of the component of a source that is in the background of `totals`; others have none."""
+    """Statistics of the component of a source that is in the background of `totals`; others have none."""
     part, view = totals.background.parts[name], totals.view
     assert totals.square is not None
     k, d = mixture.means.shape

@@ -32,7 +32,7 @@ class Phase(Protocol):
 
     @property
     def name(self) -> str:
-        """That of the phase in states and metrics."""
+        """The name of the phase in states and metrics."""
         ...
 
     def iterate(self, state: State, data: Data, context: Context) -> tuple[State, Metrics]:
@@ -48,7 +48,7 @@ class Phase(Protocol):
         ...
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
-        """Those of the iterations that may still come after `state`."""
+        """The costs of the iterations that may still come after `state`."""
         ...
 
     def admits(self, state: State, order: Order) -> bool:
@@ -78,7 +78,7 @@ def learned(state: State, order: Order) -> bool:
 
 
 def as_mixtures(priors: Denoisers) -> dict[str, GaussianMixture]:
-    """Those of `priors` that are mixtures: all of them, in the phases that learn mixtures."""
+    """The mixtures among `priors`: all of them, in the phases that learn mixtures."""
     return {name: prior for name, prior in priors.items() if isinstance(prior, GaussianMixture)}
 
 

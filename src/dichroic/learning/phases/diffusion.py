@@ -58,11 +58,11 @@ class DiffusionEM:
         return config.diffusion.iterations
 
     def cost(self, state: State, data: Data) -> float:
-        """The same for each."""
+        """The cost of an iteration, which is the same for each."""
         return 1.0
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
-        """Of all that may come."""
+        """The costs of all iterations that may come."""
         return equal_costs(state, config.diffusion.iterations)
 
     def admits(self, state: State, order: Order) -> bool:

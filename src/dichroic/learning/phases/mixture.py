@@ -51,7 +51,7 @@ class _Group:
 
     @classmethod
     def of(cls, state: State, data: Data) -> "_Group":
-        """That of `state`: of the views that see these sources, and no source that comes later."""
+        """The group that `state` learns, with the views that see its sources and no source that comes later."""
         names = data.order[state.group]
         usable = set(names).union(*data.order[: state.group])
         relevant = lambda obs: set(names) & set(obs.sources) and set(obs.sources) <= usable

@@ -62,11 +62,11 @@ class JointRefinement:
         return config.joint_iterations if len(order) > 1 else 0
 
     def cost(self, state: State, data: Data) -> float:
-        """The same for each."""
+        """The cost of an iteration, which is the same for each."""
         return 1.0
 
     def costs_left(self, state: State, data: Data, config: FitConfig) -> Iterator[float]:
-        """Of all that are to come."""
+        """The costs of all iterations that are to come."""
         return equal_costs(state, config.joint_iterations)
 
     def admits(self, state: State, order: Order) -> bool:

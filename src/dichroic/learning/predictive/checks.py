@@ -145,7 +145,7 @@ def _of_part(
     std: np.ndarray,
     linear: LinearPredictor,
 ) -> np.ndarray:
-    """Of each observation: entries, log density and the filter's, squared error and the filter's, `(5, n)`."""
+    """Entries, log density and squared error of each observation, and the filter's of both, `(5, n)`."""
     rows, entries, draws = part.numbers, part.entries, part.draws
     left = np.zeros(y.shape[1], bool)
     left[entries] = True

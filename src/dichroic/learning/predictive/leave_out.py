@@ -140,7 +140,7 @@ def _completed(masked: Observations, x: dict[str, np.ndarray], key: PRNGKeyArray
 
 
 def _complete(row: Observations, x: dict[str, Array]) -> Array:
-    """One of them: a draw of noise, moved to what the entries that were kept leave of it."""
+    """One completed observation: a draw of noise, moved to what the entries that were kept leave of it."""
     masked = row.noise
     assert isinstance(masked, Masked)
     whole = Observations(row.y, row.operators, masked.noise)

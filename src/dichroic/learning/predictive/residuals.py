@@ -81,7 +81,7 @@ class Residuals:
 
     @property
     def coverage(self) -> Estimate:
-        """Of the 90% intervals, with observations as the independent units."""
+        """The coverage of the 90% intervals, with observations as the independent units."""
         total = self.count.sum()
         value = self.inside.sum() / total
         apart = np.sum((self.inside - value * self.count) ** 2)
@@ -163,7 +163,7 @@ def _by_observation(part: LeftOut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _excess(found: np.ndarray, rng: np.random.Generator) -> Excess:
-    """Of a statistic `(S + 1, n)`, on average, with the chance of its ranks; NaN where too few have it."""
+    """The average of a statistic `(S + 1, n)`, with the chance of its ranks; NaN where too few have it."""
     found = found[:, np.isfinite(found).all(axis=0)]
     n = found.shape[1]
     if n < _LEAST_COUNT:

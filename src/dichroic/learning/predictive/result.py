@@ -167,7 +167,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class PredictiveChecks:
-    """Those of all views."""
+    """The predictive checks of all views."""
 
     views: tuple[Prediction, ...]
 

@@ -38,7 +38,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, sizes: dict[str, int]) -> "Moments":
-        """Those of no view; `sizes` are the numbers of directions of the sources."""
+        """The equations of no view; `sizes` are the numbers of directions of the sources."""
         r, p = sum(sizes.values()), sum(map(half, sizes.values()))
         return cls(sizes, np.zeros((r, r)), np.zeros((p, p)), [])
 

@@ -97,7 +97,7 @@ class Clock:
             self._spent[part] = self._spent.get(part, 0.0) + time.perf_counter() - began
 
     def count(self, what: str) -> None:
-        """It happened once more that `what`."""
+        """Count that `what` happened once more."""
         self._counts[what] = self._counts.get(what, 0) + 1
 
     @property
