@@ -17,6 +17,7 @@ from dichroic.config import MixtureConfig
 from dichroic.errors import DataError
 from dichroic.inference.low_rank import LowRankView, moments
 from dichroic.inference.low_rank_background import every_assignment, low_rank_log_evidence
+from dichroic.inference.low_rank_masked import DiagonalObservations
 from dichroic.inference.low_rank_sampling import low_rank_draws
 from dichroic.inference.matrix_free import SharedObservations
 from dichroic.inference.samplers import AncestralSampler
@@ -33,6 +34,7 @@ from dichroic.operators import Dense, Diagonal, Identity, Scale
 from dichroic.operators.noise import DenseNoise, DiagonalNoise
 from dichroic.priors import GaussianMixture
 from dichroic.problem.observations import Observations, groups
+from dichroic.problem.problem import joint_observations
 from dichroic.problem.view import View
 from dichroic.runtime.hardware import in_threads
 
@@ -503,3 +505,33 @@ def test_what_is_too_large_is_said(monkeypatch):
     monkeypatch.setattr("dichroic.inference.low_rank.MAX_ASSIGNMENTS", 5)
     with pytest.raises(DataError, match="3 × 2 components"):
         LowRankView(mixtures, SharedObservations(obs))
+
+
+def test_observations_with_masks_of_their_own_are_as_one_by_one(rng, monkeypatch):
+    """All at once, where operators are shared and diagonal and noise is independent."""
+    size, count = 140, 12
+    draw = lambda k, rank: from_columns(
+        rng.uniform(0.5, 1, k), rng.normal(size=(k, size, 1 + rank)), 0.3, (size,)
+    )
+    mixtures = {"a": draw(3, 2), "b": draw(2, 3)}
+    noise = DiagonalNoise(rng.uniform(0.5, 1, size=(count, size)))
+    operators = {"a": Identity(size), "b": Diagonal(rng.uniform(0.5, 2, size))}
+    seen = rng.uniform(size=(count, size)) > 0.15
+    view = View(3 * rng.normal(size=(count, size)), operators, noise, mask=seen)
+    obs = joint_observations([view])
+    assert DiagonalObservations.of(obs) is not None
+    near = every_assignment(mixtures, obs, 10**6)
+    value, sums = low_rank_statistics(mixtures, obs)
+    some = low_rank_statistics(mixtures, obs, ["b"], near)[1]
+    each = low_rank_log_evidence(mixtures, obs)
+    monkeypatch.setattr(DiagonalObservations, "of", classmethod(lambda cls, obs: None))
+    want, expected = low_rank_statistics(mixtures, obs)
+    assert value == pytest.approx(want, rel=1e-12)
+    assert each == pytest.approx(low_rank_log_evidence(mixtures, obs), rel=1e-12)
+    assert list(some) == ["b"]
+    assert 0 < near.mean() < 1
+    for name, one in expected.items():
+        for leaf, other in zip(jax.tree.leaves(one), jax.tree.leaves(sums[name]), strict=True):
+            np.testing.assert_allclose(other, leaf, atol=1e-9 * np.abs(leaf).max())
+    for leaf, other in zip(jax.tree.leaves(sums["b"]), jax.tree.leaves(some["b"]), strict=True):
+        np.testing.assert_allclose(other, leaf, atol=1e-9 * np.abs(leaf).max())

@@ -17,12 +17,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import logsumexp
 
 from dichroic.inference.low_rank import Given, LowRankView, Part, part_of
+from dichroic.inference.low_rank_masked import (
+    DiagonalObservations,
+    MaskedView,
+    has_masked_view,
+)
 from dichroic.inference.matrix_free import SharedObservations, shared_groups
 from dichroic.priors import GaussianMixture
 from dichroic.problem.batches import AnyObservations
-from dichroic.problem.observations import Observations
+from dichroic.problem.observations import Observations, is_shared
 
 NEGLIGIBLE = 1e-12  # probability of an assignment
 
@@ -163,6 +169,12 @@ class Backgrounds:
 
 def low_rank_log_evidence(mixtures: Mapping[str, GaussianMixture], obs: Observations) -> np.ndarray:
     """`log p(y)` of each observation, `(n,)`."""
+    if not is_shared(obs) and has_masked_view(mixtures, obs.sources):
+        data = DiagonalObservations.of(obs)
+        if data is not None:
+            view = MaskedView(mixtures, data)
+            near = np.ones((len(view.assignments), obs.count), bool)
+            return np.asarray(logsumexp(view.scores(near), axis=1))
     found = np.zeros(obs.count)
     for index, some in shared_groups(obs):
         behind = Backgrounds(mixtures, some)

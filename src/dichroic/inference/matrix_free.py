@@ -174,11 +174,15 @@ def diagonal_of(op: Operator) -> np.ndarray | None:
     return np.asarray(op.mv(jnp.ones(op.in_shape)), np.float64).ravel()
 
 
+def is_independent(noise: Noise) -> bool:
+    """Whether the kind of `noise` says that it is independent from entry to entry."""
+    while isinstance(noise, Masked):
+        noise = noise.noise
+    return isinstance(noise, (IsotropicNoise, DiagonalNoise))
+
+
 def _diagonal_of_noise(noise: Noise, size: int) -> np.ndarray | None:
     """The variances of `noise`, if its kind says that it is independent."""
-    inner = noise
-    while isinstance(inner, Masked):
-        inner = inner.noise
-    if not isinstance(inner, (IsotropicNoise, DiagonalNoise)):
+    if not is_independent(noise):
         return None
     return np.asarray(noise.mv(jnp.ones(size)), np.float64)

@@ -27,15 +27,17 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import equinox as eqx
 import jax
 import numpy as np
+from scipy.special import logsumexp
 
 from dichroic.config import MixtureConfig
 from dichroic.inference.low_rank import LowRankView, moments
-from dichroic.inference.low_rank_background import Backgrounds, every_assignment
+from dichroic.inference.low_rank_background import NEGLIGIBLE, Backgrounds, every_assignment
+from dichroic.inference.low_rank_masked import DiagonalObservations, MaskedView, has_masked_view
 from dichroic.inference.matrix_free import OperatorCache, SharedObservations, shared_groups
 from dichroic.learning.mixture.low_rank_statistics import Totals, background_statistics
 from dichroic.learning.mixture.m_step import Mixtures, maximise, monotone_em
@@ -134,6 +136,11 @@ class Groups:
         self.one = SharedObservations(obs, self.operators) if is_shared(obs) else None
         self._kept: list[SharedObservations] | None = None
 
+    @cached_property
+    def diagonal(self) -> DiagonalObservations | None:
+        """Observations that differ in missing entries and noise alone, where operators are diagonal."""
+        return DiagonalObservations.of(self.obs)
+
     @property
     def nbytes(self) -> int:
         """The memory that several groups take: copies of the observations, masks and variances of noise."""
@@ -167,6 +174,9 @@ def low_rank_statistics(
     if alike.one:
         return _shared_statistics(mixtures, alike.one, names, near)
     mixtures = jax.tree.map(np.asarray, dict(mixtures))  # components are picked many times
+    if alike.diagonal is not None and has_masked_view(mixtures, obs.sources):
+        view = MaskedView(mixtures, alike.diagonal)
+        return _masked_statistics(view, mixtures, names, None if near is None else near[0])
     return _added(_statistics_of_few(mixtures, some, names) for some in alike.several())
 
 
@@ -183,6 +193,66 @@ def _statistics_of_few(
     picked = {k: mixtures[k].pick(i) for k, i in kept.items()}
     value, sums = _shared_statistics(picked, obs, names)
     return value, {k: _among(s, kept[k], mixtures[k]) for k, s in sums.items()}
+
+
+def _masked_statistics(
+    view: MaskedView, mixtures: Mixtures, names: Collection[str], near: np.ndarray | None
+) -> tuple[float, dict[str, AnySums]]:
+    """Statistics of observations that differ in missing entries and noise, all at once.
+
+    `near` `(T, n)` is narrowed to the assignments that are not negligible.
+    """
+    data, learned = view.data, [k for k in view.names if k in names]
+    if near is None:
+        near = np.ones((len(view.assignments), len(data.y)), bool)
+    scores = view.scores(near)
+    log_evidence = np.asarray(logsumexp(scores, axis=1))
+    shares = np.exp(scores - log_evidence[:, None])
+    likely = ~(shares <= NEGLIGIBLE).T  # NaN is
+    near &= likely
+    inner = {k: np.zeros((len(c), *(c.shape[2],) * 2)) for k, c in view.sources.items()}
+    force = {k: np.zeros(view.sources[k].shape) for k in learned}
+    squares = {k: (view.weights * data.gains[k]) ** 2 for k in learned}
+    norm = {k: float(np.sum(squares[k] * data.y**2)) for k in learned}
+    lost = dict.fromkeys(learned, 0.0)
+    for t in np.flatnonzero(likely.any(axis=1)).tolist():
+        rows = likely[t]
+        share, found, columns = shares[rows, t], view.posterior(t, rows), view.of_assignment(t)
+        means = share[:, None] * found.latents
+        spread = share[:, None, None] * found.covariance
+        second = means[:, :, None] * found.latents[:, None, :] + spread
+        for name, k in zip(view.names, view.assignments[t], strict=True):
+            if name not in learned:
+                continue
+            span, gain = view.spans[name], data.gains[name]
+            inner[name][k] += second[:, span, span].sum(axis=0)
+            own = np.tensordot(view.weights[rows], second[:, :, span], (0, 0))  # (M, R, 1 + R)
+            left = view.weighted[rows].T @ means[:, span] - np.einsum("mr,mrs->ms", columns, own)
+            force[name][k] += gain[:, None] * left
+            weights = squares[name][rows]
+            pairs = lambda a, w=weights: np.tensordot(w, a, (0, 0))
+            along = np.einsum("mr,ms,mrs->", columns, columns, pairs(second), optimize=True)
+            norm[name] += float(along) - 2 * float(
+                np.sum(means * ((weights * data.y[rows]) @ columns))
+            )
+            lost[name] += float(
+                np.einsum("mr,ms,mrs->", columns, columns, pairs(spread), optimize=True)
+            )
+    count = float(len(data.y))
+    found_sums: dict[str, AnySums] = {}
+    for name in learned:
+        bound = np.sum(data.gains[name] ** 2 * view.weights, axis=0)
+        found_sums[name] = _latent_sums(
+            mixtures[name],
+            inner[name],
+            force[name],
+            bound,
+            float(bound.sum()),
+            norm[name],
+            lost[name],
+            count,
+        )
+    return float(log_evidence.sum()), found_sums
 
 
 def _among(sums: AnySums, index: np.ndarray, mixture: GaussianMixture) -> AnySums:
@@ -256,15 +326,32 @@ def _sums(
 ) -> LatentSums:
     """The sums of one source: `x = (μ, U) z̄ + √τ ε`, `E[√τ ε | y, z] = τ Aᵀ B⁻¹ e`."""
     k, width, _ = own.shape
-    columns, floor = moments(mixture)
     force = left.reshape(-1, k, width).swapaxes(0, 1)
     information = count * view.base.traces[name]
-    spread = floor**2 * (norm - information) + count * floor * mixture.dim
-    along = np.sum((columns.swapaxes(1, 2) @ columns) * own)
-    square = along + 2 * floor * np.sum(columns * force) + spread
     bound = count * view.information_bound(name)
+    return _latent_sums(mixture, own, force, bound, information, norm, lost, count)
+
+
+def _latent_sums(
+    mixture: GaussianMixture,
+    inner: np.ndarray,
+    force: np.ndarray,
+    bound: np.ndarray,
+    information: float,
+    norm: float,
+    lost: float,
+    count: float,
+) -> LatentSums:
+    """The sums of one source, of which `lost` is the part of `norm` that comes from `V[z]`.
+
+    `norm` is `Σ r E‖Aᵀ B⁻¹ e‖²`, and `information` `Σ tr(Aᵀ B⁻¹ A)`.
+    """
+    columns, floor = moments(mixture)
+    spread = floor**2 * (norm - information) + count * floor * mixture.dim
+    along = np.sum((columns.swapaxes(1, 2) @ columns) * inner)
+    square = along + 2 * floor * np.sum(columns * force) + spread
     return LatentSums(
-        own, force, bound, float(square), float(norm - lost), float(information - lost), count
+        inner, force, bound, float(square), float(norm - lost), float(information - lost), count
     )
 
 
