@@ -25,7 +25,7 @@ from dichroic.learning.fit import fit
 from dichroic.learning.phases.schedule import advance
 from dichroic.priors import GaussianMixture
 from dichroic.problem import batches
-from dichroic.problem.batches import numbered
+from dichroic.problem.batches import ObservationBatches, numbered
 from dichroic.problem.splits import IndexSet
 from dichroic.runtime import distributed
 
@@ -188,7 +188,7 @@ def test_draws_on_disk_are_those_in_memory_and_are_not_drawn_twice(stated, in_bl
     (tmp_path / "0.zarr" / "zarr.json").write_text("{")
     draw_to_disk(*args, model="m", **options)
     assert calls[9:] == [0, 64, 128]
-    larger = [dataclasses.replace(obs, block=128) for obs in views]  # with more memory
+    larger = [dataclasses.replace(obs, batch_size=128) for obs in views]  # with more memory
     none = lambda obs, first: {k: np.zeros((1, obs.count, n)) for k, n in obs.dims.items()}
     found = draw_to_disk(tmp_path, larger, ["alone", "both"], [none, none], model="m", **options)
     assert not found["ring"].window(0).any()
