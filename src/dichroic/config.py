@@ -167,8 +167,8 @@ class FitConfig(_Ranged):
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str = "fit") -> "FitConfig":
-        """From nested dictionaries; raises `ConfigError` at unknown keys or values of a wrong type."""
+    def from_dict(cls, values: Mapping[str, Any] | None, *, where: str = "fit") -> "FitConfig":
+        """From nested dictionaries; raises `ConfigError` at `None`, unknown keys or values of a wrong type."""
         return _build(cls, values, where)
 
     def replace(self, flat: Mapping[str, Any]) -> "FitConfig":

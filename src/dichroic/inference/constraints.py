@@ -30,7 +30,7 @@ def within_bounds(x: Mapping[str, np.ndarray], bounds: Bounds) -> dict[str, np.n
 
 
 def bounded(x: np.ndarray, op: Operator, bounds: Ends) -> np.ndarray:
-    """The bounds of a source in the units that its operator has it in."""
+    """A source moved within its bounds, in the units that its operator has it in."""
     low, high = _ends(bounds)
     units = entry_scales(op)
     return np.clip(x, np.float32(low / units), np.float32(high / units))

@@ -96,7 +96,9 @@ def _mask(spec: Any, shape: Shape, location: Location) -> Any:
         return None
     if isinstance(spec, Mapping) and "file" not in spec:
         return _unflagged(spec, shared, location)
-    missing = isinstance(spec, str | float) and str(spec) == "nan"
+    missing = (
+        not isinstance(spec, (list, tuple, Mapping)) and np.ndim(spec) == 0 and str(spec) == "nan"
+    )
     return "nan" if missing else location.array(spec, shared)
 
 

@@ -383,7 +383,7 @@ def check_same(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} holds a run with other offsets of sources, which this machine finds by other rounding: go on "
             "with it on a machine like the one that began it"
         )
-    before = FitConfig.from_dict(saved.get("config", {}), where=f"{path}/run.json").to_dict()
+    before = FitConfig.from_dict(saved.get("config"), where=f"{path}/run.json").to_dict()
     changed = [
         f"{k}: {a!r} before, {b!r} now"
         for k, a, b in _differences(before, known["config"])

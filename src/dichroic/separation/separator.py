@@ -301,9 +301,7 @@ class Separator:
                 f"{path} has no model yet: its fit has not learned every source; resume it"
             )
         denoisers, info = load_model(folder)
-        separator = cls(
-            problem, FitConfig.from_dict(info.get("config", {}), where=f"{folder}: config")
-        )
+        separator = cls(problem, FitConfig.from_dict(info.get("config"), where=f"{folder}: config"))
         separator.denoisers = denoisers
         separator.operators = from_lists(info.get("operators", {}), f"{folder}: operators")
         shapes = {k: d.shape for k, d in denoisers.items()}
